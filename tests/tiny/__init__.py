@@ -1,0 +1,1 @@
+"""Tiny pipelines of real diffusers classes, built from configuration: nothing is downloaded."""
