@@ -1,0 +1,11 @@
+"""The error that the command line shows as one line, with exit code 2."""
+
+from __future__ import annotations
+
+
+class UserError(ValueError):
+    """Something the user can put right: bad input, a missing file, folders that do not belong together.
+
+    The message is one line that says what is wrong, where, and what would do. The command line prints it
+    without a traceback and exits with code 2.
+    """
