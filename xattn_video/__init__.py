@@ -1,0 +1,37 @@
+"""XAttention for video diffusion: training-free block-sparse attention (ICML 2025, arXiv 2503.16428).
+
+Importing this package imports torch alone. `XAttnProcessor` loads diffusers when it is first asked for.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from .attention import CallStats, xattention
+from .config import XAttnConfig
+from .scoring import score_blocks
+from .selection import select_blocks
+from .sparse import block_sparse_attention
+from .version import __version__
+
+if TYPE_CHECKING:
+    from .integrations.diffusers import XAttnProcessor
+
+__all__ = [
+    "CallStats",
+    "XAttnConfig",
+    "XAttnProcessor",
+    "__version__",
+    "block_sparse_attention",
+    "score_blocks",
+    "select_blocks",
+    "xattention",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "XAttnProcessor":
+        from .integrations.diffusers import XAttnProcessor
+
+        return XAttnProcessor
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,193 @@
+"""xattention(): score, select and attend in one call, or dense attention with the reason why."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from .backends import auto_name, resolve
+from .blocks import forced_blocks, query_key_range, valid_blocks
+from .checks import (
+    check_dense_tokens,
+    check_key_bounds,
+    check_query_key,
+    check_threshold,
+    check_value,
+    default_scale,
+)
+from .config import XAttnConfig
+from .selection import select_valid
+
+
+class CallStats(NamedTuple):
+    """What one call did. The counts stay on the device: reading them makes the host wait.
+
+    Attributes:
+        kept: kept blocks over batch and heads, int64 0-d.
+        valid: valid blocks over batch and heads, int64 0-d; equal to kept for a dense call.
+        dense_reason: why the call was dense, or None if it was sparse.
+    """
+
+    kept: Tensor
+    valid: Tensor
+    dense_reason: str | None
+
+    @property
+    def density(self) -> float:
+        """Kept blocks / valid blocks, 1.0 for a call without a valid block. Waits for the device."""
+        valid = int(self.valid)
+        return int(self.kept) / valid if valid else 1.0
+
+
+def xattention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    config: XAttnConfig | None = None,
+    *,
+    causal: bool = False,
+    scale: float | None = None,
+    kv_start: Tensor | None = None,
+    kv_lens: Tensor | None = None,
+    dense_tokens: tuple[int, int] | None = None,
+    return_stats: bool = False,
+    **config_overrides: Any,
+) -> Tensor | tuple[Tensor, CallStats]:
+    """Block-sparse attention with XAttention's choice of blocks.
+
+    Goes dense, and says so in the statistics, for the reasons that `dense_reason` names.
+
+    Args:
+        query: `[B, Hq, Sq, D]`, floating point.
+        key, value: `[B, Hkv, Sk, D]`; `Hq % Hkv == 0`.
+        config: settings; None is the defaults. Of its fields, `warmup_steps` and `dense_layers` belong to the
+            model integrations and are not looked at here.
+        causal: query i of item b sees keys up to `i + kv_lens[b] - Sq`.
+        scale: factor on the products; None is `1 / sqrt(D)`.
+        kv_start, kv_lens: integer `[B]`, the range of valid keys; None is 0 and Sk.
+        dense_tokens: token range of a joint sequence that stays exact (text), or None.
+        return_stats: also return `CallStats`.
+        **config_overrides: settings that replace those of config; `threshold` may also be a tensor, 0-d or `[Hq]`.
+
+    Returns:
+        output `[B, Hq, Sq, D]` in query's dtype, or `(output, CallStats)`.
+
+    Raises:
+        ValueError: shapes or settings that do not go together, or a named backend that cannot run here.
+        TypeError: an override that is no setting.
+
+    Example:
+        >>> query = key = value = torch.randn(1, 4, 4096, 64)
+        >>> output, stats = xattention(query, key, value, threshold=0.9, return_stats=True)
+        >>> output.shape, 0 < stats.density <= 1
+        (torch.Size([1, 4, 4096, 64]), True)
+    """
+    config, threshold = _settings(config, config_overrides)
+    check_query_key(query, key)
+    check_value(key, value)
+    batch, heads, q_len, head_dim = query.shape
+    kv_len, device = key.shape[2], query.device
+    kv_start, kv_lens = check_key_bounds(kv_start, kv_lens, batch, kv_len, device)
+    check_dense_tokens(dense_tokens, q_len, kv_len)
+    if isinstance(threshold, tuple):
+        threshold = torch.tensor(threshold, device=device)
+    check_threshold(threshold, heads)
+    masking = {"causal": causal, "kv_start": kv_start, "kv_lens": kv_lens}
+
+    reason = dense_reason(query, key, config, causal=causal, value=value)
+    geometry = {"block_size": config.block_size, **masking}
+    if reason is not None:
+        output = dense_attention(query, key, value, scale=scale, **masking)
+        if not return_stats:
+            return output
+        valid = valid_blocks(batch, q_len, kv_len, device=device, **geometry)
+        return output, CallStats(valid.sum() * heads, valid.sum() * heads, reason)
+
+    backend = resolve(config.backend, device, query.dtype)
+    factor = default_scale(scale, head_dim)
+    valid = valid_blocks(batch, q_len, kv_len, device=device, **geometry)
+    forced = forced_blocks(batch, q_len, kv_len, device=device, dense_tokens=dense_tokens, **geometry)
+    scores = backend.antidiagonal_scores(query, key, stride=config.stride, scale=factor, **geometry)
+    block_mask = select_valid(
+        scores,
+        valid,
+        forced,
+        threshold=threshold,
+        selection=config.selection,
+        top_k=config.top_k,
+        top_ratio=config.top_ratio,
+    )
+    output, _ = backend.block_sparse_forward(query, key, value, block_mask, scale=factor, **geometry)
+    if not return_stats:
+        return output
+    return output, CallStats(block_mask.sum(), valid.sum() * heads, None)
+
+
+def dense_reason(
+    query: Tensor, key: Tensor, config: XAttnConfig, *, causal: bool = False, value: Tensor | None = None
+) -> str | None:
+    """Why `xattention` would compute this call densely, or None.
+
+    `autograd`: an input requires grad (the kernels have no backward pass). `min_tokens`: the key length is below
+    `config.min_tokens`. `decode`: causal with fewer queries than a block. `no_backend`: `auto` on a device that
+    has neither Triton nor the CPU path.
+    """
+    inputs = (query, key) if value is None else (query, key, value)
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs):
+        return "autograd"
+    if key.shape[2] < config.min_tokens:
+        return "min_tokens"
+    if causal and query.shape[2] < config.block_size:
+        return "decode"
+    if config.backend == "auto" and auto_name(query.device, query.dtype) is None:
+        return "no_backend"
+    return None
+
+
+def dense_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    causal: bool = False,
+    scale: float | None = None,
+    kv_start: Tensor | None = None,
+    kv_lens: Tensor | None = None,
+) -> Tensor:
+    """PyTorch's dense attention with the masking rules of `xattention`.
+
+    Shapes are those of `xattention`. A query that sees no key gets 0. Builds a `[B, 1, Sq, Sk]` mask where the
+    range of valid keys or causal attention with `Sq != Sk` needs one.
+    """
+    gqa = query.shape[1] != key.shape[1]
+    q_len, kv_len = query.shape[2], key.shape[2]
+    if kv_start is None and kv_lens is None and (not causal or q_len == kv_len):
+        return scaled_dot_product_attention(query, key, value, is_causal=causal, scale=scale, enable_gqa=gqa)
+    first, end = query_key_range(q_len, kv_len, causal=causal, kv_start=kv_start, kv_lens=kv_lens, device=query.device)
+    position = torch.arange(kv_len, device=query.device)
+    visible = (position >= first[:, None, :, None]) & (position < end[:, None, :, None])
+    output = scaled_dot_product_attention(query, key, value, attn_mask=visible, scale=scale, enable_gqa=gqa)
+    return output.masked_fill((first >= end)[:, None, :, None], 0)
+
+
+def _settings(
+    config: XAttnConfig | None, overrides: dict[str, Any]
+) -> tuple[XAttnConfig, float | tuple[float, ...] | Tensor]:
+    """The configuration with its overrides, and the threshold apart, which may be a tensor."""
+    config = XAttnConfig() if config is None else config
+    threshold = overrides.pop("threshold", None)
+    if overrides:
+        known = {field.name for field in dataclasses.fields(XAttnConfig)}
+        unknown = sorted(set(overrides) - known)
+        if unknown:
+            raise TypeError(f"xattention() got settings it does not know: {', '.join(unknown)}")
+        config = config.replace(**overrides)
+    if threshold is None:
+        return config, config.threshold
+    if isinstance(threshold, Tensor):
+        return config, threshold
+    return config, config.replace(threshold=threshold).threshold

@@ -1,0 +1,95 @@
+"""Which implementation runs where. A backend is one pair of functions with the signatures of `reference.py`."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Callable
+from functools import cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..config import BACKENDS
+
+TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+class Backend(NamedTuple):
+    """The two device-specific stages of XAttention."""
+
+    name: str
+    antidiagonal_scores: Callable[..., Tensor]
+    block_sparse_forward: Callable[..., tuple[Tensor, Tensor]]
+
+
+def unavailable_reason(name: str, device: torch.device, dtype: torch.dtype = torch.float32) -> str | None:
+    """Why the named backend cannot run tensors of this device and dtype, or None if it can."""
+    if name == "reference":
+        return None
+    if name == "cpu":
+        return None if device.type == "cpu" else f"it runs on a CPU, not on {device.type}"
+    if name == "triton":
+        return _triton_unavailable_reason(device, dtype)
+    raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {name!r}")
+
+
+def _triton_unavailable_reason(device: torch.device, dtype: torch.dtype) -> str | None:
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if device.type != "cuda" and not (interpreted and device.type == "cpu"):
+        return f"it needs an NVIDIA or AMD GPU, not {device.type}"
+    if not _has_triton():
+        return "the package triton is not installed"
+    if dtype not in TRITON_DTYPES:
+        return f"it takes float32, float16 and bfloat16, not {dtype}"
+    if device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
+        return "it needs an NVIDIA GPU of compute capability 8.0 or newer"
+    return None
+
+
+@cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def auto_name(device: torch.device, dtype: torch.dtype) -> str | None:
+    """The backend that `auto` stands for, or None where there is only dense attention."""
+    name = {"cuda": "triton", "cpu": "cpu"}.get(device.type)
+    return name if name and unavailable_reason(name, device, dtype) is None else None
+
+
+def resolve(name: str, device: torch.device, dtype: torch.dtype) -> Backend:
+    """The backend of that name, loaded.
+
+    Raises:
+        ValueError: no such backend, or it cannot run these tensors; the message says why and what can.
+    """
+    if name == "auto":
+        chosen = auto_name(device, dtype)
+        if chosen is None:
+            raise ValueError(
+                f"no fast backend runs {dtype} on {device.type}; backend='reference' does, for short sequences"
+            )
+        return _load(chosen)
+    reason = unavailable_reason(name, device, dtype)
+    if reason is not None:
+        usable = [other for other in BACKENDS if other != "auto" and unavailable_reason(other, device, dtype) is None]
+        raise ValueError(f"backend {name!r} cannot run here: {reason}; usable: {', '.join(usable)}")
+    return _load(name)
+
+
+@cache
+def _load(name: str) -> Backend:
+    if name == "reference":
+        from .. import reference
+
+        return Backend(name, reference.antidiagonal_scores, reference.block_sparse_forward)
+    if name == "cpu":
+        from . import cpu
+
+        return Backend(name, cpu.antidiagonal_scores, cpu.block_sparse_forward)
+    from ..kernels.antidiagonal_scores import antidiagonal_scores
+    from ..kernels.block_sparse import block_sparse_forward
+
+    return Backend(name, antidiagonal_scores, block_sparse_forward)

@@ -1,0 +1,96 @@
+"""Stage two: which blocks are kept."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import reference
+from .blocks import forced_blocks, num_blocks, valid_blocks
+from .checks import check_dense_tokens, check_key_bounds, check_threshold
+from .config import check_geometry, check_selection
+
+
+def select_blocks(
+    scores: Tensor,
+    *,
+    threshold: float | Tensor = 0.9,
+    causal: bool = False,
+    block_size: int = 128,
+    q_len: int | None = None,
+    kv_len: int | None = None,
+    kv_start: Tensor | None = None,
+    kv_lens: Tensor | None = None,
+    dense_tokens: tuple[int, int] | None = None,
+    selection: str = "threshold",
+    top_k: int | None = None,
+    top_ratio: float | None = None,
+) -> Tensor:
+    """Keep the fewest blocks that hold a share `threshold` of each row's mass (the paper's section 2.2).
+
+    Blocks are taken in order of decreasing score, equal scores by lower index, after the forced ones: under
+    `causal` the first valid block and those that overlap the query block's own positions, and with
+    `dense_tokens` every valid block that touches the range on either side.
+
+    Args:
+        scores: `[B, Hq, Nq, Nk]`, as `score_blocks` gives them.
+        threshold: share tau in (0, 1], or a tensor `[Hq]` or 0-d of shares; 1 keeps every valid block.
+        causal: as given to `score_blocks`.
+        block_size: tokens a block.
+        q_len, kv_len: tokens; None is full blocks.
+        kv_start, kv_lens: integer `[B]`, the range of valid keys; None is 0 and kv_len.
+        dense_tokens: token range of a joint sequence that stays exact on both sides (text), or None.
+        selection: `threshold`; or `top_k` (the `top_k` best blocks a row) or `top_ratio` (a share `top_ratio`
+            of the row's valid blocks, rounded up), the rules of the paper's Table 8.
+        top_k, top_ratio: the number that goes with `selection`.
+
+    Returns:
+        bool `[B, Hq, Nq, Nk]`. Every row with a valid block keeps at least one.
+
+    Raises:
+        ValueError: sizes that do not fit the scores, or settings out of range.
+    """
+    if scores.ndim != 4:
+        raise ValueError(f"scores must be [batch, heads, query blocks, key blocks], got {tuple(scores.shape)}")
+    batch, heads, query_blocks, key_blocks = scores.shape
+    check_geometry(1, block_size)
+    q_len = query_blocks * block_size if q_len is None else q_len
+    kv_len = key_blocks * block_size if kv_len is None else kv_len
+    for name, length, blocks in (("q_len", q_len, query_blocks), ("kv_len", kv_len, key_blocks)):
+        if num_blocks(length, block_size) != blocks:
+            raise ValueError(f"{name} must fill {blocks} blocks of {block_size}, got {length}")
+    check_selection(selection, top_k, top_ratio)
+    check_threshold(threshold, heads)
+    check_dense_tokens(dense_tokens, q_len, kv_len)
+    kv_start, kv_lens = check_key_bounds(kv_start, kv_lens, batch, kv_len, scores.device)
+    geometry = {
+        "block_size": block_size,
+        "causal": causal,
+        "kv_start": kv_start,
+        "kv_lens": kv_lens,
+        "device": scores.device,
+    }
+    valid = valid_blocks(batch, q_len, kv_len, **geometry)
+    forced = forced_blocks(batch, q_len, kv_len, dense_tokens=dense_tokens, **geometry)
+    return select_valid(
+        scores, valid, forced, threshold=threshold, selection=selection, top_k=top_k, top_ratio=top_ratio
+    )
+
+
+def select_valid(
+    scores: Tensor,
+    valid: Tensor,
+    forced: Tensor,
+    *,
+    threshold: float | Tensor,
+    selection: str,
+    top_k: int | None,
+    top_ratio: float | None,
+) -> Tensor:
+    """`select_blocks` after the geometry is known: valid and forced are bool `[B, 1, Nq, Nk]`."""
+    if selection == "top_k":
+        return reference.select_top(scores, valid, forced, count=torch.tensor(top_k, device=scores.device))
+    if selection == "top_ratio":
+        count = (valid.sum(-1, keepdim=True) * top_ratio).ceil().to(torch.int64)
+        return reference.select_top(scores, valid, forced, count=count)
+    return reference.select(scores, valid, forced, threshold=threshold)
