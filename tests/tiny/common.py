@@ -22,8 +22,8 @@ class Family:
     """A tiny pipeline of one model family and what a right integration does with it.
 
     `call(pipe, **overrides)` runs the pipeline with fixed text and noise and gives the result as a tensor
-    `[items, ...]`. Every `call` takes `items` (a tuple of ints, default `(0,)`: which of the fixed prompts and
-    noises to run as one batch); anything else goes to the pipeline.
+    `[items, ...]`. Every `call` takes `items` (a tuple of ints, default `(0,)`: which of the fixed prompts
+    and noises to run as one batch); anything else goes to the pipeline.
     """
 
     name: str
