@@ -1,0 +1,366 @@
+"""Block-sparse attention forward (ALGORITHM.md section 3) over lists of kept key blocks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from ..blocks import mask_to_lists
+from .launch import (
+    LN2,
+    LOG2E,
+    LaunchConfig,
+    device_guard,
+    is_interpreted,
+    launch_config,
+    unit_inner_stride,
+)
+from .primitives import dot, finite_max, first_at_least, key_range, load_tile
+
+# the smallest tile that tl.dot takes
+MIN_BLOCK_SIZE = 16
+
+
+@triton.jit
+def _attend_kept_blocks(
+    q,
+    acc,
+    row_max,
+    row_sum,
+    k_ptr,
+    v_ptr,
+    list_ptr,
+    k_offsets,
+    v_offsets,
+    stride_ks,
+    stride_vs,
+    first,
+    split,
+    resume,
+    stop,
+    query_positions,
+    kv_start,
+    kv_stop,
+    qk_scale,
+    MASKED: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    INTERPRET: tl.constexpr,
+):
+    """Online softmax over the list entries [first, split) and [resume, stop); MASKED applies the token-level masks."""
+    SUB_TILES: tl.constexpr = BLOCK_SIZE // BLOCK_N
+    MASK_D: tl.constexpr = BLOCK_D != HEAD_DIM
+    tokens = tl.arange(0, BLOCK_N)
+    in_head = tl.arange(0, BLOCK_D) < HEAD_DIM
+    head_entries = split - first
+    for step in range(0, (head_entries + stop - resume) * SUB_TILES):
+        entry = step // SUB_TILES
+        entry = tl.where(entry < head_entries, first + entry, resume + entry - head_entries)
+        key_token = tl.load(list_ptr + entry) * BLOCK_SIZE + (step % SUB_TILES) * BLOCK_N
+        positions = key_token + tokens
+        valid = (positions >= kv_start) & (positions < kv_stop)
+        k_tile = k_ptr + key_token.to(tl.int64) * stride_ks + k_offsets
+        k = load_tile(k_tile, valid[None, :], in_head[:, None], MASKED, MASK_D)  # [BLOCK_D, BLOCK_N]
+        logits = dot(q, k, tl.zeros([q.shape[0], BLOCK_N], dtype=tl.float32), INTERPRET) * qk_scale
+        if MASKED:
+            visible = valid[None, :]
+            if CAUSAL:
+                visible = visible & (positions[None, :] <= query_positions[:, None])
+            logits = tl.where(visible, logits, -float("inf"))
+        new_max = tl.maximum(row_max, tl.max(logits, axis=1))
+        shift = new_max
+        if MASKED:
+            shift = finite_max(new_max)
+        probs = tl.exp2(logits - shift[:, None])  # [BLOCK_M, BLOCK_N]
+        correction = tl.exp2(row_max - shift)
+        row_sum = row_sum * correction + tl.sum(probs, axis=1)
+        acc = acc * correction[:, None]
+        v_tile = v_ptr + key_token.to(tl.int64) * stride_vs + v_offsets
+        v = load_tile(v_tile, valid[:, None], in_head[None, :], MASKED, MASK_D)  # [BLOCK_N, BLOCK_D]
+        if not INTERPRET:
+            probs = probs.to(v.dtype)
+        acc = dot(probs, v, acc, INTERPRET)
+        row_max = new_max
+    return acc, row_max, row_sum
+
+
+@triton.jit
+def _block_sparse_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    output_ptr,
+    lse_ptr,
+    indices_ptr,
+    counts_ptr,
+    kv_start_ptr,
+    kv_lens_ptr,
+    stride_qb,
+    stride_qh,
+    stride_qs,
+    stride_kb,
+    stride_kh,
+    stride_ks,
+    stride_vb,
+    stride_vh,
+    stride_vs,
+    stride_ob,
+    stride_oh,
+    stride_os,
+    Hq,
+    heads_per_kv,
+    Sq,
+    Sk,
+    Nq,
+    Nk,
+    qk_scale,
+    ln2,
+    CAUSAL: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    INTERPRET: tl.constexpr,
+):
+    MASK_D: tl.constexpr = BLOCK_D != HEAD_DIM
+    # causal rows at the end have the most keys: start them first
+    query_tile = tl.program_id(0)
+    if CAUSAL:
+        query_tile = tl.num_programs(0) - 1 - query_tile
+    batch = tl.program_id(1) // Hq
+    head = tl.program_id(1) % Hq
+    kv_head = head // heads_per_kv
+    kv_start, kv_stop, kv_length = key_range(kv_start_ptr, kv_lens_ptr, batch, Sk)
+    offset = kv_length - Sq
+    q_ptr += batch.to(tl.int64) * stride_qb + head.to(tl.int64) * stride_qh
+    k_ptr += batch.to(tl.int64) * stride_kb + kv_head.to(tl.int64) * stride_kh
+    v_ptr += batch.to(tl.int64) * stride_vb + kv_head.to(tl.int64) * stride_vh
+    output_ptr += batch.to(tl.int64) * stride_ob + head.to(tl.int64) * stride_oh
+
+    first_query = query_tile * BLOCK_M
+    row = tl.program_id(1).to(tl.int64) * Nq + first_query // BLOCK_SIZE
+    list_ptr = indices_ptr + row * Nk
+    count = tl.load(counts_ptr + row)
+
+    # blocks holding a visible key: [first_block, stop_block); of these [first_whole, stop_whole) need no mask
+    last_key = kv_stop
+    whole_key = kv_stop
+    if CAUSAL:
+        last_query = tl.minimum(first_query + BLOCK_M, Sq)
+        last_key = tl.minimum(last_key, tl.maximum(last_query + offset, 0))
+        whole_key = tl.minimum(whole_key, tl.maximum(first_query + 1 + offset, 0))
+    first_block = kv_start // BLOCK_SIZE
+    stop_block = tl.maximum((last_key + BLOCK_SIZE - 1) // BLOCK_SIZE, first_block)
+    first_whole = tl.minimum((kv_start + BLOCK_SIZE - 1) // BLOCK_SIZE, stop_block)
+    stop_whole = tl.maximum(whole_key // BLOCK_SIZE, first_whole)
+    first_entry = first_at_least(list_ptr, count, first_block)
+    first_whole_entry = first_at_least(list_ptr, count, first_whole)
+    stop_whole_entry = first_at_least(list_ptr, count, stop_whole)
+    stop_entry = first_at_least(list_ptr, count, stop_block)
+
+    queries = first_query + tl.arange(0, BLOCK_M)
+    columns = tl.arange(0, BLOCK_D)
+    tokens = tl.arange(0, BLOCK_N).to(tl.int64)
+    real_query = (queries < Sq)[:, None]
+    in_head = (columns < HEAD_DIM)[None, :]
+    q_tile = q_ptr + queries.to(tl.int64)[:, None] * stride_qs + columns[None, :]
+    q = load_tile(q_tile, real_query, in_head, True, MASK_D)  # [BLOCK_M, BLOCK_D]
+    k_offsets = tokens[None, :] * stride_ks + columns[:, None]
+    v_offsets = tokens[:, None] * stride_vs + columns[None, :]
+    acc = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
+    row_max = tl.full([BLOCK_M], -float("inf"), dtype=tl.float32)
+    row_sum = tl.zeros([BLOCK_M], dtype=tl.float32)
+    # whole blocks, then the few that the key range or the diagonal cuts, on both sides of them
+    for MASKED in tl.static_range(0, 2):
+        acc, row_max, row_sum = _attend_kept_blocks(
+            q,
+            acc,
+            row_max,
+            row_sum,
+            k_ptr,
+            v_ptr,
+            list_ptr,
+            k_offsets,
+            v_offsets,
+            stride_ks,
+            stride_vs,
+            first_entry if MASKED else first_whole_entry,
+            first_whole_entry if MASKED else stop_whole_entry,
+            stop_whole_entry,
+            stop_entry if MASKED else stop_whole_entry,
+            queries + offset,
+            kv_start,
+            kv_stop,
+            qk_scale,
+            MASKED,
+            CAUSAL,
+            BLOCK_SIZE,
+            BLOCK_N,
+            BLOCK_D,
+            HEAD_DIM,
+            INTERPRET,
+        )
+
+    sees_key = row_sum > 0.0
+    row_sum = tl.where(sees_key, row_sum, 1.0)
+    output = acc / row_sum[:, None]
+    output_tile = output_ptr + queries.to(tl.int64)[:, None] * stride_os + columns[None, :]
+    tl.store(output_tile, output.to(output_ptr.dtype.element_ty), mask=real_query & in_head)
+    lse = tl.where(sees_key, (row_max + tl.log2(row_sum)) * ln2, -float("inf"))
+    tl.store(lse_ptr + tl.program_id(1).to(tl.int64) * Sq + queries, lse, mask=queries < Sq)
+
+
+def block_sparse_arguments(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    output: torch.Tensor,
+    lse: torch.Tensor,
+    indices: torch.Tensor,
+    counts: torch.Tensor,
+    *,
+    block_size: int,
+    causal: bool,
+    scale: float,
+    kv_start: torch.Tensor | None,
+    kv_lens: torch.Tensor | None,
+    config: LaunchConfig | None = None,
+) -> tuple[tuple[int, int], dict[str, Any]]:
+    """Grid and keyword arguments of the kernel, launch options included; the tensors have a dense last dimension."""
+    batch, query_heads, q_len, head_dim = query.shape
+    config = config or launch_config("block_sparse", query.dtype, head_dim)
+    # a tile lies inside one block
+    block_m, block_n = min(config["BLOCK_M"], block_size), min(config["BLOCK_N"], block_size)
+    grid = (triton.cdiv(q_len, block_m), batch * query_heads)
+    strides = {
+        f"stride_{name}{axis}": tensor.stride(i)
+        for name, tensor in (("q", query), ("k", key), ("v", value), ("o", output))
+        for i, axis in enumerate("bhs")
+    }
+    arguments = {
+        "q_ptr": query,
+        "k_ptr": key,
+        "v_ptr": value,
+        "output_ptr": output,
+        "lse_ptr": lse,
+        "indices_ptr": indices,
+        "counts_ptr": counts,
+        "kv_start_ptr": kv_start,
+        "kv_lens_ptr": kv_lens,
+        **strides,
+        "Hq": query_heads,
+        "heads_per_kv": query_heads // key.shape[1],
+        "Sq": q_len,
+        "Sk": key.shape[2],
+        "Nq": indices.shape[2],
+        "Nk": indices.shape[3],
+        "qk_scale": scale * LOG2E,
+        "ln2": LN2,
+        "CAUSAL": causal,
+        "HEAD_DIM": head_dim,
+        "BLOCK_SIZE": block_size,
+        "BLOCK_M": block_m,
+        "BLOCK_N": block_n,
+        "BLOCK_D": max(triton.next_power_of_2(head_dim), MIN_BLOCK_SIZE),
+        "INTERPRET": is_interpreted(_block_sparse_kernel),
+        "num_warps": config["num_warps"],
+        "num_stages": config["num_stages"],
+    }
+    return grid, arguments
+
+
+def launch_block_sparse(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    output: torch.Tensor,
+    lse: torch.Tensor,
+    indices: torch.Tensor,
+    counts: torch.Tensor,
+    **options: Any,
+) -> None:
+    """Fill output [B, Hq, Sq, D] and lse float32 [B, Hq, Sq]; the options are those of block_sparse_arguments."""
+    if output.numel() == 0:
+        return
+    query, key, value = unit_inner_stride(query), unit_inner_stride(key), unit_inner_stride(value)
+    grid, arguments = block_sparse_arguments(query, key, value, output, lse, indices, counts, **options)
+    with device_guard(query):
+        _block_sparse_kernel[grid](**arguments)
+
+
+@torch.library.custom_op("xattn_video::triton_block_sparse", mutates_args=())
+def _block_sparse(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    indices: torch.Tensor,
+    counts: torch.Tensor,
+    block_size: int,
+    causal: bool,
+    scale: float,
+    kv_start: torch.Tensor | None,
+    kv_lens: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    output, lse = _empty_outputs(query)
+    launch_block_sparse(
+        query,
+        key,
+        value,
+        output,
+        lse,
+        indices,
+        counts,
+        block_size=block_size,
+        causal=causal,
+        scale=scale,
+        kv_start=kv_start,
+        kv_lens=kv_lens,
+    )
+    return output, lse
+
+
+@_block_sparse.register_fake
+def _(query, key, value, indices, counts, block_size, causal, scale, kv_start, kv_lens):  # type: ignore[no-untyped-def]
+    return _empty_outputs(query)
+
+
+def _empty_outputs(query: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    # the query's own layout: diffusers' [B, S, H, D] goes back out without a copy
+    output = torch.empty_like(unit_inner_stride(query))
+    return output, torch.empty(query.shape[:3], dtype=torch.float32, device=query.device)
+
+
+def block_sparse_forward(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    block_mask: torch.Tensor,
+    *,
+    block_size: int,
+    causal: bool,
+    scale: float,
+    kv_start: torch.Tensor | None,
+    kv_lens: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Exact softmax attention over the kept blocks (ALGORITHM.md section 3).
+
+    query [B, Hq, Sq, D], key and value [B, Hkv, Sk, D] in one of float32, float16, bfloat16; block_mask bool
+    [B, Hq, Nq, Nk]; kv_start, kv_lens None or int32 [B]. Returns the output [B, Hq, Sq, D] in the query's dtype and the
+    natural log-sum-exp float32 [B, Hq, Sq]; a query that sees no key gets 0 and -inf.
+    Raises ValueError for other dtypes, head_dim above 256 or block_size below 16.
+    """
+    launch_config("block_sparse", query.dtype, query.shape[3])
+    if block_size < MIN_BLOCK_SIZE:
+        raise ValueError(
+            f"block_size must be at least {MIN_BLOCK_SIZE} for the triton backend, got {block_size}; "
+            "use backend='reference'"
+        )
+    indices, counts = mask_to_lists(block_mask)
+    return _block_sparse(query, key, value, indices, counts, block_size, causal, scale, kv_start, kv_lens)

@@ -1,0 +1,61 @@
+"""Device functions shared by the kernels. Shape tags: # [BLOCK_M, BLOCK_N]."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def dot(a, b, acc, INTERPRET: tl.constexpr):
+    """acc + a @ b with float32 accumulation; float32 operands are multiplied in float32, not in TF32."""
+    # the interpreter multiplies the bit patterns of bf16, and NumPy's fp16 product is slow
+    if INTERPRET:
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision="ieee")
+
+
+@triton.jit
+def load_tile(pointers, row_mask, column_mask, MASK_ROWS: tl.constexpr, MASK_COLUMNS: tl.constexpr):
+    """Load a two-dimensional tile; masked elements read as zero. The masks broadcast against the pointers."""
+    if MASK_ROWS and MASK_COLUMNS:
+        tile = tl.load(pointers, mask=row_mask & column_mask, other=0.0)
+    elif MASK_ROWS:
+        tile = tl.load(pointers, mask=row_mask, other=0.0)
+    elif MASK_COLUMNS:
+        tile = tl.load(pointers, mask=column_mask, other=0.0)
+    else:
+        tile = tl.load(pointers)
+    return tile
+
+
+@triton.jit
+def key_range(kv_start_ptr, kv_lens_ptr, batch, Sk):
+    """The valid keys [start, stop) of a batch item, and its length as the causal offset counts it."""
+    start = 0
+    length = Sk
+    if kv_start_ptr is not None:
+        start = tl.load(kv_start_ptr + batch)
+    if kv_lens_ptr is not None:
+        length = tl.load(kv_lens_ptr + batch)
+    return start, tl.minimum(length, Sk), length
+
+
+@triton.jit
+def finite_max(row_max):
+    """Row maxima with -inf (a row that has seen no key yet) replaced by 0, so that exp2(x - max) is 0 and not NaN."""
+    return tl.where(row_max == -float("inf"), 0.0, row_max)
+
+
+@triton.jit
+def first_at_least(list_ptr, count, value):
+    """Position of the first entry of an ascending list that is >= value; count if there is none."""
+    low = count * 0
+    high = count
+    while low < high:
+        middle = (low + high) // 2
+        below = tl.load(list_ptr + middle) < value
+        low = tl.where(below, middle + 1, low)
+        high = tl.where(below, high, middle)
+    return low
