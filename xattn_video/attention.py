@@ -96,10 +96,10 @@ def xattention(
     if isinstance(threshold, tuple):
         threshold = torch.tensor(threshold, device=device)
     check_threshold(threshold, heads)
-    masking = {"causal": causal, "kv_start": kv_start, "kv_lens": kv_lens}
+    masking: dict[str, Any] = {"causal": causal, "kv_start": kv_start, "kv_lens": kv_lens}
 
     reason = dense_reason(query, key, config, causal=causal, value=value)
-    geometry = {"block_size": config.block_size, **masking}
+    geometry: dict[str, Any] = {"block_size": config.block_size, **masking}
     if reason is not None:
         output = dense_attention(query, key, value, scale=scale, **masking)
         if not return_stats:
@@ -117,7 +117,6 @@ def xattention(
         valid,
         forced,
         threshold=threshold,
-        selection=config.selection,
         top_k=config.top_k,
         top_ratio=config.top_ratio,
     )

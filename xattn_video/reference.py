@@ -6,6 +6,8 @@ Float64 inputs are computed in float64, all others in float32.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
@@ -22,7 +24,7 @@ def _token_masks(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """First and end of the keys that each query sees `[B or 1, Sq]`, and which keys are valid `[B or 1, Sk]`."""
     q_len, kv_len = query.shape[2], key.shape[2]
-    bounds = {"kv_start": kv_start, "kv_lens": kv_lens, "device": query.device}
+    bounds: dict[str, Any] = {"kv_start": kv_start, "kv_lens": kv_lens, "device": query.device}
     first, end = query_key_range(q_len, kv_len, causal=causal, **bounds)
     any_first, any_end = query_key_range(1, kv_len, causal=False, **bounds)
     position = torch.arange(kv_len, device=query.device)

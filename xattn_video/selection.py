@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -63,7 +65,7 @@ def select_blocks(
     check_threshold(threshold, heads)
     check_dense_tokens(dense_tokens, q_len, kv_len)
     kv_start, kv_lens = check_key_bounds(kv_start, kv_lens, batch, kv_len, scores.device)
-    geometry = {
+    geometry: dict[str, Any] = {
         "block_size": block_size,
         "causal": causal,
         "kv_start": kv_start,
@@ -72,9 +74,7 @@ def select_blocks(
     }
     valid = valid_blocks(batch, q_len, kv_len, **geometry)
     forced = forced_blocks(batch, q_len, kv_len, dense_tokens=dense_tokens, **geometry)
-    return select_valid(
-        scores, valid, forced, threshold=threshold, selection=selection, top_k=top_k, top_ratio=top_ratio
-    )
+    return select_valid(scores, valid, forced, threshold=threshold, top_k=top_k, top_ratio=top_ratio)
 
 
 def select_valid(
@@ -83,14 +83,13 @@ def select_valid(
     forced: Tensor,
     *,
     threshold: float | Tensor,
-    selection: str,
-    top_k: int | None,
-    top_ratio: float | None,
+    top_k: int | None = None,
+    top_ratio: float | None = None,
 ) -> Tensor:
     """`select_blocks` after the geometry is known: valid and forced are bool `[B, 1, Nq, Nk]`."""
-    if selection == "top_k":
+    if top_k is not None:
         return reference.select_top(scores, valid, forced, count=torch.tensor(top_k, device=scores.device))
-    if selection == "top_ratio":
+    if top_ratio is not None:
         count = (valid.sum(-1, keepdim=True) * top_ratio).ceil().to(torch.int64)
         return reference.select_top(scores, valid, forced, count=count)
     return reference.select(scores, valid, forced, threshold=threshold)

@@ -1,0 +1,110 @@
+"""Block geometry against token-level masks written out one query and key at a time."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from xattn_video.blocks import forced_blocks, lists_to_mask, mask_to_lists, num_blocks, valid_blocks
+
+CASES = [
+    # batch, q_len, kv_len, block, causal, kv_start, kv_lens
+    (1, 64, 64, 16, False, None, None),
+    (1, 61, 77, 16, False, None, None),
+    (1, 64, 64, 16, True, None, None),
+    (1, 61, 77, 16, True, None, None),
+    (1, 77, 61, 16, True, None, None),
+    (3, 40, 70, 16, True, [0, 5, 33], [70, 70, 70]),
+    (3, 40, 70, 16, True, None, [70, 41, 3]),
+    (3, 50, 50, 32, False, [0, 7, 20], [50, 50, 20]),
+    (2, 1, 33, 16, True, None, [33, 1]),
+]
+
+
+def token_visible(batch, q_len, kv_len, causal, kv_start, kv_lens):
+    visible = torch.zeros(batch, q_len, kv_len, dtype=torch.bool)
+    for b in range(batch):
+        start = kv_start[b] if kv_start else 0
+        stop = kv_lens[b] if kv_lens else kv_len
+        for i in range(q_len):
+            for j in range(start, stop):
+                visible[b, i, j] = not causal or j <= i + stop - q_len
+    return visible
+
+
+def as_tensor(values):
+    return None if values is None else torch.tensor(values, dtype=torch.int32)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_valid_blocks_hold_a_visible_pair(case):
+    batch, q_len, kv_len, block, causal, kv_start, kv_lens = case
+    visible = token_visible(batch, q_len, kv_len, causal, kv_start, kv_lens)
+    got = valid_blocks(
+        batch,
+        q_len,
+        kv_len,
+        block_size=block,
+        causal=causal,
+        kv_start=as_tensor(kv_start),
+        kv_lens=as_tensor(kv_lens),
+        device=torch.device("cpu"),
+    )
+    assert got.shape == (batch, 1, num_blocks(q_len, block), num_blocks(kv_len, block))
+    for b in range(batch):
+        for i in range(got.shape[2]):
+            for j in range(got.shape[3]):
+                pairs = visible[b, i * block : (i + 1) * block, j * block : (j + 1) * block]
+                assert got[b, 0, i, j] == pairs.any(), (b, i, j)
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case[4]])
+def test_causal_keeps_the_first_block_and_the_querys_own(case):
+    batch, q_len, kv_len, block, causal, kv_start, kv_lens = case
+    visible = token_visible(batch, q_len, kv_len, causal, kv_start, kv_lens)
+    forced = forced_blocks(
+        batch,
+        q_len,
+        kv_len,
+        block_size=block,
+        causal=True,
+        kv_start=as_tensor(kv_start),
+        kv_lens=as_tensor(kv_lens),
+        device=torch.device("cpu"),
+    )[:, 0]
+    for b in range(batch):
+        offset = (kv_lens[b] if kv_lens else kv_len) - q_len
+        for row in range(forced.shape[1]):
+            queries = range(row * block, min((row + 1) * block, q_len))
+            rows = visible[b, queries.start : queries.stop]
+            valid = {j for j in range(forced.shape[2]) if rows[:, j * block : (j + 1) * block].any()}
+            wanted = {min(valid)} if valid else set()
+            wanted |= {(i + offset) // block for i in queries if i + offset >= 0} & valid
+            assert set(forced[b, row].nonzero().flatten().tolist()) == wanted, (b, row)
+
+
+def test_an_unaligned_offset_forces_two_own_blocks():
+    forced = forced_blocks(1, 32, 72, block_size=32, causal=True, device=torch.device("cpu"))
+    assert forced[0, 0].tolist() == [[True, True, True]]
+    aligned = forced_blocks(1, 32, 96, block_size=32, causal=True, device=torch.device("cpu"))
+    assert aligned[0, 0].tolist() == [[True, False, True]]
+
+
+def test_text_rows_and_columns_are_dense():
+    forced = forced_blocks(1, 100, 100, block_size=16, dense_tokens=(70, 81), device=torch.device("cpu"))[0, 0]
+    touching = torch.tensor([False, False, False, False, True, True, False])
+    assert torch.equal(forced, touching[:, None] | touching[None, :])
+    empty = forced_blocks(1, 100, 100, block_size=16, dense_tokens=(70, 70), device=torch.device("cpu"))
+    assert not empty.any()
+
+
+@pytest.mark.parametrize("keep", [0.0, 0.3, 1.0])
+def test_kept_block_lists_hold_the_mask(keep):
+    mask = torch.rand(2, 3, 5, 17, generator=torch.Generator().manual_seed(0)) < keep
+    indices, counts = mask_to_lists(mask)
+    assert indices.dtype == counts.dtype == torch.int32
+    for b, h, row in torch.cartesian_prod(torch.arange(2), torch.arange(3), torch.arange(5)).tolist():
+        count = int(counts[b, h, row])
+        assert indices[b, h, row, :count].tolist() == mask[b, h, row].nonzero().flatten().tolist()
+        assert not indices[b, h, row, count:].any()
+    assert torch.equal(lists_to_mask(indices, counts), mask)

@@ -1,0 +1,89 @@
+"""XAttnConfig: bad settings are refused by name, good ones survive a round trip."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from xattn_video import XAttnConfig
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"stride": 0}, "stride must be a power of two, got 0"),
+        ({"stride": 12}, "stride must be a power of two, got 12"),
+        ({"block_size": 100}, "block_size must be a power of two, got 100"),
+        ({"stride": 256}, "stride must divide block_size"),
+        ({"threshold": 0.0}, r"threshold must be in \(0, 1\], got 0.0"),
+        ({"threshold": 1.5}, r"threshold must be in \(0, 1\], got 1.5"),
+        ({"threshold": float("nan")}, r"threshold must be in \(0, 1\], got nan"),
+        ({"threshold": (0.9, -1.0)}, "threshold"),
+        ({"threshold": ()}, "at least one"),
+        ({"warmup_steps": -1}, "warmup_steps must be 0 or more"),
+        ({"min_tokens": -1}, "min_tokens must be 0 or more"),
+        ({"selection": "best"}, "selection must be one of"),
+        ({"selection": "top_k"}, "top_k"),
+        ({"top_k": 3}, "top_k"),
+        ({"selection": "top_k", "top_k": 0}, "top_k must be 1 or more"),
+        ({"selection": "top_ratio", "top_ratio": 1.5}, "top_ratio must be in"),
+        ({"backend": "cuda"}, "backend must be one of"),
+    ],
+)
+def test_a_setting_out_of_range_is_refused_by_name(settings, words):
+    with pytest.raises(ValueError, match=words):
+        XAttnConfig(**settings)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"stride": 8.0}, {"stride": True}, {"threshold": "0.9"}, {"dense_layers": "blocks.0"}]
+)
+def test_a_setting_of_the_wrong_type_is_refused(settings):
+    with pytest.raises(TypeError, match=next(iter(settings))):
+        XAttnConfig(**settings)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        XAttnConfig(),
+        XAttnConfig(threshold=(0.8, 0.95), dense_layers=(0, "blocks.1.*"), warmup_steps=0),
+        XAttnConfig(selection="top_ratio", top_ratio=0.27, stride=16, block_size=64, backend="reference"),
+    ],
+)
+def test_settings_survive_json(config):
+    assert XAttnConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+def test_an_unknown_setting_in_a_file_is_refused():
+    with pytest.raises(ValueError, match="unknown settings treshold"):
+        XAttnConfig.from_dict({"treshold": 0.9})
+
+
+def test_labels_tell_configurations_apart():
+    assert XAttnConfig().label() == "xattn-s8-t0.90-w5"
+    assert XAttnConfig(stride=16, threshold=0.95, warmup_steps=0).label() == "xattn-s16-t0.95-w0"
+    others = [
+        XAttnConfig(threshold=0.905),
+        XAttnConfig(threshold=0.901),
+        XAttnConfig(block_size=64),
+        XAttnConfig(threshold=(0.9, 0.9)),
+        XAttnConfig(threshold=(0.8, 1.0)),
+        XAttnConfig(selection="top_k", top_k=8),
+        XAttnConfig(selection="top_ratio", top_ratio=0.27),
+        XAttnConfig(dense_layers=(0,)),
+        XAttnConfig(min_tokens=64),
+        XAttnConfig(backend="reference"),
+        XAttnConfig(),
+    ]
+    labels = [config.label() for config in others]
+    assert len(set(labels)) == len(labels)
+    assert not any(set(label) & set("/\\ :*") for label in labels)
+
+
+def test_presets_are_the_papers_settings():
+    assert XAttnConfig.preset("qwen2-vl").stride == 16
+    assert XAttnConfig.preset("hunyuan-video", threshold=0.95).threshold == 0.95
+    with pytest.raises(ValueError, match="preset must be one of"):
+        XAttnConfig.preset("sora")
