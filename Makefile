@@ -1,0 +1,50 @@
+# make demo | test | lint | bench: each sets up what it needs in .venv, from the exact pins in constraints.txt.
+
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.installed
+TEST_WORKERS ?= 2
+DEMO_OUT ?= demo-out
+# The first interpreter that is new enough; PYTHON=... overrides.
+PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11 python; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+
+.PHONY: help demo test test-gpu lint bench bench-static clean
+
+help:
+	@echo "make demo          generate dense and sparse videos with a small model and compare them"
+	@echo "make test          run the tests (no GPU needed)"
+	@echo "make test-gpu      run the tests that need a GPU"
+	@echo "make lint          ruff and mypy"
+	@echo "make bench         time sparse against dense attention on this machine"
+	@echo "make bench-static  compile every kernel for every GPU target and print what the compiler made"
+
+$(READY): pyproject.toml constraints.txt
+	@$(if $(PYTHON),$(PYTHON),false) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
+		{ echo "xattn-video needs Python 3.11 or newer; name one with: make PYTHON=/path/to/python3.11" >&2; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[test,lint]'
+	@touch $@
+
+demo: $(READY)
+	$(BIN)/xattn-video demo --out $(DEMO_OUT)
+
+test: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist worksteal
+
+test-gpu: $(READY)
+	$(BIN)/python -m pytest -m gpu
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(READY)
+	$(BIN)/xattn-video bench
+
+bench-static: $(READY)
+	$(BIN)/python -m eval.static_evidence
+
+clean:
+	rm -rf $(VENV) $(DEMO_OUT) .mypy_cache .pytest_cache .ruff_cache
