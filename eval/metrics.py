@@ -97,18 +97,16 @@ class Lpips:
         0.031
 
     Args:
-        device: where to compute; None takes a GPU if there is one.
+        device: where to compute.
         network: an `lpips.LPIPS` to use instead of loading one.
 
     Raises:
         LpipsUnavailable: the package or its weights cannot be loaded; the message says why.
     """
 
-    def __init__(self, device: str | torch.device | None = None, *, network: torch.nn.Module | None = None) -> None:
+    def __init__(self, device: str | torch.device = "cpu", *, network: torch.nn.Module | None = None) -> None:
         import torch
 
-        if device is None:
-            device = "cuda" if torch.cuda.is_available() else "cpu"
         self.device = torch.device(device)
         self._network = (network if network is not None else _load_lpips()).to(self.device).eval()
 

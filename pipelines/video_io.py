@@ -14,7 +14,7 @@ import os
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -58,9 +58,7 @@ def lossless_path(mp4_path: str | os.PathLike[str]) -> Path:
     return Path(mp4_path).with_suffix(".mkv")
 
 
-def write_video(
-    path: str | os.PathLike[str], frames: Frames, fps: float, *, lossless: bool = False
-) -> VideoInfo:
+def write_video(path: str | os.PathLike[str], frames: Frames, fps: float, *, lossless: bool = False) -> VideoInfo:
     """Write `frames` to `path`, whole or not at all.
 
     The file is written as `.<name>.partial.<suffix>` in the same folder and renamed at the end, so a file
@@ -117,7 +115,7 @@ def write_video(
     return info
 
 
-def iter_frames(path: str | os.PathLike[str]) -> Iterator[np.ndarray]:
+def iter_frames(path: str | os.PathLike[str]) -> Generator[np.ndarray, None, None]:
     """Decode `path` frame by frame: uint8 RGB arrays `[H, W, 3]`, each its own memory.
 
     Any format that ffmpeg reads will do. Sizes come from the decoded frames themselves. The end of the
@@ -191,8 +189,7 @@ def _check_frames(path: Path, frames: Any, *, lossless: bool) -> VideoInfo:
         raise VideoError(f"{path}: frames must have pixels, got {width} x {height}")
     if not lossless and (height % 2 or width % 2):
         raise VideoError(
-            f"{path}: H.264 takes even widths and heights, got {width} x {height}; "
-            "use an even size, or lossless=True"
+            f"{path}: H.264 takes even widths and heights, got {width} x {height}; use an even size, or lossless=True"
         )
     return VideoInfo(frames=count, height=height, width=width)
 

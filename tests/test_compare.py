@@ -1,0 +1,351 @@
+"""`compare`: the right videos meet, the numbers are the metrics', bad input is one line and writes nothing."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from eval.compare import add_arguments, compare, run
+from eval.metrics import Lpips, LpipsUnavailable, video_psnr, video_ssim
+from pipelines.errors import UserError
+from pipelines.manifest import append_record
+from pipelines.video_io import lossless_path, read_video, write_video
+
+OUTPUTS = {"metrics.csv", "metrics_frames.csv", "summary.json"}
+
+
+def clip(seed: int = 0, frames: int = 3, height: int = 36, width: int = 48) -> np.ndarray:
+    """A smooth moving picture, so that the mp4 is close to it but not equal."""
+    t, y, x = np.meshgrid(np.arange(frames), np.arange(height), np.arange(width), indexing="ij")
+    waves = [np.sin((x + y * (channel + 1) + 3 * t) / 9 + seed) for channel in range(3)]
+    return (127 + 100 * np.stack(waves, axis=-1)).astype(np.uint8)
+
+
+def noisy(video: np.ndarray, sigma: float = 8, seed: int = 1) -> np.ndarray:
+    noise = np.random.default_rng(seed).normal(0, sigma, video.shape)
+    return np.clip(video + noise, 0, 255).astype(np.uint8)
+
+
+def add(folder: Path, id: str, seed: int, video: np.ndarray, *, lossless: bool = True, **fields: Any) -> Path:
+    """One finished video, as generate leaves it."""
+    folder.mkdir(exist_ok=True)
+    path = folder / f"{id}-s{seed}.mp4"
+    write_video(path, video, 16)
+    if lossless:
+        write_video(lossless_path(path), video, 16, lossless=True)
+    record = {"id": id, "seed": seed, "file": path.name, "prompt": f"a {id}", "model": "tiny", "steps": 8}
+    append_record(folder, {**record, "seconds": 10.0, "mean_density": 1.0, **fields})
+    return path
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> tuple[Path, Path]:
+    dense, sparse = tmp_path / "dense", tmp_path / "xattn-s8-t0.90-w5"
+    for number, (id, seed) in enumerate([("cat", 0), ("cat", 1), ("dog", 0)]):
+        add(dense, id, seed, clip(number), config=None)
+    # Another order, so that pairing by line would show.
+    for number, (id, seed) in reversed(list(enumerate([("cat", 0), ("cat", 1), ("dog", 0)]))):
+        seconds, density = 4.0 + number, 0.5 + number / 10
+        config = {"stride": 8}
+        add(sparse, id, seed, noisy(clip(number), 4 + 8 * number), seconds=seconds, mean_density=density, config=config)
+    return dense, sparse
+
+
+def run_compare(*arguments: object) -> int:
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    return run(parser.parse_args([str(argument) for argument in arguments]))
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_values_are_the_metrics_of_the_right_pairs(runs: tuple[Path, Path]) -> None:
+    summary = compare(*runs, lpips=False, progress=False, workers=2)
+    assert [(row["id"], row["seed"]) for row in summary["videos"]] == [("cat", 0), ("cat", 1), ("dog", 0)]
+    for number, row in enumerate(summary["videos"]):
+        reference, test = clip(number), noisy(clip(number), 4 + 8 * number)
+        assert row["psnr"] == pytest.approx(video_psnr(reference, test), abs=1e-9)
+        assert row["ssim"] == pytest.approx(video_ssim(reference, test), abs=1e-9)
+        assert row["source"] == "lossless"
+        assert (row["frames"], row["height"], row["width"]) == (3, 36, 48)
+        assert row["speedup"] == pytest.approx(10 / (4 + number))
+        assert row["density"] == pytest.approx(0.5 + number / 10)
+    assert summary["psnr"] == pytest.approx(np.mean([row["psnr"] for row in summary["videos"]]))
+    assert summary["ssim"] == pytest.approx(np.mean([row["ssim"] for row in summary["videos"]]))
+    assert summary["density"] == pytest.approx(0.6)
+    # Of the whole set: the sums' ratio, not the mean of ratios.
+    assert summary["speedup"] == pytest.approx(30 / 15)
+    assert (summary["pairs"], summary["frames"]) == (3, 9)
+    assert summary["config"] == {"stride": 8}
+    assert summary["lpips"] is None
+    assert summary["lpips_unavailable"] == "switched off"
+
+
+def test_files_hold_a_row_a_video_and_a_row_a_frame(runs: tuple[Path, Path], tmp_path: Path) -> None:
+    before = set(os.listdir(runs[1]))
+    out = tmp_path / "new" / "folder"
+    summary = compare(*runs, out=out, lpips=False, progress=False)
+    assert set(os.listdir(out)) == OUTPUTS
+    assert set(os.listdir(runs[1])) == before
+    assert json.loads((out / "summary.json").read_text()) == summary
+    videos, frames = rows(out / "metrics.csv"), rows(out / "metrics_frames.csv")
+    assert [row["id"] for row in videos] == ["cat", "cat", "dog"]
+    assert videos[0]["lpips"] == ""
+    assert [(row["id"], row["seed"], row["frame"]) for row in frames[2:5]] == [
+        ("cat", "0", "2"),
+        ("cat", "1", "0"),
+        ("cat", "1", "1"),
+    ]
+    for video in videos:
+        own = [row for row in frames if (row["id"], row["seed"]) == (video["id"], video["seed"])]
+        assert float(video["psnr"]) == pytest.approx(np.mean([float(row["psnr"]) for row in own]))
+        assert float(video["ssim_worst_frame"]) == min(float(row["ssim"]) for row in own)
+
+
+def test_command_prints_table_notes_and_json(runs: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_compare(*runs, "--no-lpips", "--json") == 0
+    captured = capsys.readouterr()
+    lines = captured.out.splitlines()
+    summary = json.loads(lines[-1])
+    assert summary == json.loads((runs[1] / "summary.json").read_text())
+    assert lines[0].split() == [
+        "video",
+        "frames",
+        "dense",
+        "s",
+        "sparse",
+        "s",
+        "speed-up",
+        "density",
+        "PSNR",
+        "dB",
+        "SSIM",
+        "LPIPS",
+    ]
+    mean = next(line for line in lines if line.startswith("mean")).split()
+    assert mean[1:] == ["9", "10.0", "5.0", "2.00", "0.600", f"{summary['psnr']:.2f}", f"{summary['ssim']:.4f}", "-"]
+    assert "decoded: lossless copies (FFV1) of 3 pairs" in lines
+    assert "LPIPS: unavailable (switched off)" in lines
+    assert "compare" in captured.err
+
+
+def test_identical_videos(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    add(tmp_path / "a", "cat", 0, clip())
+    add(tmp_path / "b", "cat", 0, clip())
+    run_compare(tmp_path / "a", tmp_path / "b", "--no-lpips", "--json")
+    out = capsys.readouterr().out
+    summary = json.loads(out.splitlines()[-1])
+    assert summary["psnr"] == 100
+    assert summary["ssim"] == pytest.approx(1)
+    assert summary["identical_frames"] == 3
+    assert "identical frames: 3, each counted with 100 dB" in out
+    assert rows(tmp_path / "b" / "metrics_frames.csv")[0]["psnr"] == "inf"
+
+
+@pytest.mark.parametrize("with_copy", [(False, False), (True, False), (False, True)])
+def test_mp4_on_both_sides_unless_both_have_a_copy(
+    tmp_path: Path, with_copy: tuple[bool, bool], capsys: pytest.CaptureFixture[str]
+) -> None:
+    dense = add(tmp_path / "a", "cat", 0, clip(), lossless=with_copy[0])
+    sparse = add(tmp_path / "b", "cat", 0, noisy(clip()), lossless=with_copy[1])
+    assert run_compare(tmp_path / "a", tmp_path / "b", "--no-lpips") == 0
+    summary = json.loads((tmp_path / "b" / "summary.json").read_text())
+    assert summary["source"] == {"lossless": 0, "mp4": 1}
+    assert summary["psnr"] == pytest.approx(video_psnr(read_video(dense), read_video(sparse)))
+    assert summary["psnr"] != pytest.approx(video_psnr(clip(), noisy(clip())), abs=1e-3)
+    out = capsys.readouterr().out
+    assert "decoded: mp4 (H.264) of 1 pairs" in out
+    assert ("lossless copy on one side only" in out) == any(with_copy)
+
+
+def test_lpips_where_its_weights_load(runs: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    class Distance(Lpips):
+        """LPIPS's call with a network that needs no weights: the mean absolute difference."""
+
+        def __init__(self, device: Any) -> None:
+            import torch
+
+            class Network(torch.nn.Module):
+                def forward(self, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+                    return (first - second).abs().mean()
+
+            super().__init__(device, network=Network())
+
+    monkeypatch.setattr("eval.compare.Lpips", Distance)
+    summary = compare(*runs, progress=False, device="cpu")
+    expected = np.abs(clip(0).astype(float) - noisy(clip(0), 4)).mean() / 127.5
+    assert summary["videos"][0]["lpips"] == pytest.approx(expected, rel=1e-5)
+    assert summary["lpips"] == pytest.approx(np.mean([row["lpips"] for row in summary["videos"]]))
+    assert summary["lpips_unavailable"] is None
+    assert float(rows(runs[1] / "metrics.csv")[0]["lpips"]) == summary["videos"][0]["lpips"]
+
+
+def test_lpips_without_weights_says_unavailable_and_why(
+    runs: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def no_weights() -> None:
+        raise LpipsUnavailable("AlexNet's weights are not here")
+
+    monkeypatch.setattr("eval.metrics._load_lpips", no_weights)
+    assert run_compare(*runs, "--device", "cpu") == 0
+    assert "LPIPS: unavailable (AlexNet's weights are not here)" in capsys.readouterr().out
+    assert json.loads((runs[1] / "summary.json").read_text())["lpips_unavailable"] == "AlexNet's weights are not here"
+
+
+def test_missing_partners_are_named_or_skipped_when_asked(
+    runs: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    add(runs[0], "owl", 7, clip())
+    add(runs[1], "fox", 2, clip())
+    with pytest.raises(UserError, match=r"without a partner: only in .*dense: owl-s7; only in .*w5: fox-s2 "):
+        run_compare(*runs, "--no-lpips")
+    assert not OUTPUTS & set(os.listdir(runs[1]))
+    assert run_compare(*runs, "--no-lpips", "--allow-unmatched") == 0
+    assert "without a partner (dense only), left out: owl-s7" in capsys.readouterr().out
+    summary = json.loads((runs[1] / "summary.json").read_text())
+    assert summary["unmatched"] == {"dense_only": ["owl-s7"], "sparse_only": ["fox-s2"]}
+    assert summary["pairs"] == 3
+
+
+def test_nothing_in_common(tmp_path: Path) -> None:
+    add(tmp_path / "a", "cat", 0, clip())
+    add(tmp_path / "b", "cat", 1, clip())
+    for allow in (False, True):
+        with pytest.raises(UserError, match=r"no video \(id, seed\) in common"):
+            compare(tmp_path / "a", tmp_path / "b", allow_unmatched=allow, lpips=False, progress=False)
+
+
+def truncate(dense: Path, sparse: Path) -> None:
+    lossless_path(sparse).unlink()
+    sparse.write_bytes(sparse.read_bytes()[: sparse.stat().st_size // 2])
+
+
+def truncate_copy(dense: Path, sparse: Path) -> None:
+    copy = lossless_path(dense)
+    copy.write_bytes(copy.read_bytes()[: copy.stat().st_size // 2])
+
+
+def empty(dense: Path, sparse: Path) -> None:
+    lossless_path(sparse).write_bytes(b"")
+
+
+def other_size(dense: Path, sparse: Path) -> None:
+    write_video(lossless_path(sparse), clip(height=38), 16, lossless=True)
+
+
+def fewer_frames(dense: Path, sparse: Path) -> None:
+    write_video(lossless_path(sparse), clip(frames=1), 16, lossless=True)
+
+
+def more_frames(dense: Path, sparse: Path) -> None:
+    write_video(lossless_path(sparse), clip(frames=8), 16, lossless=True)
+
+
+def too_small(dense: Path, sparse: Path) -> None:
+    for path in (dense, sparse):
+        write_video(lossless_path(path), clip(height=10), 16, lossless=True)
+
+
+def missing_file(dense: Path, sparse: Path) -> None:
+    lossless_path(sparse).unlink()
+    sparse.unlink()
+
+
+def missing_manifest(dense: Path, sparse: Path) -> None:
+    (sparse.parent / "manifest.jsonl").unlink()
+
+
+def empty_manifest(dense: Path, sparse: Path) -> None:
+    (sparse.parent / "manifest.jsonl").write_text("")
+
+
+def broken_manifest(dense: Path, sparse: Path) -> None:
+    with (sparse.parent / "manifest.jsonl").open("a") as file:
+        file.write("{broken\n")
+
+
+def missing_folder(dense: Path, sparse: Path) -> None:
+    shutil.rmtree(dense.parent)
+
+
+def other_prompt(dense: Path, sparse: Path) -> None:
+    add(sparse.parent, "cat", 0, clip(), prompt="another cat")
+
+
+def other_steps(dense: Path, sparse: Path) -> None:
+    add(sparse.parent, "cat", 0, clip(), steps=50)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (truncate, r"cat-s0\.mp4: damaged or not a video: moov atom not found"),
+        (truncate_copy, r"cat-s0\.mkv: damaged or not a video"),
+        (empty, r"cat-s0\.mkv: the video file is empty"),
+        (other_size, r"cat-s0: different sizes: 48 x 36 in .*a/cat-s0\.mkv, 48 x 38 in .*b/cat-s0\.mkv"),
+        (fewer_frames, r"cat-s0: different frame counts: 3 in .*a/cat-s0\.mkv, 1 in .*b/cat-s0\.mkv"),
+        (more_frames, r"cat-s0: different frame counts: 3 in .*a/cat-s0\.mkv, 8 in .*b/cat-s0\.mkv"),
+        (too_small, r"cat-s0: SSIM needs frames of at least 11 x 11, got 48 x 10"),
+        (missing_file, r"b/cat-s0\.mp4: listed in the manifest, but missing"),
+        (missing_manifest, r"b: no manifest\.jsonl in it"),
+        (empty_manifest, r"b/manifest\.jsonl: no finished video in it"),
+        (broken_manifest, r"b/manifest\.jsonl:2: not a manifest line"),
+        (missing_folder, r"a: no such folder"),
+        (other_prompt, r"cat-s0: the two sides differ in prompt: 'a cat' in .*a, 'another cat' in .*b"),
+        (other_steps, r"cat-s0: the two sides differ in steps: 8 in .*a, 50 in .*b"),
+    ],
+)
+def test_bad_input_is_one_line_and_writes_nothing(
+    tmp_path: Path, spoil: Callable[[Path, Path], None], message: str
+) -> None:
+    dense, sparse = add(tmp_path / "a", "cat", 0, clip()), add(tmp_path / "b", "cat", 0, noisy(clip()))
+    spoil(dense, sparse)
+    before = sorted(os.listdir(tmp_path / "b"))
+    with pytest.raises(UserError, match=message) as caught:
+        run_compare(tmp_path / "a", tmp_path / "b", "--no-lpips")
+    assert "\n" not in str(caught.value)
+    assert sorted(os.listdir(tmp_path / "b")) == before
+
+
+def test_an_error_keeps_the_results_of_the_last_run(runs: tuple[Path, Path]) -> None:
+    compare(*runs, lpips=False, progress=False)
+    before = {name: (runs[1] / name).read_bytes() for name in OUTPUTS}
+    # The last pair fails, after the others were measured.
+    lossless_path(runs[1] / "dog-s0.mp4").write_bytes(b"not a video")
+    with pytest.raises(UserError):
+        compare(*runs, lpips=False, progress=False)
+    assert {name: (runs[1] / name).read_bytes() for name in OUTPUTS} == before
+
+
+def test_output_that_cannot_be_written_fails_before_decoding(runs: tuple[Path, Path], tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    truncate_copy(runs[0] / "cat-s0.mp4", runs[1] / "cat-s0.mp4")
+    with pytest.raises(UserError, match=r"file/out: cannot write here: Not a directory"):
+        run_compare(*runs, "--no-lpips", "--out", tmp_path / "file" / "out")
+
+
+def test_bad_options(runs: tuple[Path, Path]) -> None:
+    with pytest.raises(UserError, match="--workers must be at least 1, got 0"):
+        run_compare(*runs, "--workers", 0)
+    with pytest.raises(UserError, match="--device must be"):
+        run_compare(*runs, "--device", "nonsense")
+    assert not OUTPUTS & set(os.listdir(runs[1]))
+
+
+def test_timings_and_density_may_be_unknown(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        add(tmp_path / name, "cat", 0, clip(), seconds=None, mean_density=None)
+    summary = compare(tmp_path / "a", tmp_path / "b", lpips=False, progress=False)
+    assert summary["speedup"] is summary["density"] is summary["dense_seconds"] is None
