@@ -1,1 +1,1 @@
-"""Triton kernels: antidiagonal scores, block selection, block-sparse attention. The only package that imports triton."""
+"""Triton kernels for scores, selection and attention. The only package that imports triton."""

@@ -1,7 +1,7 @@
 """Antidiagonal block scores (ALGORITHM.md section 1) without the [Sq/S, Sk/S] matrix in memory.
 
 Every program owns a tile of query groups and walks over the visible key groups twice: the first walk finds each row's
-maximum and sum, the second adds the normalised probabilities up into blocks. Twice the GEMM, no memory beyond the scores.
+maximum and sum, the second adds the normalised probabilities up into blocks. Twice the GEMM, no memory but the scores.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import triton.language as tl
 
 from ..blocks import num_blocks
 from .launch import (
+    COMPILE_OPTIONS,
     LOG2E,
     LaunchConfig,
     device_guard,
@@ -194,7 +195,7 @@ def _antidiagonal_scores_kernel(
 
     # the blocks that no query of the tile sees; a skipped tile keeps its index, so [0, first) and [stop, end)
     skipped = first_tile + tl.maximum((Nk + C_BLOCKS - 1) // C_BLOCKS - stop_tile, 0)
-    for count in range(0, skipped):
+    for count in range(skipped):
         tile = tl.where(count < first_tile, count, count - first_tile + stop_tile)
         blocks = tile * C_BLOCKS + columns
         zeros = tl.zeros([R_BLOCKS, C_BLOCKS], dtype=tl.float32)
@@ -250,6 +251,7 @@ def scores_arguments(
         "INTERPRET": is_interpreted(_antidiagonal_scores_kernel),
         "num_warps": config["num_warps"],
         "num_stages": config["num_stages"],
+        **COMPILE_OPTIONS,
     }
     return grid, arguments
 

@@ -10,6 +10,7 @@ import triton.language as tl
 
 from ..blocks import mask_to_lists
 from .launch import (
+    COMPILE_OPTIONS,
     LN2,
     LOG2E,
     LaunchConfig,
@@ -59,7 +60,7 @@ def _attend_kept_blocks(
     tokens = tl.arange(0, BLOCK_N)
     in_head = tl.arange(0, BLOCK_D) < HEAD_DIM
     head_entries = split - first
-    for step in range(0, (head_entries + stop - resume) * SUB_TILES):
+    for step in range((head_entries + stop - resume) * SUB_TILES):
         entry = step // SUB_TILES
         entry = tl.where(entry < head_entries, first + entry, resume + entry - head_entries)
         key_token = tl.load(list_ptr + entry) * BLOCK_SIZE + (step % SUB_TILES) * BLOCK_N
@@ -178,7 +179,7 @@ def _block_sparse_kernel(
     row_max = tl.full([BLOCK_M], -float("inf"), dtype=tl.float32)
     row_sum = tl.zeros([BLOCK_M], dtype=tl.float32)
     # whole blocks, then the few that the key range or the diagonal cuts, on both sides of them
-    for MASKED in tl.static_range(0, 2):
+    for MASKED in tl.static_range(2):
         acc, row_max, row_sum = _attend_kept_blocks(
             q,
             acc,
@@ -272,6 +273,7 @@ def block_sparse_arguments(
         "INTERPRET": is_interpreted(_block_sparse_kernel),
         "num_warps": config["num_warps"],
         "num_stages": config["num_stages"],
+        **COMPILE_OPTIONS,
     }
     return grid, arguments
 

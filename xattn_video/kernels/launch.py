@@ -18,6 +18,9 @@ LaunchConfig = Mapping[str, int]
 LN2 = 0.6931471805599453
 LOG2E = 1.4426950408889634
 
+# said aloud because Triton's default changes between versions; the softmax leans on fused multiply-adds
+COMPILE_OPTIONS = {"enable_fp_fusion": True}
+
 SUPPORTED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MAX_HEAD_DIM = 256
 

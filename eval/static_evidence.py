@@ -1,0 +1,310 @@
+"""What the Triton kernels compile to, without a GPU: `python -m eval.static_evidence`.
+
+Every kernel is compiled ahead of time with the specialisation that the JIT would give it (the launcher's own arguments
+on tensors of real size that hold no memory), and the machine code is read: registers, stack, shared and tensor memory,
+matrix instructions, local loads inside the loops that hold them. One line a kernel; the last line of stdout is JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import itertools
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, CompiledKernel, make_backend
+from triton.runtime.jit import JITFunction, create_function_from_signature
+
+from xattn_video.blocks import num_blocks
+from xattn_video.kernels import antidiagonal_scores, block_sparse
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_86": GPUTarget("cuda", 86, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "sm_120": GPUTarget("cuda", 120, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+# shared memory a block may use, KiB
+SHARED_LIMIT = {"sm_80": 163, "sm_86": 99, "sm_90": 227, "sm_100": 227, "sm_120": 99, "gfx942": 64}
+MATRIX_INSTRUCTION = {
+    "sm_80": r"\bHMMA\b",
+    "sm_86": r"\bHMMA\b",
+    "sm_90": r"\bHGMMA\b",
+    "sm_100": r"\bUTC\w*MMA\b",
+    "sm_120": r"\bHMMA\b",
+    "gfx942": r"\bv_mfma_",
+}
+TENSOR_MEMORY_COLUMNS = 512
+LOCAL_LOAD = {"cuda": r"\bLDL\b", "hip": r"\bscratch_load"}
+CONFIG_NAMES = ("BLOCK_R", "BLOCK_C", "BLOCK_K", "BLOCK_M", "BLOCK_N", "num_warps", "num_stages")
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+# HunyuanVideo, 720p, 129 frames: video and text tokens, heads
+TOKENS, HEADS = 118_800 + 256, 24
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One specialisation of one kernel: `kernel` is "antidiagonal_scores" or "block_sparse"."""
+
+    kernel: str
+    dtype: str
+    head_dim: int
+    causal: bool = False
+    block_size: int = 128
+    stride: int = 8
+
+    def kernel_and_arguments(self) -> tuple[JITFunction, dict[str, Any]]:
+        """The kernel and what its launcher would pass for one large video."""
+        dtype = DTYPES[self.dtype]
+        query = _meta(1, TOKENS, HEADS, self.head_dim, dtype=dtype).transpose(1, 2)
+        blocks = num_blocks(TOKENS, self.block_size)
+        options: dict[str, Any] = {
+            "block_size": self.block_size,
+            "causal": self.causal,
+            "scale": self.head_dim**-0.5,
+            "kv_start": _meta(1, dtype=torch.int32) if self.causal else None,
+            "kv_lens": _meta(1, dtype=torch.int32),
+        }
+        if self.kernel == "antidiagonal_scores":
+            scores = _meta(1, HEADS, blocks, blocks, dtype=torch.float32)
+            _, arguments = antidiagonal_scores.scores_arguments(query, query, scores, stride=self.stride, **options)
+            return antidiagonal_scores._antidiagonal_scores_kernel, arguments
+        lse = _meta(1, HEADS, TOKENS, dtype=torch.float32)
+        indices = _meta(1, HEADS, blocks, blocks, dtype=torch.int32)
+        counts = _meta(1, HEADS, blocks, dtype=torch.int32)
+        _, arguments = block_sparse.block_sparse_arguments(query, query, query, query, lse, indices, counts, **options)
+        return block_sparse._block_sparse_kernel, arguments
+
+
+def _meta(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+@dataclasses.dataclass(frozen=True)
+class Evidence:
+    """What one compiled kernel shows; registers and stack are those of one thread, memory is in bytes."""
+
+    target: str
+    case: Case
+    config: dict[str, int]
+    registers: int
+    stack: int
+    spills: int
+    shared: int
+    tensor_memory_columns: int
+    matrix_instructions: int
+    async_copies: int
+    local_loads_in_loop: int
+    compile_seconds: float
+
+    def complaints(self) -> list[str]:
+        """Why the configuration is not acceptable (DESIGN.md, Kernels); empty if it is."""
+        found = []
+        limit = SHARED_LIMIT[self.target] * 1024
+        if self.shared > limit:
+            found.append(f"shared memory {self.shared} B is above {limit} B")
+        if self.tensor_memory_columns > TENSOR_MEMORY_COLUMNS:
+            found.append(f"tensor memory needs {self.tensor_memory_columns} of {TENSOR_MEMORY_COLUMNS} columns")
+        # float32 is multiplied exactly, which NVIDIA's matrix units cannot do
+        if self.matrix_instructions == 0 and self.case.dtype != "fp32":
+            found.append(f"no matrix instruction {MATRIX_INSTRUCTION[self.target]}")
+        if self.local_loads_in_loop and self.case.dtype != "fp32" and self.case.head_dim in (64, 128):
+            found.append(f"{self.local_loads_in_loop} local loads in the inner loop")
+        return found
+
+    def row(self) -> dict[str, Any]:
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {**fields.pop("case").__dict__, **fields, "complaints": self.complaints()}
+
+
+def compile_like_jit(kernel: JITFunction, arguments: dict[str, Any], target: GPUTarget) -> CompiledKernel:
+    """Compile ahead of time with exactly the argument specialisation that a launch would give.
+
+    Divisibility by 16 and unit integers come from the JIT's own binder: without them the same kernel shows spills that
+    no launch has.
+    """
+    backend = make_backend(target)
+    bound, specialization, options = create_function_from_signature(kernel.signature, kernel.params, backend)(
+        **arguments
+    )
+    packed = kernel._pack_args(backend, options, bound, specialization, options)
+    parsed, signature, constexprs, attributes = packed
+    source = ASTSource(kernel, signature, constexprs, attributes)
+    return triton.compile(source, target=target, options=dict(parsed.__dict__))
+
+
+def gather(case: Case, target: str) -> Evidence:
+    """Compile one case for one target and read the machine code."""
+    kernel, arguments = case.kernel_and_arguments()
+    started = time.process_time()
+    compiled = compile_like_jit(kernel, arguments, TARGETS[target])
+    seconds = time.process_time() - started
+    read = _read_amd if TARGETS[target].backend == "hip" else _read_nvidia
+    config = {name: value for name, value in arguments.items() if name in CONFIG_NAMES}
+    return Evidence(
+        target=target,
+        case=case,
+        config=config,
+        shared=compiled.metadata.shared,
+        tensor_memory_columns=getattr(compiled.metadata, "tmem_size", None) or 0,
+        compile_seconds=round(seconds, 2),
+        **read(compiled, target),
+    )
+
+
+def _read_nvidia(compiled: CompiledKernel, target: str) -> dict[str, int]:
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder, "kernel.cubin")
+        cubin.write_bytes(compiled.asm["cubin"])
+        usage = _cuobjdump("-res-usage", cubin)
+        sass = _cuobjdump("-sass", cubin)
+    resources = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
+    code = [
+        (int(address, 16), text)
+        for address, text in re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+([^;]+);", sass, flags=re.MULTILINE)
+    ]
+    backward = [
+        (int(branch.group(1), 16), address)
+        for address, text in code
+        if (branch := re.search(r"\bBRA\b.*?(0x[0-9a-f]+)", text)) and int(branch.group(1), 16) < address
+    ]
+    return {
+        "registers": resources["REG"],
+        "stack": resources["STACK"] + resources["LOCAL"],
+        "spills": len(re.findall(r"\bSTL\b", sass)),
+        "async_copies": len(re.findall(r"\bLDGSTS\b", sass)),
+        **_matrix_loops(code, backward, target),
+    }
+
+
+def _read_amd(compiled: CompiledKernel, target: str) -> dict[str, int]:
+    assembly = compiled.asm["amdgcn"]
+    code = list(enumerate(assembly.splitlines()))
+    labels = {match.group(1): line for line, text in code if (match := re.match(r"(\.?\w+):", text))}
+    backward = [
+        (labels[branch.group(1)], line)
+        for line, text in code
+        if (branch := re.search(r"\bs_c?branch\w*\s+(\.?\w+)", text)) and labels.get(branch.group(1), line) < line
+    ]
+    counts = {name: int(value) for name, value in re.findall(r"\.(\w+):\s+(\d+)\s*$", assembly, flags=re.MULTILINE)}
+    return {
+        "registers": counts["vgpr_count"],
+        "stack": counts["private_segment_fixed_size"],
+        "spills": counts["vgpr_spill_count"] + counts["sgpr_spill_count"],
+        "async_copies": 0,
+        **_matrix_loops(code, backward, target),
+    }
+
+
+def _matrix_loops(code: list[tuple[int, str]], backward: list[tuple[int, int]], target: str) -> dict[str, int]:
+    """Matrix instructions in all, and local loads inside any loop that holds one."""
+    matrix = [address for address, text in code if re.search(MATRIX_INSTRUCTION[target], text)]
+    local = [address for address, text in code if re.search(LOCAL_LOAD[TARGETS[target].backend], text)]
+    loops = [(low, high) for low, high in backward if any(low <= address <= high for address in matrix)]
+    return {
+        "matrix_instructions": len(matrix),
+        "local_loads_in_loop": sum(any(low <= address <= high for low, high in loops) for address in local),
+    }
+
+
+def _cuobjdump(option: str, cubin: Path) -> str:
+    command = [triton.knobs.nvidia.cuobjdump.path, option, str(cubin)]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def default_cases() -> Iterator[Case]:
+    """Every entry of launch_configs/default.json at least once: what the tests compile."""
+    for head_dim in (64, 128):
+        yield Case("antidiagonal_scores", "bf16", head_dim)
+    yield Case("antidiagonal_scores", "fp32", 128)
+    for head_dim, dtype in itertools.product((64, 128, 256), ("bf16", "fp32")):
+        yield Case("block_sparse", dtype, head_dim)
+    yield Case("block_sparse", "fp16", 128, causal=True)
+
+
+def all_cases() -> Iterator[Case]:
+    """The defaults over dtypes, head dimensions, strides, block sizes and both maskings."""
+    head_dims = (40, 64, 96, 128, 256)
+    for dtype, head_dim, causal in itertools.product(DTYPES, head_dims, (False, True)):
+        yield Case("antidiagonal_scores", dtype, head_dim, causal)
+        yield Case("block_sparse", dtype, head_dim, causal)
+    for stride, block_size in ((4, 128), (16, 128), (32, 128), (4, 64), (16, 64)):
+        yield Case("antidiagonal_scores", "bf16", 128, block_size=block_size, stride=stride)
+    for head_dim in (64, 128):
+        yield Case("block_sparse", "bf16", head_dim, block_size=64)
+
+
+HEADER = (
+    f"{'target':7} {'kernel':20} {'type':4} {'D':>3} {'causal':6} {'P':>3} {'S':>2} {'tiles':>14} {'warps':>5}"
+    f" {'stg':>3} {'regs':>4} {'stack':>5} {'spill':>5} {'shared':>6} {'tmem':>4} {'mma':>4} {'LDL':>3} {'s':>4}"
+)
+
+
+def format_row(evidence: Evidence) -> str:
+    """One line of the table under HEADER."""
+    case = evidence.case
+    tiles = "x".join(str(value) for name, value in evidence.config.items() if name.startswith("BLOCK_"))
+    return (
+        f"{evidence.target:7} {case.kernel:20} {case.dtype:4} {case.head_dim:3} {case.causal!s:6} {case.block_size:3} "
+        f"{case.stride:2} {tiles:>14} {evidence.config['num_warps']:5} {evidence.config['num_stages']:3} "
+        f"{evidence.registers:4} {evidence.stack:5} {evidence.spills:5} {evidence.shared:6} "
+        f"{evidence.tensor_memory_columns:4} {evidence.matrix_instructions:4} {evidence.local_loads_in_loop:3} "
+        f"{evidence.compile_seconds:4.1f}  {'; '.join(evidence.complaints())}"
+    )
+
+
+def run(cases: Iterable[Case], targets: Iterable[str]) -> list[Evidence]:
+    """Compile every case for every target, printing a line for each."""
+    print(HEADER)
+    gathered = []
+    for case, target in itertools.product(cases, targets):
+        evidence = gather(case, target)
+        print(format_row(evidence), flush=True)
+        gathered.append(evidence)
+    return gathered
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m eval.static_evidence",
+        description="Compile the Triton kernels for GPUs that are not here and read what they became.",
+        epilog="example: python -m eval.static_evidence --defaults --target sm_90 --target gfx942",
+    )
+    parser.add_argument("--defaults", action="store_true", help="only the cases that the tests compile")
+    parser.add_argument("--target", action="append", choices=TARGETS, help="may be repeated; default: all")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="also write the rows there, one JSON line each")
+    arguments = parser.parse_args(argv)
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        parser.error("unset TRITON_INTERPRET: interpreted kernels cannot be compiled")
+    # fresh compilations: a cached kernel would show another version's code
+    with tempfile.TemporaryDirectory() as cache:
+        triton.knobs.cache.dir = cache
+        cases = default_cases() if arguments.defaults else all_cases()
+        gathered = run(cases, arguments.target or TARGETS)
+    rows = [{**evidence.row(), "triton": triton.__version__} for evidence in gathered]
+    if arguments.output:
+        unfinished = arguments.output.with_suffix(arguments.output.suffix + ".part")
+        unfinished.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        unfinished.replace(arguments.output)
+    rejected = sum(bool(row["complaints"]) for row in rows)
+    print(f"{len(rows)} kernels compiled, {rejected} not acceptable")
+    print(json.dumps({"compiled": len(rows), "rejected": rejected, "rows": rows}))
+    return 1 if rejected else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
