@@ -33,6 +33,11 @@ METRICS_CSV = "metrics.csv"
 FRAMES_CSV = "metrics_frames.csv"
 SUMMARY_JSON = "summary.json"
 
+EXAMPLE = """\
+example:
+  xattn-video compare out/dense out/xattn-s8-t0.90-w5
+"""
+
 
 @dataclass(frozen=True)
 class FrameValues:
@@ -99,6 +104,7 @@ def compare(
         "config": pairs[0].sparse.get("config"),
         **_means(rows),
         "one_sided_lossless": sum(pair.one_sided for pair in pairs),
+        "different_devices": sum(_devices_differ(pair) for pair in pairs),
         "lpips_unavailable": lpips_unavailable,
         "psnr_cap_db": PSNR_CAP_DB,
         "unmatched": unmatched,
@@ -150,9 +156,7 @@ def measure(pair: Pair, distance: Lpips | None, *, workers: int | None = None) -
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of `xattn-video compare` to `parser`."""
-    parser.description = "Compare sparse videos with the dense ones of the same prompts and seeds."
-    parser.epilog = "example: xattn-video compare out/dense out/xattn-s8-t0.90-w5"
+    """The options of `xattn-video compare`."""
     parser.add_argument("dense_dir", metavar="DENSE_DIR", help="folder of the dense videos (the reference)")
     parser.add_argument("sparse_dir", metavar="SPARSE_DIR", help="folder of the sparse videos")
     parser.add_argument(
@@ -191,7 +195,7 @@ def format_summary(summary: dict[str, Any]) -> str:
     columns = ("video", "frames", "dense s", "sparse s", "speed-up", "density", "PSNR dB", "SSIM", "LPIPS")
     lines: list[tuple[str, ...]] = [columns]
     lines += [_cells(row, shortened(video_name((row["id"], row["seed"])))) for row in summary["videos"]]
-    lines.append(_cells(summary, "mean"))
+    lines.append(_cells(summary, "all (mean)"))
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     table = [
         "  ".join([line[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(line[1:], widths[1:], strict=True))])
@@ -218,6 +222,8 @@ def _notes(summary: dict[str, Any]) -> list[str]:
         notes.append(f"decoded: mp4 (H.264) of {counts['mp4']} pairs, {why}")
     if summary["one_sided_lossless"]:
         notes.append(f"lossless copy on one side only, so mp4 on both: {summary['one_sided_lossless']} pairs")
+    if summary["different_devices"]:
+        notes.append(f"made on different devices, so no speed-up: {summary['different_devices']} pairs")
     if summary["lpips_unavailable"]:
         notes.append(f"LPIPS: unavailable ({summary['lpips_unavailable']})")
     if summary["identical_frames"]:
@@ -268,8 +274,17 @@ def _lpips(wanted: bool, device: str) -> tuple[Lpips | None, str | None]:
         return None, str(error)
 
 
+def _devices_differ(pair: Pair) -> bool:
+    return bool(pair.dense.get("device_name") != pair.sparse.get("device_name"))
+
+
+def _speedup(pair: Pair) -> float | None:
+    """Dense seconds by sparse seconds; times of two different devices have no ratio worth the name."""
+    dense, sparse = pair.dense.get("seconds"), pair.sparse.get("seconds")
+    return dense / sparse if dense and sparse and not _devices_differ(pair) else None
+
+
 def _row(pair: Pair, values: FrameValues) -> Record:
-    dense_seconds, sparse_seconds = pair.dense.get("seconds"), pair.sparse.get("seconds")
     return {
         "id": pair.key[0],
         "seed": pair.key[1],
@@ -284,9 +299,9 @@ def _row(pair: Pair, values: FrameValues) -> Record:
         "lpips": None if values.lpips is None else float(np.mean(values.lpips)),
         "identical_frames": sum(np.isinf(values.psnr).tolist()),
         "density": pair.sparse.get("mean_density"),
-        "dense_seconds": dense_seconds,
-        "sparse_seconds": sparse_seconds,
-        "speedup": dense_seconds / sparse_seconds if dense_seconds and sparse_seconds else None,
+        "dense_seconds": pair.dense.get("seconds"),
+        "sparse_seconds": pair.sparse.get("seconds"),
+        "speedup": _speedup(pair),
         "dense_file": str(pair.dense_file),
         "sparse_file": str(pair.sparse_file),
     }
@@ -309,12 +324,15 @@ def _means(rows: Sequence[Record]) -> dict[str, Any]:
 
     means = {name: mean(name) for name in ("psnr", "ssim", "lpips", "density", "dense_seconds", "sparse_seconds")}
     dense_seconds, sparse_seconds = means["dense_seconds"], means["sparse_seconds"]
+    speedup = None
+    if dense_seconds and sparse_seconds and all(row["speedup"] is not None for row in rows):
+        speedup = dense_seconds / sparse_seconds
     return {
         "pairs": len(rows),
         "frames": sum(row["frames"] for row in rows),
         "source": {kind: sum(row["source"] == kind for row in rows) for kind in ("lossless", "mp4")},
         **means,
-        "speedup": dense_seconds / sparse_seconds if dense_seconds and sparse_seconds else None,
+        "speedup": speedup,
         "identical_frames": sum(row["identical_frames"] for row in rows),
     }
 

@@ -12,7 +12,10 @@ from pipelines.manifest import Key, Record, read_manifest
 from pipelines.video_io import lossless_path
 
 # The two sides of a pair may differ in their attention only.
-_SAME_FIELDS = ("model", "prompt", "negative_prompt", "steps", "guidance_scale", "dtype")
+_SAME_FIELDS = (
+    "model", "prompt", "negative_prompt", "image", "height", "width", "num_frames", "steps",
+    "guidance_scale", "guidance_scale_2", "flow_shift", "dtype",
+)  # fmt: skip
 _NAMED_AT_MOST = 5
 
 
@@ -87,15 +90,17 @@ def _pair(key: Key, dense_dir: Path, dense: Record, sparse_dir: Path, sparse: Re
                 f"{video_name(key)}: the two sides differ in {field}: {shortened(repr(dense[field]))} in {dense_dir}, "
                 f"{shortened(repr(sparse[field]))} in {sparse_dir}"
             )
-    files = [_video_file(folder, record) for folder, record in ((dense_dir, dense), (sparse_dir, sparse))]
-    copies = [lossless_path(file) for file in files]
-    present = [copy.is_file() for copy in copies]
-    source = "lossless" if all(present) else "mp4"
-    dense_file, sparse_file = copies if source == "lossless" else files
+    sides = ((dense_dir, dense), (sparse_dir, sparse))
+    copies = [_lossless_copy(folder, record) for folder, record in sides]
+    source = "mp4" if None in copies else "lossless"
+    dense_file, sparse_file = (
+        copy if copy and source == "lossless" else _video_file(folder, record)
+        for copy, (folder, record) in zip(copies, sides, strict=True)
+    )
     for file in (dense_file, sparse_file):
         if not file.is_file():
             raise UserError(f"{file}: listed in the manifest, but missing; run generate again")
-    return Pair(key, dense, sparse, dense_file, sparse_file, source, one_sided=any(present) and not all(present))
+    return Pair(key, dense, sparse, dense_file, sparse_file, source, one_sided=copies.count(None) == 1)
 
 
 def _video_file(folder: Path, record: Record) -> Path:
@@ -103,6 +108,12 @@ def _video_file(folder: Path, record: Record) -> Path:
     if not isinstance(file, str):
         raise UserError(f"{folder / MANIFEST}: {video_name((record['id'], record['seed']))} names no file")
     return folder / file
+
+
+def _lossless_copy(folder: Path, record: Record) -> Path | None:
+    """The copy that the record names (`lossless_file`, None if made without one), if it is there."""
+    name = record.get("lossless_file", lossless_path(_video_file(folder, record)).name)
+    return folder / name if name and (folder / name).is_file() else None
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -40,9 +40,11 @@ def add(folder: Path, id: str, seed: int, video: np.ndarray, *, lossless: bool =
     folder.mkdir(exist_ok=True)
     path = folder / f"{id}-s{seed}.mp4"
     write_video(path, video, 16)
+    copy = lossless_path(path)
     if lossless:
-        write_video(lossless_path(path), video, 16, lossless=True)
-    record = {"id": id, "seed": seed, "file": path.name, "prompt": f"a {id}", "model": "tiny", "steps": 8}
+        write_video(copy, video, 16, lossless=True)
+    record = {"id": id, "seed": seed, "file": path.name, "lossless_file": copy.name if lossless else None}
+    record |= {"prompt": f"a {id}", "model": "tiny", "steps": 8, "device_name": "CPU"}
     append_record(folder, {**record, "seconds": 10.0, "mean_density": 1.0, **fields})
     return path
 
@@ -134,8 +136,8 @@ def test_command_prints_table_notes_and_json(runs: tuple[Path, Path], capsys: py
         "SSIM",
         "LPIPS",
     ]
-    mean = next(line for line in lines if line.startswith("mean")).split()
-    assert mean[1:] == ["9", "10.0", "5.0", "2.00", "0.600", f"{summary['psnr']:.2f}", f"{summary['ssim']:.4f}", "-"]
+    mean = next(line for line in lines if line.startswith("all (mean)")).split()
+    assert mean[2:] == ["9", "10.0", "5.0", "2.00", "0.600", f"{summary['psnr']:.2f}", f"{summary['ssim']:.4f}", "-"]
     assert "decoded: lossless copies (FFV1) of 3 pairs" in lines
     assert "LPIPS: unavailable (switched off)" in lines
     assert "compare" in captured.err
@@ -168,6 +170,23 @@ def test_mp4_on_both_sides_unless_both_have_a_copy(
     out = capsys.readouterr().out
     assert "decoded: mp4 (H.264) of 1 pairs" in out
     assert ("lossless copy on one side only" in out) == any(with_copy)
+
+
+def test_a_stray_copy_that_the_manifest_does_not_name_is_not_used(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        video = add(tmp_path / name, "cat", 0, clip(), lossless=False)
+        write_video(lossless_path(video), noisy(clip()), 16, lossless=True)
+    assert compare(tmp_path / "a", tmp_path / "b", lpips=False, progress=False)["source"]["mp4"] == 1
+
+
+def test_no_speed_up_across_devices(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    add(tmp_path / "a", "cat", 0, clip(), device_name="slow")
+    add(tmp_path / "b", "cat", 0, clip(), device_name="fast")
+    run_compare(tmp_path / "a", tmp_path / "b", "--no-lpips", "--json")
+    out = capsys.readouterr().out
+    assert "made on different devices, so no speed-up: 1 pairs" in out
+    summary = json.loads(out.splitlines()[-1])
+    assert summary["speedup"] is summary["videos"][0]["speedup"] is None
 
 
 def test_lpips_where_its_weights_load(runs: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -288,6 +307,10 @@ def other_steps(dense: Path, sparse: Path) -> None:
     add(sparse.parent, "cat", 0, clip(), steps=50)
 
 
+def no_file(dense: Path, sparse: Path) -> None:
+    add(sparse.parent, "cat", 0, clip(), file=None)
+
+
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
@@ -304,6 +327,7 @@ def other_steps(dense: Path, sparse: Path) -> None:
         (broken_manifest, r"b/manifest\.jsonl:2: not a manifest line"),
         (missing_folder, r"a: no such folder"),
         (other_prompt, r"cat-s0: the two sides differ in prompt: 'a cat' in .*a, 'another cat' in .*b"),
+        (no_file, r"b/manifest\.jsonl: cat-s0 names no file"),
         (other_steps, r"cat-s0: the two sides differ in steps: 8 in .*a, 50 in .*b"),
     ],
 )

@@ -1,0 +1,86 @@
+"""Who may import whom, what importing the library loads, and how long a module may be."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = ("xattn_video", "pipelines", "eval")
+MODULES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
+LONGEST = 420
+
+
+def imported(tree: ast.AST) -> Iterator[str]:
+    """The top-level packages that code imports, as a statement or by a literal name."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name.split(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
+            yield node.module.split(".")[0]
+        elif isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
+            function = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+            if function in ("import_module", "__import__", "find_spec"):
+                yield str(node.args[0].value).split(".")[0]
+
+
+def relative_name(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def test_there_are_modules_to_check() -> None:
+    assert {path.relative_to(ROOT).parts[0] for path in MODULES} == set(PACKAGES)
+
+
+@pytest.mark.parametrize(
+    ("code", "expected"),
+    [
+        ("import eval.metrics as m", {"eval"}),
+        ("def f():\n    from pipelines.cli import main", {"pipelines"}),
+        ("from . import eval", set()),
+        ("import importlib\nimportlib.import_module('eval.compare')", {"importlib", "eval"}),
+        ("eval('1 + 1')", set()),
+    ],
+)
+def test_imports_are_found(code: str, expected: set[str]) -> None:
+    assert set(imported(ast.parse(code))) == expected
+
+
+@pytest.mark.parametrize("path", MODULES, ids=relative_name)
+def test_imports_follow_the_arrows(path: Path) -> None:
+    package = path.relative_to(ROOT).parts[0]
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    forbidden = {"xattn_video": {"pipelines", "eval"}, "pipelines": {"eval"}, "eval": set()}[package]
+    if relative_name(path) == "pipelines/cli.py":
+        # The command line loads eval's programs, but only the one that is asked for: inside a function.
+        tree.body = [node for node in tree.body if not isinstance(node, ast.FunctionDef)]
+    assert not forbidden & set(imported(tree))
+
+
+@pytest.mark.parametrize("path", MODULES, ids=relative_name)
+def test_modules_stay_short(path: Path) -> None:
+    lines = len(path.read_text(encoding="utf-8").splitlines())
+    assert lines < LONGEST, f"{relative_name(path)} has {lines} lines: one stage, one module"
+
+
+def loaded_by(statement: str) -> set[str]:
+    """The top-level modules in a fresh interpreter after `statement`."""
+    code = f"{statement}\nimport sys\nprint(*sorted({{name.split('.')[0] for name in sys.modules}}))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return set(done.stdout.split())
+
+
+def test_importing_the_library_loads_no_framework() -> None:
+    loaded = loaded_by("import xattn_video")
+    assert "torch" in loaded
+    assert not loaded & {"diffusers", "transformers", "lpips", "torchvision", "triton", "pipelines", "eval"}
+
+
+def test_importing_compare_loads_no_network() -> None:
+    assert not loaded_by("import eval.compare") & {"torch", "lpips", "torchvision", "diffusers", "transformers"}
