@@ -1,0 +1,233 @@
+"""XAttnProcessor: sparse attention for diffusers' video pipelines.
+
+    pipe.set_attn_processor(XAttnProcessor(stride=8, threshold=0.9, warmup_steps=5))   # all its transformers
+    pipe.transformer.set_attn_processor(XAttnProcessor(XAttnConfig(...)))              # one transformer
+    pipe.set_attn_processor(None)                                                      # as it was
+
+Importing this module gives diffusers those methods (`install`) and the attention backend behind them.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from ..config import XAttnConfig
+from ..schedule import StepTracker, WeakLink
+from ..stats import AttentionStats
+from .torchvision_mend import mend_torchvision
+
+# before anything imports diffusers, which a torchvision of another torch would break
+mend_torchvision()
+
+from diffusers import DiffusionPipeline, ModelMixin  # noqa: E402
+from diffusers.models.attention import AttentionMixin  # noqa: E402
+
+from .diffusers_attach import Attachment, attachment_of, detach  # noqa: E402
+from .diffusers_backend import register  # noqa: E402
+from .diffusers_layers import SparseSelfAttention  # noqa: E402
+from .diffusers_models import MODELS, find_self_attention  # noqa: E402
+
+
+class XAttnProcessor:
+    """Sparse attention for the video self-attention of a diffusers pipeline or transformer.
+
+    Args:
+        config: settings; None is the defaults of `XAttnConfig`.
+        **overrides: settings that replace those of config.
+
+    Attributes:
+        config: the settings.
+        stats: what the attention calls did: `stats.summary()` reads it, `stats.reset()` starts over.
+
+    Raises:
+        ValueError, TypeError: a setting is wrong; the message names it.
+
+    Example:
+        >>> from diffusers import WanPipeline
+        >>> from xattn_video import XAttnProcessor
+        >>> pipe = WanPipeline.from_pretrained("Wan-AI/Wan2.1-T2V-1.3B-Diffusers").to("cuda")
+        >>> processor = XAttnProcessor(stride=8, threshold=0.9, warmup_steps=5)
+        >>> pipe.set_attn_processor(processor)
+        >>> video = pipe("a cat walks on the grass").frames[0]
+        >>> processor.stats.summary()["density"]
+    """
+
+    def __init__(self, config: XAttnConfig | None = None, **overrides: Any) -> None:
+        if config is not None and not isinstance(config, XAttnConfig):
+            raise TypeError(f"config must be an XAttnConfig or None, got {type(config).__name__}")
+        self.config = (XAttnConfig() if config is None else config).replace(**overrides)
+        self.stats = AttentionStats()
+        self._tracker = StepTracker()
+        self._models: list[WeakLink] = []
+
+    def __repr__(self) -> str:
+        return f"XAttnProcessor({self.config})"
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Raises TypeError: every self-attention module needs a processor of its own, which attaching gives it."""
+        raise TypeError(
+            "an XAttnProcessor is not the processor of one module: attach it with set_attn_processor of the pipeline "
+            "or transformer"
+        )
+
+    def attach(self, target: DiffusionPipeline | nn.Module) -> None:
+        """What `target.set_attn_processor(self)` does; replaces an XAttnProcessor that is attached.
+
+        Raises:
+            ValueError: target has no transformer whose attention can be made sparse (the message names its class);
+                a setting does not fit it; or this processor serves another pipeline, whose steps it counts.
+        """
+        if isinstance(target, DiffusionPipeline):
+            models = pipeline_transformers(target)
+            self._check_one_pipeline(target, models)
+        else:
+            model = unwrapped(target)
+            models = {self._name_of(model): model}
+        # all or none: look for a problem in every model before touching the first one
+        found = {name: find_self_attention(model) for name, model in models.items()}
+        for name, model in models.items():
+            if attached_processor(model) is not self:
+                self._attach_model(name, model, found[name])
+        if isinstance(target, DiffusionPipeline):
+            self._tracker.bind(target)
+
+    def _attach_model(self, name: str, model: nn.Module, modules: dict[str, nn.Module]) -> None:
+        detach(model)
+        Attachment(self, name, model, modules, config=self.config, stats=self.stats, tracker=self._tracker)
+        self._models.append(WeakLink(model))
+
+    def _attached_models(self) -> list[nn.Module]:
+        models = [link() for link in self._models]
+        return [model for model in models if model is not None and attached_processor(model) is self]
+
+    def _name_of(self, model: nn.Module) -> str:
+        others = [other for other in self._attached_models() if other is not model]
+        return f"transformer_{len(others) + 1}" if others else "transformer"
+
+    def _check_one_pipeline(self, pipeline: DiffusionPipeline, models: dict[str, nn.Module]) -> None:
+        own = set(map(id, models.values()))
+        other = next((model for model in self._attached_models() if id(model) not in own), None)
+        if other is not None:
+            raise ValueError(
+                "one XAttnProcessor counts the steps of one pipeline, and this one is attached to a "
+                f"{type(other).__name__} that this {type(pipeline).__name__} does not have; "
+                "make another: XAttnProcessor(processor.config)"
+            )
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside of what `torch.compile(model)` returns."""
+    return getattr(model, "_orig_mod", model)
+
+
+def attached_processor(model: nn.Module) -> XAttnProcessor | None:
+    """The XAttnProcessor that is attached to this model, for instance to a deep copy."""
+    attachment = attachment_of(unwrapped(model))
+    return None if attachment is None else attachment.owner
+
+
+def pipeline_transformers(pipeline: DiffusionPipeline) -> dict[str, nn.Module]:
+    """The pipeline's transformers by component name: those of a known class, and those named so.
+
+    Raises:
+        ValueError: it has none.
+    """
+    models = {
+        name: unwrapped(component)
+        for name, component in pipeline.components.items()
+        if isinstance(component, nn.Module)
+    }
+    found = {
+        name: model
+        for name, model in models.items()
+        if name.startswith("transformer") or type(model).__name__ in MODELS
+    }
+    if not found:
+        classes = ", ".join(sorted({type(model).__name__ for model in models.values()})) or "no models"
+        raise ValueError(f"{type(pipeline).__name__} has no transformer for XAttnProcessor; it has {classes}")
+    return found
+
+
+def install() -> None:
+    """Teach diffusers' `set_attn_processor` about XAttnProcessor, once. The only change to diffusers' classes.
+
+    The stock method puts one object into every module, text refiners included, and forgets what was there. So
+    `AttentionMixin.set_attn_processor` is wrapped: an XAttnProcessor attaches, None detaches, anything else goes to
+    the original. `ModelMixin` gets the same for the models that have no such method (FramePack, Cosmos), and
+    `DiffusionPipeline` one that does it for all its transformers.
+    """
+    register()
+    for cls, method_for in (
+        (AttentionMixin, _model_method),
+        (ModelMixin, _model_method),
+        (DiffusionPipeline, _pipeline_method),
+    ):
+        own = cls.__dict__.get("set_attn_processor")
+        if not hasattr(own, "_xattn_video"):
+            method = method_for(cls, own)
+            method._xattn_video = True
+            cls.set_attn_processor = method
+
+
+def _model_method(cls: type, original: Callable[..., None] | None) -> Any:
+    def set_attn_processor(self: Any, processor: Any) -> None:
+        """Set the attention processor of a model.
+
+        Args:
+            processor: an `XAttnProcessor` makes its video self-attention sparse, None takes that off again, anything
+                else is for diffusers' own method.
+        """
+        if isinstance(processor, XAttnProcessor):
+            processor.attach(self)
+        elif processor is None:
+            detach(self)
+        elif original is not None:
+            _set_other(self, processor, functools.partial(original, self))
+        elif hasattr(super(cls, self), "set_attn_processor"):
+            super(cls, self).set_attn_processor(processor)
+        else:
+            raise TypeError(
+                f"{type(self).__name__}.set_attn_processor takes an XAttnProcessor or None, "
+                f"got {type(processor).__name__}"
+            )
+
+    return set_attn_processor
+
+
+def _set_other(model: Any, processor: Any, stock: Callable[[Any], None]) -> None:
+    """diffusers' own method, for a model that an XAttnProcessor is or was attached to."""
+    detach(model)
+    if not isinstance(processor, dict):
+        stock(processor)
+        return
+    # `model.attn_processors`, kept while an XAttnProcessor was attached, holds wrappers and is given back
+    wrappers = [value for value in processor.values() if isinstance(value, SparseSelfAttention)]
+    stock({path: value.original if value in wrappers else value for path, value in processor.items()})
+    if wrappers:
+        wrappers[0].owner.attach(model)
+
+
+def _pipeline_method(cls: type, original: Callable[..., None] | None) -> Any:
+    def set_attn_processor(self: Any, processor: Any) -> None:
+        """Set the attention processor of all the pipeline's transformers.
+
+        Args:
+            processor: an `XAttnProcessor` makes their video self-attention sparse, None takes that off again,
+                anything else goes to `set_attn_processor` of each transformer.
+        """
+        if isinstance(processor, XAttnProcessor):
+            processor.attach(self)
+        elif original is not None and processor is not None:
+            original(self, processor)
+        else:
+            for model in pipeline_transformers(self).values():
+                model.set_attn_processor(processor)
+
+    return set_attn_processor
+
+
+install()

@@ -1,0 +1,133 @@
+"""Put wrappers into a model, watch its forwards, and take both out again."""
+
+from __future__ import annotations
+
+import inspect
+import threading
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..config import XAttnConfig
+from ..schedule import StepTracker, WeakLink, dense_layers
+from ..stats import AttentionStats
+from .diffusers_backend import register
+from .diffusers_layers import ForwardState, SparseSelfAttention, wrap
+from .diffusers_models import REPLACEMENTS, spec_of
+
+_ATTRIBUTE = "_xattn_video"
+
+
+class Attachment:
+    """One model's wrappers, and what happens around its forward.
+
+    It hangs on the model as an attribute and as forward hooks, so that a `deepcopy` of the model has its own.
+    The model itself is held weakly: a cycle would keep its weights alive until the garbage collector runs.
+    """
+
+    def __init__(
+        self,
+        owner: Any,
+        name: str,
+        model: nn.Module,
+        modules: dict[str, nn.Module],
+        *,
+        config: XAttnConfig,
+        stats: AttentionStats,
+        tracker: StepTracker,
+    ) -> None:
+        self.owner = owner
+        self._config = config
+        self._tracker = tracker
+        self._state = ForwardState()
+        self._model = WeakLink(model)
+        self._step_index: int | None = None
+        self._running: threading.Thread | None = None
+        parameters = list(inspect.signature(type(model).forward).parameters)[1:]
+        self._timestep_index = parameters.index("timestep") if "timestep" in parameters else -1
+
+        paths = list(modules)
+        dense = dense_layers(paths, config.dense_layers)
+        self._counts = stats.add_model([f"{name}.{path}" for path in paths])
+        spec = spec_of(model)
+        backend = register()
+        self._wrappers: dict[str, SparseSelfAttention] = {}
+        for index, (path, module) in enumerate(modules.items()):
+            original = module.processor
+            replacement = REPLACEMENTS.get(type(original).__name__)
+            self._wrappers[path] = wrap(
+                original,
+                owner=owner,
+                inner=replacement() if replacement else None,
+                backend=backend,
+                config=config,
+                counts=self._counts.layers[index],
+                state=self._state,
+                text=spec.text,
+                trusted_mask=spec.mask == "prefix",
+                dense_layer=index in dense,
+            )
+        for path, module in modules.items():
+            module.set_processor(self._wrappers[path])
+        self._handles = [
+            model.register_forward_pre_hook(self._before_forward, with_kwargs=True, prepend=True),
+            model.register_forward_hook(self._after_forward, always_call=True),
+        ]
+        setattr(model, _ATTRIBUTE, self)
+        if hasattr(type(model), "cache_context"):
+            # an attribute of this one model, over the method of its class
+            model.cache_context = self._cache_context
+
+    def remove(self) -> None:
+        """Give every module its own processor back and forget the model."""
+        model = self._model()
+        for handle in self._handles:
+            handle.remove()
+        model.__dict__.pop("cache_context", None)
+        delattr(model, _ATTRIBUTE)
+        for path, wrapper in self._wrappers.items():
+            module = model.get_submodule(path)
+            # someone may have put another processor there since
+            if module.processor is wrapper:
+                module.set_processor(wrapper.original)
+
+    def _before_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        thread = threading.current_thread()
+        if self._running not in (None, thread) and self._running.is_alive():
+            raise RuntimeError(
+                f"two threads run one {type(model).__name__} at the same time; with an XAttnProcessor attached, give "
+                "each thread a model of its own (copy.deepcopy keeps the processor)"
+            )
+        self._running = thread
+        timestep = kwargs.get("timestep", args[self._timestep_index] if 0 <= self._timestep_index < len(args) else None)
+        step = self._tracker.observe(timestep, self._step_index)
+        self._state.begin("warmup" if step < self._config.warmup_steps else None)
+        tensors = (value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+        device = next(tensors, torch.empty(0)).device
+        self._counts.begin_forward(step, device)
+        for wrapper in self._wrappers.values():
+            wrapper.place(device)
+
+    def _after_forward(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        self._running = None
+        self._state.end()
+
+    def _cache_context(self, name: str, *args: Any, **kwargs: Any) -> AbstractContextManager[Any]:
+        """Stands in for the model's `cache_context`: notes the step that the pipeline is in."""
+        model = self._model()
+        self._step_index = kwargs.get("step_index")
+        return type(model).cache_context(model, name, *args, **kwargs)
+
+
+def attachment_of(model: nn.Module) -> Attachment | None:
+    """What is attached to this model."""
+    return getattr(model, _ATTRIBUTE, None)
+
+
+def detach(model: nn.Module) -> None:
+    """Restore the model's own processors; does nothing where none is attached."""
+    attachment = attachment_of(model)
+    if attachment is not None:
+        attachment.remove()

@@ -1,0 +1,243 @@
+"""The wrapper that stands in for one self-attention module's processor."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from diffusers.models.attention_dispatch import dispatch_attention_fn
+from torch import Tensor
+
+from ..attention import dense_reason, xattention
+from ..config import XAttnConfig
+from ..stats import LayerCounts
+
+
+class ForwardState:
+    """What all layers of a model share during one forward."""
+
+    def __init__(self) -> None:
+        # why this whole forward is dense, or None
+        self.reason: str | None = None
+        self._known: dict[tuple[str, int], tuple[Tensor, Any]] = {}
+
+    def begin(self, reason: str | None) -> None:
+        """A forward starts."""
+        self.reason = reason
+        self._known.clear()
+
+    def end(self) -> None:
+        """The forward is over: let go of its tensors."""
+        self._known.clear()
+
+    def once(self, what: str, tensor: Tensor, compute: Callable[[Tensor], Any]) -> Any:
+        """`compute(tensor)`, done once a forward for a tensor that every layer gets."""
+        if torch.compiler.is_compiling():
+            # a compiled block sees each tensor once and must not leave anything behind
+            return compute(tensor)
+        entry = self._known.get((what, id(tensor)))
+        if entry is None:
+            # holding the tensor keeps its id from being used again
+            entry = self._known[what, id(tensor)] = (tensor, compute(tensor))
+        return entry[1]
+
+
+class SparseSelfAttention:
+    """Stands in for the processor of one self-attention module.
+
+    The processor that was there (`original`) is not touched. A shallow copy of it (`inner`) still does the
+    projections, norms, rotary embedding and output; only its attention call comes to `attend`. `_attention_backend`
+    and `_parallel_config` are the original's: the backend of dense calls, and the context parallelism of all.
+    """
+
+    def __init__(
+        self,
+        original: Any,
+        *,
+        owner: Any,
+        inner: Any,
+        backend: Any,
+        config: XAttnConfig,
+        counts: LayerCounts,
+        state: ForwardState,
+        text: str,
+        trusted_mask: bool,
+        dense_layer: bool,
+    ) -> None:
+        self.original = original
+        # the XAttnProcessor that this wrapper is part of
+        self.owner = owner
+        self.inner = copy.copy(original) if inner is None else inner
+        self.inner._attention_backend = backend
+        self.inner._parallel_config = self
+        self.config = config
+        self.counts = counts
+        self.state = state
+        self.text = text
+        self.trusted_mask = trusted_mask
+        self.dense_layer = dense_layer
+        self.text_tokens = 0
+        self._unset: dict[str, Any] = {}
+        many = isinstance(config.threshold, tuple)
+        self.threshold = torch.tensor(config.threshold) if many else None
+
+    def place(self, device: torch.device) -> None:
+        """Called at the start of a forward whose inputs are on this device."""
+        if self.threshold is not None and self.threshold.device != device:
+            with torch.inference_mode(False):
+                self.threshold = self.threshold.to(device)
+
+    @property
+    def _attention_backend(self) -> Any:
+        return self._get("_attention_backend")
+
+    @_attention_backend.setter
+    def _attention_backend(self, backend: Any) -> None:
+        if backend == self.inner._attention_backend:
+            raise ValueError(
+                "set_attention_backend chooses the backend of dense calls here, got 'xattention', which "
+                "set_attn_processor(XAttnProcessor(...)) has attached already"
+            )
+        self._set("_attention_backend", backend)
+
+    @property
+    def _parallel_config(self) -> Any:
+        return self._get("_parallel_config")
+
+    @_parallel_config.setter
+    def _parallel_config(self, config: Any) -> None:
+        self._set("_parallel_config", config)
+
+    def _get(self, name: str) -> Any:
+        return getattr(self.original, name) if hasattr(self.original, name) else self._unset.get(name)
+
+    def _set(self, name: str, value: Any) -> None:
+        if hasattr(self.original, name):
+            setattr(self.original, name, value)
+        else:
+            self._unset[name] = value
+
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        attn_mask: Tensor | None,
+        dropout_p: float,
+        is_causal: bool,
+        scale: float | None,
+        enable_gqa: bool,
+    ) -> Tensor:
+        """The attention call of the inner processor: query, key, value and output are `[B, S, H, D]`."""
+        reason = "dense_layer" if self.dense_layer else self.state.reason
+        kv_lens = None
+        if reason is None:
+            reason, kv_lens = self._read_call(query, key, attn_mask, dropout_p)
+        if reason is None:
+            reason = dense_reason(query.transpose(1, 2), key.transpose(1, 2), self.config, causal=is_causal)
+        if self.counts.values.device != query.device:
+            self.counts.place(query.device)
+        if reason is not None:
+            self.counts.add_dense(reason)
+            return dispatch_attention_fn(
+                query,
+                key,
+                value,
+                attn_mask=attn_mask,
+                dropout_p=dropout_p,
+                is_causal=is_causal,
+                scale=scale,
+                enable_gqa=enable_gqa,
+                backend=self._attention_backend,
+                parallel_config=self._parallel_config,
+            )
+        tokens = query.shape[1]
+        output, stats = xattention(
+            query.transpose(1, 2),
+            key.transpose(1, 2),
+            value.transpose(1, 2),
+            self.config,
+            causal=is_causal,
+            scale=scale,
+            kv_lens=kv_lens,
+            dense_tokens=(tokens - self.text_tokens, tokens) if self.text_tokens else None,
+            return_stats=True,
+            threshold=self.threshold,
+        )
+        self.counts.add_sparse(stats.kept, stats.valid)
+        return output.transpose(1, 2)
+
+    def _read_call(
+        self, query: Tensor, key: Tensor, mask: Tensor | None, dropout_p: float
+    ) -> tuple[str | None, Tensor | None]:
+        """(why this call must be dense or None, its key lengths `[B]` or None)."""
+        if query.shape[1] != key.shape[1]:
+            return "cross_attention", None
+        if self.text == "unknown" and self.text_tokens:
+            return "joint_text", None
+        if dropout_p:
+            return "dropout", None
+        if mask is None:
+            return None, None
+        lengths = key_lengths(mask, key.shape[1], self.trusted_mask, self.state)
+        if lengths is None:
+            return "mask", None
+        return None, lengths.expand(query.shape[0])
+
+
+def key_lengths(mask: Any, kv_len: int, trusted: bool, state: ForwardState) -> Tensor | None:
+    """Number of valid keys, int32 `[1]` or `[B]`, of a bool key mask whose valid keys come first; None for others.
+
+    A mask of a class that is not trusted to be like that is looked at, which reads one number from the device a
+    forward. Inside a compiled block it cannot be looked at and counts as another kind.
+    """
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        return None
+    if (mask.ndim == 4 and mask.shape[1] == mask.shape[2] == 1) or mask.ndim == 2:
+        rows = mask.shape[0]
+    else:
+        return None
+    if mask.shape[-1] != kv_len:
+        return None
+    if not trusted and (torch.compiler.is_compiling() or not state.once("is_prefix", mask, _is_prefix)):
+        return None
+    return state.once("lengths", mask, lambda mask: mask.view(rows, kv_len).sum(-1, dtype=torch.int32))
+
+
+def _is_prefix(mask: Tensor) -> bool:
+    return bool((mask[..., 1:] <= mask[..., :-1]).all())
+
+
+def wrap(original: Any, **settings: Any) -> SparseSelfAttention:
+    """A `SparseSelfAttention` for this processor, callable with the processor's own signature."""
+    return _wrapper_class(type(original))(original, **settings)
+
+
+@functools.cache
+def _wrapper_class(inner: type) -> type[SparseSelfAttention]:
+    # Attention.forward drops every keyword that is not in the signature of processor.__call__
+    names = list(inspect.signature(inner.__call__).parameters)
+    text_index = names.index("encoder_hidden_states") - 2 if "encoder_hidden_states" in names else None
+
+    @functools.wraps(inner.__call__)
+    def call(self: SparseSelfAttention, attn: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.text != "cross" and text_index is not None:
+            text = args[text_index] if len(args) > text_index else kwargs.get("encoder_hidden_states")
+            self.text_tokens = 0 if text is None else text.shape[1]
+        return self.inner(attn, *args, **kwargs)
+
+    def reduce(self: SparseSelfAttention) -> tuple[Any, ...]:
+        return _empty_wrapper, (inner,), self.__dict__
+
+    members = {"__call__": call, "__reduce__": reduce, "__doc__": SparseSelfAttention.__doc__}
+    return type(f"XAttn{inner.__name__}", (SparseSelfAttention,), members)
+
+
+def _empty_wrapper(inner: type) -> SparseSelfAttention:
+    cls = _wrapper_class(inner)
+    return cls.__new__(cls)

@@ -1,0 +1,132 @@
+"""What XAttnProcessor knows about diffusers' video transformers, by class name.
+
+A class that is not listed gets the generic rule of `find_self_attention`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+from torch import nn
+
+from .cosmos import CosmosSelfAttention
+from .hunyuan15 import HunyuanVideo15JointAttention
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """Where a model's video self-attention is, and what else its sequence holds.
+
+    Attributes:
+        self_attention: fnmatch patterns of module paths, in forward order.
+        text: where the text sits: `"cross"` (in cross-attention, which stays dense), `"end"` (after the video in
+            one joint sequence, given as `encoder_hidden_states`), or `"unknown"`.
+        mask: the mask that self-attention gets: `"prefix"` (a bool key mask whose valid keys come first, by
+            construction of the model), or `"any"` (looked at when one comes; most models pass none).
+        note: what is particular, for the documentation.
+    """
+
+    self_attention: tuple[str, ...]
+    text: str = "cross"
+    mask: str = "any"
+    note: str = ""
+
+
+_WAN = ModelSpec(("blocks.*.attn1",), note="image tokens of I2V are in cross-attention too")
+_JOINT_MASK = "text padding is masked"
+
+MODELS: dict[str, ModelSpec] = {
+    "WanTransformer3DModel": _WAN,
+    "WanVACETransformer3DModel": ModelSpec(
+        ("vace_blocks.*.attn1", "blocks.*.attn1"), note="control blocks run first and are sparse too"
+    ),
+    "WanAnimateTransformer3DModel": ModelSpec(("blocks.*.attn1",), note="the face adapter stays dense"),
+    "ChronoEditTransformer3DModel": _WAN,
+    "SkyReelsV2Transformer3DModel": ModelSpec(
+        ("blocks.*.attn1",), note="with `num_frame_per_block` > 1 a block-causal mask keeps it dense"
+    ),
+    "HeliosTransformer3DModel": ModelSpec(("blocks.*.attn1",), note="history frames come before the video"),
+    "LTXVideoTransformer3DModel": ModelSpec(("transformer_blocks.*.attn1",)),
+    "LTX2VideoTransformer3DModel": ModelSpec(
+        ("transformer_blocks.*.attn1",), note="audio self-attention and audio-video attention stay dense"
+    ),
+    "CosmosTransformer3DModel": ModelSpec(("transformer_blocks.*.attn1",)),
+    "Kandinsky5Transformer3DModel": ModelSpec(
+        ("visual_transformer_blocks.*.self_attention",), note="its own sparse (NABLA) variants stay as they are"
+    ),
+    "HunyuanVideoTransformer3DModel": ModelSpec(
+        ("transformer_blocks.*.attn", "single_transformer_blocks.*.attn"), "end", "prefix", _JOINT_MASK
+    ),
+    "HunyuanVideoFramepackTransformer3DModel": ModelSpec(
+        ("transformer_blocks.*.attn", "single_transformer_blocks.*.attn"),
+        "end",
+        "prefix",
+        "history frames come before the video; image tokens are the first of the text's",
+    ),
+    "HunyuanVideo15Transformer3DModel": ModelSpec(
+        ("transformer_blocks.*.attn",), "end", "prefix", "image, glyph and text tokens in one range; padding is masked"
+    ),
+}
+
+# Processors whose attention call cannot be pointed elsewhere, or who build what must not be built:
+# class name -> a small processor that does the same work and dispatches.
+REPLACEMENTS: dict[str, Callable[[], Any]] = {
+    "CosmosAttnProcessor2_0": CosmosSelfAttention,
+    "HunyuanVideo15AttnProcessor2_0": HunyuanVideo15JointAttention,
+}
+
+_UNKNOWN = ModelSpec((), text="unknown")
+
+
+def spec_of(model: nn.Module) -> ModelSpec:
+    """The entry of the model's class or of the class it derives from."""
+    return next((MODELS[cls.__name__] for cls in type(model).__mro__ if cls.__name__ in MODELS), _UNKNOWN)
+
+
+def dispatches(processor: Any) -> bool:
+    """Whether the processor's attention goes through diffusers' dispatch (or through a replacement that does)."""
+    return hasattr(processor, "_attention_backend") or type(processor).__name__ in REPLACEMENTS
+
+
+def find_self_attention(model: nn.Module) -> dict[str, nn.Module]:
+    """The model's video self-attention modules by path, in forward order.
+
+    For a class that is not listed: every module whose processor dispatches its attention and that is no
+    cross-attention by its flag or name.
+
+    Raises:
+        ValueError: there is none, or one has a processor that does not dispatch; the message names the class.
+    """
+    attention = {path: module for path, module in model.named_modules() if hasattr(module, "processor")}
+    patterns = spec_of(model).self_attention
+    if patterns:
+        found = {
+            path: module for pattern in patterns for path, module in attention.items() if fnmatchcase(path, pattern)
+        }
+    else:
+        found = {
+            path: module
+            for path, module in attention.items()
+            if dispatches(module.processor) and not _is_cross_attention(path, module)
+        }
+    name = type(model).__name__
+    for path, module in found.items():
+        if not dispatches(module.processor):
+            raise ValueError(
+                f"{name}: the processor of {path}, {type(module.processor).__name__}, does not use diffusers' "
+                "attention dispatch, so XAttnProcessor cannot make it sparse"
+            )
+    if not found:
+        raise ValueError(
+            f"{name} has no self-attention that uses diffusers' attention dispatch, so XAttnProcessor cannot make it "
+            f"sparse; models that it knows: {', '.join(sorted(MODELS))}"
+        )
+    return found
+
+
+def _is_cross_attention(path: str, module: nn.Module) -> bool:
+    name = path.rsplit(".", 1)[-1]
+    return bool(getattr(module, "is_cross_attention", False)) or "cross" in name or name == "attn2"

@@ -1,0 +1,168 @@
+"""What attention calls did, by layer and step: counted on the device, read only when someone asks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# why a call was dense
+REASONS = (
+    "warmup",
+    "dense_layer",
+    "min_tokens",
+    "mask",
+    "joint_text",
+    "cross_attention",
+    "dropout",
+    "autograd",
+    "decode",
+    "no_backend",
+)
+# columns of a layer's counts: kept and valid blocks of its sparse calls, those calls, then dense calls by reason
+_KEPT, _VALID, _SPARSE, _DENSE = 0, 1, 2, 3
+_COLUMN = {reason: _DENSE + index for index, reason in enumerate(REASONS)}
+_WIDTH = _DENSE + len(REASONS)
+
+
+class LayerCounts:
+    """Counts of one layer since its model's current step began, int64 `[columns]` on the layer's device.
+
+    A tensor, because a number kept in Python would make torch.compile trace every call anew.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.values = torch.zeros(_WIDTH, dtype=torch.int64)
+
+    def place(self, device: torch.device) -> None:
+        """Move to the device that the counted calls run on."""
+        if self.values.device != device:
+            # a tensor made in inference mode could not be counted up outside of it
+            with torch.inference_mode(False):
+                self.values = self.values.to(device)
+
+    def add_sparse(self, kept: Tensor, valid: Tensor) -> None:
+        """Count a sparse call: kept and valid blocks, int64 0-d, on the device."""
+        self.values[_KEPT].add_(kept)
+        self.values[_VALID].add_(valid)
+        self.values[_SPARSE].add_(1)
+
+    def add_dense(self, reason: str) -> None:
+        """Count a dense call."""
+        self.values[_COLUMN[reason]].add_(1)
+
+
+class ModelCounts:
+    """Counts of one model's layers, one row of totals a denoising step."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self.layers = [LayerCounts(name) for name in names]
+        self._step = 0
+        self._totals: dict[int, Tensor] = {}
+
+    def begin_forward(self, step: int, device: torch.device) -> None:
+        """A forward of this step starts, with its inputs on this device."""
+        for layer in self.layers:
+            layer.place(device)
+        if step != self._step:
+            self._fold()
+            self._step = step
+
+    def reset(self) -> None:
+        """Forget all counts."""
+        self._fold()
+        self._totals.clear()
+
+    def table(self) -> dict[int, list[list[int]]]:
+        """`[layers][columns]` by step. Waits for the device."""
+        self._fold()
+        return {step: totals.tolist() for step, totals in sorted(self._totals.items())}
+
+    def _fold(self) -> None:
+        """Move the layers' counts to the totals of the current step, without waiting for the device."""
+        with torch.inference_mode(False), torch.no_grad():
+            values = [layer.values for layer in self.layers]
+            counts = torch.stack([value.to(values[0].device) for value in values])
+            before = self._totals.get(self._step)
+            self._totals[self._step] = counts if before is None else before.to(counts.device) + counts
+            for value in values:
+                value.zero_()
+
+
+class AttentionStats:
+    """Density and dense calls of everything that one processor is attached to."""
+
+    def __init__(self) -> None:
+        self._models: list[ModelCounts] = []
+
+    def add_model(self, names: Sequence[str]) -> ModelCounts:
+        """Counts for the layers of one more model."""
+        self._models.append(ModelCounts(names))
+        return self._models[-1]
+
+    def reset(self) -> None:
+        """Forget all counts, for instance before the next video."""
+        for model in self._models:
+            model.reset()
+
+    def summary(self) -> dict[str, Any]:
+        """What the calls so far did. Waits for the device.
+
+        Returns:
+            A JSON-ready dict. `calls` is `sparse_calls` plus the sum of `dense_calls`, a dict from reason to
+            number. Densities are means over calls of kept / valid blocks: `density` counts a dense call as 1 (1.0
+            before any call), `sparse_density` is over sparse calls alone (None without any), `density_by_step` (by
+            step of a generation) and `density_by_layer` (by layer name) count dense calls as 1.
+        """
+        total = _Mean()
+        by_step: dict[int, _Mean] = {}
+        by_layer: dict[str, _Mean] = {}
+        for model in self._models:
+            for step, rows in model.table().items():
+                for layer, row in zip(model.layers, rows, strict=True):
+                    for mean in (
+                        total,
+                        by_step.setdefault(step, _Mean()),
+                        by_layer.setdefault(layer.name, _Mean()),
+                    ):
+                        mean.add(row)
+        return {
+            "calls": total.calls,
+            "sparse_calls": total.sparse,
+            "dense_calls": {reason: number for reason, number in total.dense.items() if number},
+            "density": total.density,
+            "sparse_density": total.sparse_density,
+            "density_by_step": {step: mean.density for step, mean in sorted(by_step.items()) if mean.calls},
+            "density_by_layer": {name: mean.density for name, mean in by_layer.items() if mean.calls},
+        }
+
+
+class _Mean:
+    """Calls and mean density over rows of counts."""
+
+    def __init__(self) -> None:
+        self.sparse = 0
+        self.dense = dict.fromkeys(REASONS, 0)
+        self._sparse_sum = 0.0
+
+    def add(self, row: Sequence[int]) -> None:
+        self.sparse += row[_SPARSE]
+        # a call in which every key is padding keeps all of its no blocks
+        self._sparse_sum += row[_SPARSE] * (row[_KEPT] / row[_VALID] if row[_VALID] else 1.0)
+        for reason, column in _COLUMN.items():
+            self.dense[reason] += row[column]
+
+    @property
+    def calls(self) -> int:
+        return self.sparse + sum(self.dense.values())
+
+    @property
+    def density(self) -> float:
+        return (self._sparse_sum + self.calls - self.sparse) / self.calls if self.calls else 1.0
+
+    @property
+    def sparse_density(self) -> float | None:
+        return self._sparse_sum / self.sparse if self.sparse else None
