@@ -1,4 +1,4 @@
-"""The fast CPU path: big GEMMs for the scores, gathered blocks and batched flash attention for the rest.
+"""The fast CPU path: strips of group logits for the scores, gathered blocks and flash attention for the rest.
 
 Both stages compute in float32 (float64 for float64 inputs) whatever the input dtype: on CPUs the low-precision
 flash kernel is not faster, and scores that round to bfloat16 choose worse blocks.
@@ -14,13 +14,14 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ..blocks import key_range, num_blocks, valid_blocks
+from .cpu_workers import Scratch, for_each
 
-# Logits of one strip of query groups: small enough to stay in the second-level caches.
-_STRIP_ELEMENTS = 1 << 19
-# Strips below this many rows leave the matrix product unit idle.
+# Logits of one strip of query groups: small enough to stay in a core's second-level cache.
+_STRIP_ELEMENTS = 1 << 18
+# Strips below this many rows leave the matrix product idle.
 _MIN_STRIP_ROWS = 128
-# Gathered key and value blocks of one attention call; larger batches fall out of the cache.
-_GATHER_BYTES = 8 << 20
+# Gathered key and value blocks of one attention call: larger batches fall out of the cache.
+_GATHER_BYTES = 2 << 20
 # Float32 copies of keys and values that are alive at once (at least one head's).
 _COPY_BYTES = 256 << 20
 
@@ -63,13 +64,54 @@ def block_sparse_forward(
     return _cpu_attend(query, key, value, block_mask, block_size, causal, scale, kv_start, kv_lens)
 
 
+class _Geometry(NamedTuple):
+    """What one batch item sees: keys `[start, stop)`, and if causal query i those up to `i + offset`."""
+
+    block_size: int
+    q_len: int
+    start: int
+    stop: int
+    offset: int | None
+    scale: float
+
+
+def _geometries(
+    query: Tensor,
+    key: Tensor,
+    block_size: int,
+    causal: bool,
+    scale: float,
+    kv_start: Tensor | None,
+    kv_lens: Tensor | None,
+) -> list[_Geometry]:
+    """One a batch item."""
+    batch, q_len, kv_len = query.shape[0], query.shape[2], key.shape[2]
+    starts, stops = (part.expand(batch).tolist() for part in key_range(kv_len, kv_start, kv_lens, query.device))
+    return [
+        _Geometry(block_size, q_len, start, stop, stop - q_len if causal else None, scale)
+        for start, stop in zip(starts, stops, strict=True)
+    ]
+
+
 def _compute_dtype(tensor: Tensor) -> torch.dtype:
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
-def _key_ranges(batch: int, kv_len: int, kv_start: Tensor | None, kv_lens: Tensor | None) -> list[tuple[int, int]]:
-    start, stop = key_range(kv_len, kv_start, kv_lens, torch.device("cpu"))
-    return list(zip(start.expand(batch).tolist(), stop.expand(batch).tolist(), strict=True))
+def _head_slabs(kv_heads: int, bytes_per_head: int) -> Iterator[range]:
+    """Key heads whose copies are made together."""
+    step = max(1, _COPY_BYTES // bytes_per_head)
+    for begin in range(0, kv_heads, step):
+        yield range(begin, min(begin + step, kv_heads))
+
+
+def _fill(target: Tensor, tokens: Tensor, begin: int, start: int, stop: int) -> Tensor:
+    """Copy tokens `begin, begin + 1, ...` of `[N, D]` to target `[n, D]`, zeros for those outside `[start, stop)`."""
+    first = min(max(start - begin, 0), target.shape[0])
+    last = max(min(stop - begin, target.shape[0]), first)
+    target[:first].zero_()
+    target[first:last].copy_(tokens[begin + first : begin + last])
+    target[last:].zero_()
+    return target
 
 
 # --- scores -------------------------------------------------------------------------------------------------
@@ -86,31 +128,31 @@ def _cpu_scores(
     kv_start: Tensor | None,
     kv_lens: Tensor | None,
 ) -> Tensor:
-    batch, heads, q_len, _ = query.shape
+    heads, head_dim = query.shape[1], query.shape[3]
     kv_heads, kv_len = key.shape[1:3]
     dtype = _compute_dtype(query)
-    scores = torch.zeros(batch, heads, num_blocks(q_len, block_size), num_blocks(kv_len, block_size), dtype=dtype)
-    for item, (start, stop) in enumerate(_key_ranges(batch, kv_len, kv_start, kv_lens)):
-        if start >= stop:
+    shape = (*query.shape[:2], num_blocks(query.shape[2], block_size), num_blocks(kv_len, block_size))
+    scores = torch.zeros(shape, dtype=dtype)
+    for item, geometry in enumerate(_geometries(query, key, block_size, causal, scale, kv_start, kv_lens)):
+        if geometry.start >= geometry.stop:
             continue
-        offset = stop - q_len
-        first_query = max(0, start - offset) if causal else 0
-        for kv_head in range(kv_heads):
-            # Reversing the keys inside a group instead of the queries makes the copy once for all heads that share it.
-            begin = start // stride * stride
-            keys = _padded(key[item, kv_head], start, stop, begin, num_blocks(stop, stride) * stride, dtype)
-            key_groups = keys.unflatten(0, (-1, stride)).flip(1).flatten(1).mul_(scale / stride)
-            for head in range(kv_head * heads // kv_heads, (kv_head + 1) * heads // kv_heads):
-                queries = _padded(query[item, head], first_query, q_len, 0, scores.shape[2] * block_size, dtype)
-                _score_head(
-                    queries.view(-1, key_groups.shape[1]),
-                    key_groups,
-                    scores[item, head],
-                    rows=(first_query // stride, num_blocks(q_len, stride)),
-                    first_group=begin // stride,
-                    offset=offset if causal else None,
-                    stride=stride,
-                )
+        for slab in _head_slabs(kv_heads, kv_len * head_dim * dtype.itemsize):
+            key_groups: dict[int, Tensor] = {}
+
+            def group_keys(kv_head: int, _: Scratch, item=item, geometry=geometry, out=key_groups) -> None:
+                out[kv_head] = _key_groups(key[item, kv_head], geometry, stride, dtype)
+
+            def score(
+                task: tuple[int, slice], scratch: Scratch, item=item, geometry=geometry, groups=key_groups
+            ) -> None:
+                head, rows = task
+                keys = groups[head * kv_heads // heads]
+                _score_strip(query[item, head], keys, scores[item, head], rows, geometry, stride, scratch)
+
+            for_each(group_keys, slab)
+            strips = _strips(geometry, stride, next(iter(key_groups.values())).shape[0])
+            query_heads = range(slab.start * heads // kv_heads, slab.stop * heads // kv_heads)
+            for_each(score, [(head, rows) for rows in strips for head in query_heads])
     return scores
 
 
@@ -129,57 +171,68 @@ def _(
     return query.new_empty(shape, dtype=_compute_dtype(query))
 
 
-def _padded(tokens: Tensor, start: int, stop: int, begin: int, end: int, dtype: torch.dtype) -> Tensor:
-    """Tokens `[begin, end)` of `[N, D]`, contiguous, zeros outside `[start, stop)`; a view where nothing changes."""
-    if start <= begin and end <= stop:
-        return tokens[begin:end].to(dtype).contiguous()
-    padded = torch.zeros(end - begin, tokens.shape[1], dtype=dtype)
-    if start < stop:
-        padded[max(start - begin, 0) : stop - begin] = tokens[max(start, begin) : stop]
-    return padded
+def _first_query(geometry: _Geometry) -> int:
+    """The first query that sees a key."""
+    return 0 if geometry.offset is None else max(0, geometry.start - geometry.offset)
 
 
-def _score_head(
-    query_groups: Tensor,
+def _key_groups(key: Tensor, geometry: _Geometry, stride: int, dtype: torch.dtype) -> Tensor:
+    """Scaled groups of reversed keys, `[C, S * D]`, from the one with the first valid key to that with the last.
+
+    Reversing keys instead of queries makes the copy once for all heads that share them.
+    """
+    first, end = geometry.start // stride, num_blocks(geometry.stop, stride)
+    keys = torch.empty((end - first) * stride, key.shape[1], dtype=dtype)
+    _fill(keys, key, first * stride, geometry.start, geometry.stop)
+    return keys.unflatten(0, (-1, stride)).flip(1).flatten(1).mul_(geometry.scale / stride)
+
+
+def _strips(geometry: _Geometry, stride: int, columns: int) -> list[slice]:
+    """Whole query blocks cut into ranges of query groups, those that see most first."""
+    ratio = geometry.block_size // stride
+    size = max(_STRIP_ELEMENTS // columns, _MIN_STRIP_ROWS, ratio) // ratio * ratio
+    begin = _first_query(geometry) // geometry.block_size * ratio
+    end = num_blocks(geometry.q_len, geometry.block_size) * ratio
+    return [slice(row, min(row + size, end)) for row in range(begin, end, size)][::-1]
+
+
+def _score_strip(
+    query: Tensor,
     key_groups: Tensor,
     scores: Tensor,
-    *,
-    rows: tuple[int, int],
-    first_group: int,
-    offset: int | None,
+    rows: slice,
+    geometry: _Geometry,
     stride: int,
+    scratch: Scratch,
 ) -> None:
-    """Write the block scores `[Nq, Nk]` of one head; `rows` are the query groups that hold a query that sees a key."""
-    columns = key_groups.shape[0]
-    ratio = query_groups.shape[0] // scores.shape[0]
-    strip = max(_STRIP_ELEMENTS // columns, _MIN_STRIP_ROWS, ratio) // ratio * ratio
-    logits = torch.empty(strip * columns, dtype=scores.dtype)
-    prob = torch.empty_like(logits)
-    for begin in range(rows[0] // ratio * ratio, rows[1], strip):
-        end = min(begin + strip, num_blocks(rows[1], ratio) * ratio)
-        width = columns
-        if offset is not None:
-            width = min(columns, (offset + end * stride - 1) // stride + 1 - first_group)
-        shape = (end - begin, width)
-        strip_logits = logits[: shape[0] * width].view(shape)
-        strip_prob = prob[: shape[0] * width].view(shape)
-        torch.mm(query_groups[begin:end], key_groups[:width].t(), out=strip_logits)
-        if offset is not None:
-            _hide_later_groups(strip_logits, (offset + begin * stride + stride - 1) // stride - first_group)
-        torch.softmax(strip_logits, dim=-1, out=strip_prob)
-        # Groups without such a query give no mass.
-        strip_prob[: max(rows[0] - begin, 0)] = 0
-        strip_prob[max(rows[1] - begin, 0) :] = 0
-        # Rows first: that sum reads whole cache lines.
-        mass = strip_prob.unflatten(0, (-1, ratio)).sum(1)
-        lead = first_group % ratio
-        mass = pad(mass, (lead, -(lead + width) % ratio)).unflatten(1, (-1, ratio)).sum(2)
-        block = first_group // ratio
-        scores[begin // ratio : end // ratio, block : block + mass.shape[1]] = mass
+    """Write the scores `[Nq, Nk]` of the query groups `rows` of one head."""
+    dtype, ratio = scores.dtype, geometry.block_size // stride
+    count, first_group = rows.stop - rows.start, geometry.start // stride
+    queries = scratch.take("queries", (count * stride, query.shape[1]), dtype)
+    _fill(queries, query, rows.start * stride, _first_query(geometry), geometry.q_len)
+
+    width = key_groups.shape[0]
+    if geometry.offset is not None:
+        width = min(width, (geometry.offset + rows.stop * stride - 1) // stride + 1 - first_group)
+    logits = scratch.take("logits", (count, width), dtype)
+    torch.mm(queries.view(count, -1), key_groups[:width].t(), out=logits)
+    if geometry.offset is not None:
+        _hide_later_groups(logits, (geometry.offset + rows.start * stride + stride - 1) // stride - first_group)
+    prob = torch.softmax(logits, dim=-1, out=scratch.take("prob", (count, width), dtype))
+    # Groups without a query that sees a key give no mass.
+    prob[: max(_first_query(geometry) // stride - rows.start, 0)] = 0
+    prob[max(num_blocks(geometry.q_len, stride) - rows.start, 0) :] = 0
+
+    # Rows first: that sum reads whole cache lines.
+    mass = prob.unflatten(0, (-1, ratio)).sum(1)
+    lead = first_group % ratio
+    mass = pad(mass, (lead, -(lead + width) % ratio)).unflatten(1, (-1, ratio)).sum(2)
+    block = first_group // ratio
+    scores[rows.start // ratio : rows.stop // ratio, block : block + mass.shape[1]] = mass
 
 
 def _hide_later_groups(logits: Tensor, last: int) -> None:
-    """Set to -inf what row r, which sees columns up to `last + r`, does not see; hidden rows are zeroed later."""
+    """Set to -inf what row r, which sees columns up to `last + r`, does not see."""
     clear = max(last + 1, 0)
     if clear < logits.shape[1]:
         seen = torch.arange(logits.shape[0])[:, None] + last
@@ -205,7 +258,7 @@ def _cpu_attend(
     batch, heads, q_len, head_dim = query.shape
     kv_heads, kv_len = key.shape[1:3]
     dtype = _compute_dtype(query)
-    visible = valid_blocks(
+    block_mask = block_mask & valid_blocks(
         batch,
         q_len,
         kv_len,
@@ -215,19 +268,24 @@ def _cpu_attend(
         kv_lens=kv_lens,
         device=query.device,
     )
-    block_mask = block_mask & visible
-    output = torch.empty(query.shape, dtype=query.dtype)
-    lse = torch.empty(query.shape[:3], dtype=dtype)
-    group = heads // kv_heads
-    step = max(1, _COPY_BYTES // (2 * kv_len * head_dim * dtype.itemsize))
-    for item, (start, stop) in enumerate(_key_ranges(batch, kv_len, kv_start, kv_lens)):
-        geometry = _Geometry(block_size, start, stop, stop - q_len if causal else None, scale)
-        for kv_begin in range(0, kv_heads, step):
-            kv = slice(kv_begin, kv_begin + step)
-            part = slice(kv.start * group, kv.stop * group)
-            inputs = (query[item, part], key[item, kv], value[item, kv])
-            _attend_heads(*inputs, block_mask[item, part], output[item, part], lse[item, part], geometry)
-    return output, lse
+    # Padded to whole blocks, so that each block is written where it belongs.
+    padded = num_blocks(q_len, block_size) * block_size
+    output = torch.zeros(batch, heads, padded, head_dim, dtype=query.dtype)
+    lse = torch.full((batch, heads, padded), -torch.inf, dtype=dtype)
+    for item, geometry in enumerate(_geometries(query, key, block_size, causal, scale, kv_start, kv_lens)):
+        for slab in _head_slabs(kv_heads, 2 * kv_len * head_dim * dtype.itemsize):
+            part = slice(slab.start * heads // kv_heads, slab.stop * heads // kv_heads)
+            kv = slice(slab.start, slab.stop)
+            _attend_heads(
+                query[item, part],
+                key[item, kv],
+                value[item, kv],
+                block_mask[item, part],
+                output[item, part],
+                lse[item, part],
+                geometry,
+            )
+    return output[:, :, :q_len].contiguous(), lse[:, :, :q_len].contiguous()
 
 
 @_cpu_attend.register_fake
@@ -242,24 +300,19 @@ def _(
     kv_start: Tensor | None,
     kv_lens: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    return query.new_empty(query.shape), query.new_empty(query.shape[:3], dtype=_compute_dtype(query))
+    output = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    return output, query.new_empty(query.shape[:3], dtype=_compute_dtype(query))
 
 
-class _Geometry(NamedTuple):
-    """What one batch item sees: keys `[start, stop)`, and if causal query i those up to `i + offset`."""
+class _Rows(NamedTuple):
+    """Rows (query blocks of a head) of one pattern that one attention call computes.
 
-    block_size: int
-    start: int
-    stop: int
-    offset: int | None
-    scale: float
+    `rows` are their numbers, `blocks` their kept key blocks one row after the other; `keys` cuts invalid keys off
+    both ends of the gathered ones.
+    """
 
-
-class _Batch(NamedTuple):
-    """Rows of one pattern that one attention call computes: a range of the sorted rows and of their kept blocks."""
-
-    rows: slice
-    blocks: slice
+    rows: list[int]
+    blocks: Tensor
     keys: slice
     mask: Tensor | None
 
@@ -273,60 +326,87 @@ def _attend_heads(
     lse: Tensor,
     geometry: _Geometry,
 ) -> None:
-    """Fill output `[H, Sq, D]` and lse `[H, Sq]` for query `[H, Sq, D]`, key and value `[Hkv, Sk, D]`."""
-    heads, q_len, head_dim = query.shape
-    size, dtype = geometry.block_size, lse.dtype
-    queries = _blocked(query, size, dtype).view(-1, 1, size, head_dim)
-    keys, values = (_blocked(tokens, size, dtype).flatten(1) for tokens in (key, value))
+    """Fill output `[H, Nq * P, D]` and lse `[H, Nq * P]` for query `[H, Sq, D]`, key and value `[Hkv, Sk, D]`."""
+    size, dtype, head_dim = geometry.block_size, lse.dtype, query.shape[2]
+    row_blocks = output.shape[1] // size
+    keys, values = _key_blocks(key, value, size, dtype)
+    output_rows, lse_rows = output.view(-1, size, head_dim), lse.view(-1, size)
 
-    # One row is one query block of one head. Sorted by pattern, rows of equal pattern are neighbours.
-    kept = block_mask.flatten(0, 1)
-    patterns = _row_patterns(block_mask, geometry)
-    patterns, order = patterns.sort(descending=True)
-    row, block = kept[order].nonzero(as_tuple=True)
-    # Where the head of a row begins among the key blocks of all heads.
-    rows_per_kv_head = kept.shape[0] // key.shape[0]
-    block = block + (order // rows_per_kv_head * kept.shape[1])[row]
-
-    queries = queries[order]
-    results = torch.zeros_like(queries)
-    row_lse = torch.full((queries.shape[0], size), -torch.inf, dtype=dtype)
-    scratch = torch.empty(2, 0, keys.shape[1], dtype=dtype)
-    for batch in _batches(patterns, geometry, 2 * keys.shape[1] * dtype.itemsize, dtype):
-        chosen = block[batch.blocks]
-        if scratch.shape[1] < chosen.shape[0]:
-            scratch = torch.empty(2, chosen.shape[0], keys.shape[1], dtype=dtype)
-        gathered = []
-        for source, target in zip((keys, values), scratch, strict=True):
-            torch.index_select(source, 0, chosen, out=target[: chosen.shape[0]])
-            rows = batch.rows.stop - batch.rows.start
-            gathered.append(target[: chosen.shape[0]].view(rows, 1, -1, head_dim)[:, :, batch.keys])
+    def attend(batch: _Rows, scratch: Scratch) -> None:
+        rows = len(batch.rows)
+        queries = scratch.take("queries", (rows, 1, size, head_dim), dtype)
+        for row, target in zip(batch.rows, queries, strict=True):
+            head, block = divmod(row, row_blocks)
+            _fill(target[0], query[head], block * size, 0, geometry.q_len)
+        gathered = [
+            torch.index_select(
+                source, 0, batch.blocks, out=scratch.take(name, (batch.blocks.shape[0], source.shape[1]), dtype)
+            ).view(rows, 1, -1, head_dim)[:, :, batch.keys]
+            for name, source in (("keys", keys), ("values", values))
+        ]
         part, part_lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            queries[batch.rows], *gathered, attn_mask=batch.mask, scale=geometry.scale
+            queries, *gathered, attn_mask=batch.mask, scale=geometry.scale
         )
-        results[batch.rows] = part
-        row_lse[batch.rows] = part_lse[:, 0]
         if batch.mask is not None:
             # The kernel leaves 0 as the log-sum-exp of a query that sees nothing.
             blind = batch.mask.isneginf().all(-1)
-            row_lse[batch.rows, blind] = -torch.inf
-            results[batch.rows, 0, blind] = 0
+            part[:, 0, blind], part_lse[:, 0, blind] = 0, -torch.inf
+        for index, row in enumerate(batch.rows):
+            output_rows[row].copy_(part[index, 0])
+            lse_rows[row].copy_(part_lse[index, 0])
 
-    position = torch.empty_like(order)
-    position[order] = torch.arange(order.shape[0])
-    output.copy_(results[position].view(heads, -1, head_dim)[:, :q_len])
-    lse.copy_(row_lse[position].view(heads, -1)[:, :q_len])
+    for_each(attend, _batches(block_mask, key.shape[0], geometry, 2 * keys.shape[1] * dtype.itemsize, dtype))
 
 
-def _blocked(tokens: Tensor, block_size: int, dtype: torch.dtype) -> Tensor:
-    """`[H, N, D]` as blocks `[H * ceil(N/P), P, D]`, contiguous, zeros after the last token."""
-    heads, length, head_dim = tokens.shape
-    count = num_blocks(length, block_size)
-    if count * block_size == length:
-        return tokens.to(dtype).contiguous().view(-1, block_size, head_dim)
-    blocks = torch.zeros(heads, count * block_size, head_dim, dtype=dtype)
-    blocks[:, :length] = tokens
-    return blocks.view(-1, block_size, head_dim)
+def _key_blocks(key: Tensor, value: Tensor, size: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Both `[H, N, D]` as rows of whole blocks, `[H * ceil(N/P), P * D]`, zeros after the last token."""
+    heads, length, head_dim = key.shape
+    if key.dtype == dtype and length % size == 0 and key.is_contiguous() and value.is_contiguous():
+        return key.view(-1, size * head_dim), value.view(-1, size * head_dim)
+    copies = torch.empty(2, heads, num_blocks(length, size) * size, head_dim, dtype=dtype)
+
+    def copy(task: tuple[int, int], _: Scratch) -> None:
+        which, head = task
+        _fill(copies[which, head], (key, value)[which][head], 0, 0, length)
+
+    for_each(copy, [(which, head) for which in range(2) for head in range(heads)])
+    keys, values = copies.view(2, -1, size * head_dim)
+    return keys, values
+
+
+def _batches(
+    block_mask: Tensor, kv_heads: int, geometry: _Geometry, block_bytes: int, dtype: torch.dtype
+) -> list[_Rows]:
+    """Cut the rows of `[H, Nq, Nk]` into attention calls of one pattern each, long rows first."""
+    size, key_blocks = geometry.block_size, block_mask.shape[2]
+    # Sorted by pattern, rows of equal pattern are neighbours, and so are their kept blocks.
+    patterns, order = _row_patterns(block_mask, geometry).sort(descending=True, stable=True)
+    row, block = block_mask.flatten(0, 1)[order].nonzero(as_tuple=True)
+    block = block + (order // (order.shape[0] // kv_heads) * key_blocks)[row]
+    numbers = order.tolist()
+    batches = []
+    row_begin = block_begin = 0
+    for pattern, rows in zip(*(part.tolist() for part in patterns.unique_consecutive(return_counts=True)), strict=True):
+        count, flags = divmod(pattern, _PATTERNS)
+        if count == 0:
+            break
+        begin = geometry.start % size if flags & _KEEPS_START else 0
+        end = count * size + (geometry.stop % size - size if flags & _KEEPS_STOP else 0)
+        mask = _own_mask(count, flags, geometry, dtype)
+        step = max(_GATHER_BYTES // (count * block_bytes), 1)
+        for done in range(0, rows, step):
+            taken = min(step, rows - done)
+            batches.append(
+                _Rows(
+                    numbers[row_begin : row_begin + taken],
+                    block[block_begin : block_begin + taken * count],
+                    slice(begin, end),
+                    None if mask is None else mask[:, begin:end],
+                )
+            )
+            row_begin += taken
+            block_begin += taken * count
+    return batches
 
 
 def _row_patterns(block_mask: Tensor, geometry: _Geometry) -> Tensor:
@@ -345,34 +425,6 @@ def _row_patterns(block_mask: Tensor, geometry: _Geometry) -> Tensor:
             keeps = block_mask[:, row, own.clamp(0, block_mask.shape[2] - 1)] & exists
             pattern += keeps * flag
     return pattern.flatten()
-
-
-def _batches(patterns: Tensor, geometry: _Geometry, row_bytes: int, dtype: torch.dtype) -> Iterator[_Batch]:
-    """Cut the sorted rows into attention calls: one pattern each, as many rows as the scratch holds."""
-    size = geometry.block_size
-    row_begin = block_begin = 0
-    # A row alone is a few parallel tasks; fewer rows than threads would leave threads idle.
-    least = -(-torch.get_num_threads() // 4)
-    for pattern, rows in zip(*(part.tolist() for part in patterns.unique_consecutive(return_counts=True)), strict=True):
-        count, flags = divmod(pattern, _PATTERNS)
-        if count == 0:
-            return
-        begin = geometry.start % size if flags & _KEEPS_START else 0
-        end = count * size
-        if flags & _KEEPS_STOP:
-            end += geometry.stop % size - size
-        mask = _own_mask(count, flags, geometry, dtype)
-        step = max(_GATHER_BYTES // (count * row_bytes), least)
-        for done in range(0, rows, step):
-            taken = min(step, rows - done)
-            yield _Batch(
-                slice(row_begin, row_begin + taken),
-                slice(block_begin, block_begin + taken * count),
-                slice(begin, end),
-                None if mask is None else mask[:, begin:end],
-            )
-            row_begin += taken
-            block_begin += taken * count
 
 
 def _own_mask(count: int, flags: int, geometry: _Geometry, dtype: torch.dtype) -> Tensor | None:
