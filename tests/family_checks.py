@@ -17,15 +17,17 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from tests.tiny.common import Family
 from xattn_video import XAttnConfig, XAttnProcessor
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
 
 WARMUP_STEPS = 5
 SETTINGS: dict[str, Any] = {"stride": 4, "block_size": 32, "min_tokens": 64}
@@ -132,6 +134,14 @@ def spied_xattention() -> Iterator[list[tuple[int, int]]]:
         yield lengths
 
 
+@functools.lru_cache(maxsize=1)
+def spied_run(family: Family) -> tuple[Run, list[tuple[int, int]]]:
+    """A run that is sparse from the first step on, and the lengths that `xattention` saw in it."""
+    own = subject(family)
+    with attached(own.pipe, threshold=0.5, warmup_steps=0), spied_xattention() as lengths:
+        return run(family, own.pipe), lengths
+
+
 def relative_error(got: Tensor, expected: Tensor) -> float:
     """Norm of the difference over the norm of what was expected."""
     return float((got.double() - expected.double()).norm() / expected.double().norm())
@@ -178,6 +188,14 @@ def check_warmup_is_dense_then_sparse(family: Family) -> None:
     assert summary["calls"] == family.layers * forwards(family, family.steps)
     assert summary["dense_calls"] == {"warmup": family.layers * forwards(family, WARMUP_STEPS)}
     assert summary["sparse_calls"] == summary["calls"] - summary["dense_calls"]["warmup"]
+    assert summary["sparse_density"] < 0.9
+    by_step, by_layer = summary["density_by_step"], summary["density_by_layer"]
+    assert list(by_step) == list(range(family.steps))
+    assert all((density == 1.0) == (step < WARMUP_STEPS) for step, density in by_step.items())
+    assert summary["density"] == pytest.approx(sum(by_step.values()) / family.steps)
+    assert len(by_layer) == family.layers * len(family.transformers)
+    assert all(density <= 1.0 for density in by_layer.values())
+    assert min(by_layer.values()) < 1.0
 
 
 def check_restore(family: Family) -> None:
@@ -196,19 +214,16 @@ def check_restore(family: Family) -> None:
 
 def check_only_video_self_attention_is_sparse(family: Family) -> None:
     """Text refiners, cross-attention and image branches never reach sparse attention."""
-    own = subject(family)
-    with attached(own.pipe, threshold=0.5, warmup_steps=0), spied_xattention() as lengths:
-        run(family, own.pipe)
+    _, lengths = spied_run(family)
     assert len(lengths) == family.layers * forwards(family, family.steps)
     assert {(tokens, tokens) for tokens in family.tokens} == set(lengths)
 
 
 def check_no_argument_is_ignored(family: Family) -> None:
     """No wrapper hides its processor's arguments from diffusers (the rotary embedding would be dropped)."""
-    own = subject(family)
-    with attached(own.pipe, threshold=0.5, warmup_steps=0):
-        sparse = run(family, own.pipe)
-    assert not [message for message in own.dense.log + sparse.log if "will be ignored" in message]
+    sparse, _ = spied_run(family)
+    log = subject(family).dense.log + sparse.log
+    assert not [message for message in log if "will be ignored" in message]
 
 
 def check_batch_items_are_independent(family: Family) -> None:
