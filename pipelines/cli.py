@@ -1,0 +1,105 @@
+"""The `xattn-video` command: one subcommand a program.
+
+Only the program that is asked for is imported, so that `--help` stays fast: nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+from pipelines.errors import UserError
+
+
+@dataclass(frozen=True)
+class Command:
+    """A subcommand: its module offers `add_arguments(parser)`, `run(args) -> int` and the text `EXAMPLE`."""
+
+    module: str
+    help: str
+
+
+# eval is loaded from here and only here: pipelines otherwise knows nothing of it.
+COMMANDS = {
+    "generate": Command("pipelines.generate", "make videos from a prompt file, dense, sparse or both"),
+    "compare": Command("eval.compare", "compare sparse videos with dense ones: PSNR, SSIM, LPIPS"),
+    "demo": Command("pipelines.demo.command", "the whole path on a small model, in minutes on a CPU"),
+    "doctor": Command("pipelines.doctor", "what works on this machine, and why not"),
+    "bench": Command("eval.efficiency", "time sparse attention against dense, after a correctness gate"),
+}
+
+EXAMPLE = """\
+example:
+  xattn-video demo
+  xattn-video generate --model wan2.1-1.3b --prompts prompts.txt --attention both --out out
+  xattn-video compare out/dense out/xattn-s8-t0.90-w5
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    """One line for a usage error, as for every other bad input."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"xattn-video: error: {message} (see: {self.prog} --help)\n")
+
+
+class _Version(argparse.Action):
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        from xattn_video.version import __version__
+
+        print(f"xattn-video {__version__}")
+        parser.exit()
+
+
+def build_parser(command: str | None) -> argparse.ArgumentParser:
+    """The parser with every subcommand's name, and the options of `command` alone."""
+    parser = _Parser(
+        prog="xattn-video",
+        description="Sparse attention (XAttention) for video diffusion models.",
+        epilog=EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action=_Version, nargs=0, help="show the version and exit")
+    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name, entry in COMMANDS.items():
+        subparser = subparsers.add_parser(
+            name,
+            help=entry.help,
+            description=entry.help[0].upper() + entry.help[1:] + ".",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        if name == command:
+            module = importlib.import_module(entry.module)
+            module.add_arguments(subparser)
+            if subparser.epilog is None:
+                subparser.epilog = module.EXAMPLE
+            subparser.set_defaults(run=module.run)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code: 0, 2 for bad input, 130 for Ctrl-C."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    command = next((argument for argument in arguments if not argument.startswith("-")), None)
+    try:
+        args = build_parser(command).parse_args(arguments)
+        return args.run(args)
+    except UserError as error:
+        print(f"xattn-video: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("xattn-video: stopped; the same command goes on where this one ended", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The reader of stdout (head, less) has left; nothing more can be told, and Python must not try at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,106 @@
+"""manifest.jsonl: one line a finished video, so that a run can be killed at any moment and started again."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+from pipelines.errors import UserError
+
+NAME = "manifest.jsonl"
+
+Key = tuple[str, int]
+Record = dict[str, Any]
+
+
+def read_manifest(folder: Path) -> dict[Key, Record]:
+    """The records of `folder`'s manifest by (id, seed); the later of two lines wins. Missing file: none.
+
+    A last line that a kill cut short is left out (and mended by the next `append_record`).
+
+    Raises:
+        UserError: another line is no record; the message names file and line.
+    """
+    path = folder / NAME
+    complete, _ = _split(path)
+    records: dict[Key, Record] = {}
+    for number, line in enumerate(complete.split(b"\n"), start=1):
+        if line.strip():
+            record = _parse(line)
+            if record is None:
+                raise UserError(f"{path}:{number}: not a manifest line; mend or remove it, or use another --out")
+            records[record["id"], record["seed"]] = record
+    return records
+
+
+def append_record(folder: Path, record: Record) -> None:
+    """Add one finished video and force it to disk. A torn last line is cut away first.
+
+    One write of one line: a kill can only cut this line, never one before it.
+    """
+    path = folder / NAME
+    complete, torn = _split(path)
+    if torn:
+        os.truncate(path, len(complete))
+    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o644)
+    with os.fdopen(descriptor, "ab", buffering=0) as file:
+        file.write(_line(record))
+        os.fsync(file.fileno())
+
+
+def remove_records(folder: Path, keys: Collection[Key]) -> None:
+    """Take the given videos out of the manifest (they are to be made anew), replacing the file in one step."""
+    records = read_manifest(folder)
+    if not any(key in records for key in keys):
+        return
+    partial = folder / f".{NAME}.partial"
+    with partial.open("wb") as file:
+        file.writelines(_line(record) for key, record in records.items() if key not in keys)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, folder / NAME)
+
+
+def differences(old: Record, new: Record, fields: Collection[str]) -> list[str]:
+    """What an existing line says otherwise than this run would: `"steps 20, now 50"` a field."""
+    # Through JSON, so that tuples and lists, 5 and 5.0 count as the same.
+    new = json.loads(json.dumps(new))
+    return [
+        f"{name} {_show(old.get(name))}, now {_show(new.get(name))}"
+        for name in fields
+        if old.get(name) != new.get(name)
+    ]
+
+
+def _show(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _line(record: Record) -> bytes:
+    return json.dumps(record).encode() + b"\n"
+
+
+def _split(path: Path) -> tuple[bytes, bytes]:
+    """The file's whole lines, and what follows the last line end."""
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        return b"", b""
+    except OSError as error:
+        raise UserError(f"{path}: cannot read the manifest: {error.strerror}") from None
+    end = data.rfind(b"\n") + 1
+    return data[:end], data[end:]
+
+
+def _parse(line: bytes) -> Record | None:
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    if isinstance(record, dict) and isinstance(record.get("id"), str) and isinstance(record.get("seed"), int):
+        return record
+    return None

@@ -1,0 +1,100 @@
+"""Progress on stderr: an outer bar over videos, an inner one over denoising steps, both with the time left.
+
+The inner bar stands in for the pipeline's own one, which every diffusers pipeline has, also those that take no
+step callback; so it is also the clock that tells seconds a step.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterable
+from types import TracebackType
+from typing import Any
+
+from tqdm import tqdm
+
+# In a log file a bar is a new line each time: every half minute is enough.
+_LOG_INTERVAL = 30.0
+
+
+class VideoProgress:
+    """The outer bar. `steps` goes in place of a pipeline's `progress_bar` method.
+
+    Args:
+        total: videos to make.
+        synchronize: waits for the device, so that a step's end is its real end.
+    """
+
+    def __init__(self, total: int, synchronize: Callable[[], None]) -> None:
+        self._tty = sys.stderr.isatty()
+        self._synchronize = synchronize
+        self._bar = tqdm(
+            total=total, unit="video", desc="videos", file=sys.stderr, position=0, dynamic_ncols=self._tty,
+            mininterval=0.2 if self._tty else _LOG_INTERVAL,
+        )  # fmt: skip
+        self._last_log = time.perf_counter()
+        self.step_seconds: list[float] = []
+
+    def start(self, name: str) -> None:
+        """A new video begins; forgets the steps of the last one."""
+        self.step_seconds = []
+        self._bar.set_description(name)
+
+    def finish(self) -> None:
+        """The video is done."""
+        self._bar.set_postfix_str("", refresh=False)
+        self._bar.update()
+
+    def print(self, line: str) -> None:
+        """A line on stdout that does not tear the bars."""
+        tqdm.write(line, file=sys.stdout)
+
+    def steps(self, iterable: Iterable[Any] | None = None, total: int | None = None) -> Any:
+        """A bar over denoising steps, as `DiffusionPipeline.progress_bar` gives one."""
+        return _StepBar(self, iterable, total)
+
+    def step_done(self, started: float, done: int, total: int | None) -> float:
+        """Notes that a step which began at `started` has ended; gives the time now."""
+        self._synchronize()
+        now = time.perf_counter()
+        self.step_seconds.append(now - started)
+        if not self._tty:
+            # The inner bar needs a terminal; in a log the outer one tells the steps.
+            self._bar.set_postfix_str(f"step {done}/{total or '?'}", refresh=False)
+            if now - self._last_log >= _LOG_INTERVAL:
+                self._last_log = now
+                self._bar.refresh()
+        return now
+
+    def __enter__(self) -> VideoProgress:
+        return self
+
+    def __exit__(self, *error: type[BaseException] | BaseException | TracebackType | None) -> None:
+        self._bar.close()
+
+
+class _StepBar(tqdm):
+    def __init__(self, progress: VideoProgress, iterable: Iterable[Any] | None, total: int | None) -> None:
+        super().__init__(
+            iterable, total=total, unit="step", desc="steps", file=sys.stderr, position=1, leave=False,
+            disable=not sys.stderr.isatty(), dynamic_ncols=True,
+        )  # fmt: skip
+        self._progress = progress
+        self._done = 0
+        self._total = total
+        progress._synchronize()
+        self._step_started = time.perf_counter()
+
+    def update(self, n: float | None = 1) -> bool | None:
+        self._note()
+        return super().update(n)
+
+    def __iter__(self) -> Any:
+        for item in super().__iter__():
+            yield item
+            self._note()
+
+    def _note(self) -> None:
+        self._done += 1
+        self._step_started = self._progress.step_done(self._step_started, self._done, self._total)
