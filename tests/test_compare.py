@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from eval.compare import add_arguments, compare, run
-from eval.metrics import Lpips, LpipsUnavailable, video_psnr, video_ssim
+from eval.metrics import Lpips, LpipsUnavailable, psnr, video_psnr, video_ssim
 from pipelines.errors import UserError
 from pipelines.manifest import append_record
 from pipelines.video_io import lossless_path, read_video, write_video
@@ -114,6 +114,17 @@ def test_files_hold_a_row_a_video_and_a_row_a_frame(runs: tuple[Path, Path], tmp
         own = [row for row in frames if (row["id"], row["seed"]) == (video["id"], video["seed"])]
         assert float(video["psnr"]) == pytest.approx(np.mean([float(row["psnr"]) for row in own]))
         assert float(video["ssim_worst_frame"]) == min(float(row["ssim"]) for row in own)
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_frame_rows_are_in_order(tmp_path: Path, workers: int) -> None:
+    reference = clip(frames=11)
+    test = np.stack([noisy(frame, 3 + 2 * index) for index, frame in enumerate(reference)])
+    add(tmp_path / "a", "cat", 0, reference)
+    add(tmp_path / "b", "cat", 0, test)
+    compare(tmp_path / "a", tmp_path / "b", lpips=False, progress=False, workers=workers)
+    values = [float(row["psnr"]) for row in rows(tmp_path / "b" / "metrics_frames.csv")]
+    assert values == pytest.approx([psnr(*pair) for pair in zip(reference, test, strict=True)])
 
 
 def test_command_prints_table_notes_and_json(runs: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:

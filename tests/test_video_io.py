@@ -160,9 +160,10 @@ def test_failed_write_keeps_the_old_file_and_says_why(tmp_path: Path) -> None:
     path = tmp_path / "a.mkv"
     write_video(path, noise(2, 16, 16), 16, lossless=True)
     before = path.read_bytes()
-    bad = np.zeros((3, 16, 16, 3))
-    bad[2] = 2.0
-    with pytest.raises(VideoError, match="frame 2 has"):
+    # Enough frames that ffmpeg has begun its file when the bad one comes.
+    bad = np.zeros((60, 144, 200, 3), np.float16)
+    bad[-1] = 2.0
+    with pytest.raises(VideoError, match="frame 59 has"):
         write_video(path, bad, 16, lossless=True)
     assert path.read_bytes() == before
     assert os.listdir(tmp_path) == ["a.mkv"]
