@@ -16,6 +16,7 @@ import pytest
 
 from eval.compare import add_arguments, compare, run
 from eval.metrics import Lpips, LpipsUnavailable, psnr, video_psnr, video_ssim
+from pipelines.cli import main
 from pipelines.errors import UserError
 from pipelines.manifest import append_record
 from pipelines.video_io import lossless_path, read_video, write_video
@@ -352,6 +353,16 @@ def test_bad_input_is_one_line_and_writes_nothing(
         run_compare(tmp_path / "a", tmp_path / "b", "--no-lpips")
     assert "\n" not in str(caught.value)
     assert sorted(os.listdir(tmp_path / "b")) == before
+
+
+def test_command_line_exits_with_2_and_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    add(tmp_path / "a", "cat", 0, clip())
+    add(tmp_path / "b", "dog", 0, clip())
+    assert main(["compare", str(tmp_path / "a"), str(tmp_path / "b")]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.count("\n") == 1
+    assert "no video (id, seed) in common" in captured.err
 
 
 def test_an_error_keeps_the_results_of_the_last_run(runs: tuple[Path, Path]) -> None:
