@@ -1,12 +1,13 @@
-"""The fast CPU path: strips of group logits for the scores, gathered blocks and flash attention for the rest.
+"""The fast CPU path: matrix products over strips of query groups, then over each query block's gathered keys.
 
-Both stages compute in float32 (float64 for float64 inputs) whatever the input dtype: on CPUs the low-precision
-flash kernel is not faster, and scores that round to bfloat16 choose worse blocks.
+Both stages compute in float32 (float64 for float64 inputs) whatever the input dtype: a product of bfloat16 tensors
+rounds its result to bfloat16, and such scores choose worse blocks.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -20,14 +21,11 @@ from .cpu_workers import Scratch, for_each
 _STRIP_ELEMENTS = 1 << 18
 # Strips below this many rows leave the matrix product idle.
 _MIN_STRIP_ROWS = 128
-# Gathered key and value blocks of one attention call: larger batches fall out of the cache.
-_GATHER_BYTES = 2 << 20
 # Float32 copies of keys and values that are alive at once (at least one head's).
 _COPY_BYTES = 256 << 20
 
-# Which partly visible blocks a row keeps; rows of one pattern and count share one attention call.
+# Which partly visible blocks a row keeps.
 _KEEPS_STOP, _KEEPS_START, _KEEPS_OWN, _KEEPS_NEXT = 1, 2, 4, 8
-_PATTERNS = 16
 
 
 def antidiagonal_scores(
@@ -97,6 +95,20 @@ def _compute_dtype(tensor: Tensor) -> torch.dtype:
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
+def _product(left: Tensor, right: Tensor) -> Tensor:
+    """`left @ right.T` for `[M, K]` and `[N, K]`."""
+    # oneDNN uses the widest vectors of every x86 CPU, torch.mm's library only those of Intel's.
+    if left.dtype == torch.float32 and _has_onednn():
+        product: Tensor = torch.ops.mkldnn._linear_pointwise(left, right, None, "none", [], "")
+        return product
+    return left @ right.t()
+
+
+@cache
+def _has_onednn() -> bool:
+    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
 def _head_slabs(kv_heads: int, bytes_per_head: int) -> Iterator[range]:
     """Key heads whose copies are made together."""
     step = max(1, _COPY_BYTES // bytes_per_head)
@@ -108,9 +120,11 @@ def _fill(target: Tensor, tokens: Tensor, begin: int, start: int, stop: int) -> 
     """Copy tokens `begin, begin + 1, ...` of `[N, D]` to target `[n, D]`, zeros for those outside `[start, stop)`."""
     first = min(max(start - begin, 0), target.shape[0])
     last = max(min(stop - begin, target.shape[0]), first)
-    target[:first].zero_()
     target[first:last].copy_(tokens[begin + first : begin + last])
-    target[last:].zero_()
+    if first > 0:
+        target[:first].zero_()
+    if last < target.shape[0]:
+        target[last:].zero_()
     return target
 
 
@@ -214,8 +228,7 @@ def _score_strip(
     width = key_groups.shape[0]
     if geometry.offset is not None:
         width = min(width, (geometry.offset + rows.stop * stride - 1) // stride + 1 - first_group)
-    logits = scratch.take("logits", (count, width), dtype)
-    torch.mm(queries.view(count, -1), key_groups[:width].t(), out=logits)
+    logits = _product(queries.view(count, -1), key_groups[:width])
     if geometry.offset is not None:
         _hide_later_groups(logits, (geometry.offset + rows.start * stride + stride - 1) // stride - first_group)
     prob = torch.softmax(logits, dim=-1, out=scratch.take("prob", (count, width), dtype))
@@ -270,8 +283,8 @@ def _cpu_attend(
     )
     # Padded to whole blocks, so that each block is written where it belongs.
     padded = num_blocks(q_len, block_size) * block_size
-    output = torch.zeros(batch, heads, padded, head_dim, dtype=query.dtype)
-    lse = torch.full((batch, heads, padded), -torch.inf, dtype=dtype)
+    output = torch.empty(batch, heads, padded, head_dim, dtype=query.dtype)
+    lse = torch.empty(batch, heads, padded, dtype=dtype)
     for item, geometry in enumerate(_geometries(query, key, block_size, causal, scale, kv_start, kv_lens)):
         for slab in _head_slabs(kv_heads, 2 * kv_len * head_dim * dtype.itemsize):
             part = slice(slab.start * heads // kv_heads, slab.stop * heads // kv_heads)
@@ -304,17 +317,13 @@ def _(
     return output, query.new_empty(query.shape[:3], dtype=_compute_dtype(query))
 
 
-class _Rows(NamedTuple):
-    """Rows (query blocks of a head) of one pattern that one attention call computes.
+class _Row(NamedTuple):
+    """One query block of one head: which key blocks it keeps (numbered over all key heads), and its `_KEEPS_` flags."""
 
-    `rows` are their numbers, `blocks` their kept key blocks one row after the other; `keys` cuts invalid keys off
-    both ends of the gathered ones.
-    """
-
-    rows: list[int]
-    blocks: Tensor
-    keys: slice
-    mask: Tensor | None
+    head: int
+    block: int
+    kept: Tensor
+    flags: int
 
 
 def _attend_heads(
@@ -327,35 +336,54 @@ def _attend_heads(
     geometry: _Geometry,
 ) -> None:
     """Fill output `[H, Nq * P, D]` and lse `[H, Nq * P]` for query `[H, Sq, D]`, key and value `[Hkv, Sk, D]`."""
-    size, dtype, head_dim = geometry.block_size, lse.dtype, query.shape[2]
-    row_blocks = output.shape[1] // size
-    keys, values = _key_blocks(key, value, size, dtype)
-    output_rows, lse_rows = output.view(-1, size, head_dim), lse.view(-1, size)
+    keys, values = _key_blocks(key, value, geometry.block_size, lse.dtype)
 
-    def attend(batch: _Rows, scratch: Scratch) -> None:
-        rows = len(batch.rows)
-        queries = scratch.take("queries", (rows, 1, size, head_dim), dtype)
-        for row, target in zip(batch.rows, queries, strict=True):
-            head, block = divmod(row, row_blocks)
-            _fill(target[0], query[head], block * size, 0, geometry.q_len)
-        gathered = [
-            torch.index_select(
-                source, 0, batch.blocks, out=scratch.take(name, (batch.blocks.shape[0], source.shape[1]), dtype)
-            ).view(rows, 1, -1, head_dim)[:, :, batch.keys]
-            for name, source in (("keys", keys), ("values", values))
-        ]
-        part, part_lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            queries, *gathered, attn_mask=batch.mask, scale=geometry.scale
+    def attend(row: _Row, scratch: Scratch) -> None:
+        begin = row.block * geometry.block_size
+        tokens = slice(begin, begin + geometry.block_size)
+        _attend_row(
+            query[row.head], keys, values, output[row.head, tokens], lse[row.head, tokens], row, geometry, scratch
         )
-        if batch.mask is not None:
-            # The kernel leaves 0 as the log-sum-exp of a query that sees nothing.
-            blind = batch.mask.isneginf().all(-1)
-            part[:, 0, blind], part_lse[:, 0, blind] = 0, -torch.inf
-        for index, row in enumerate(batch.rows):
-            output_rows[row].copy_(part[index, 0])
-            lse_rows[row].copy_(part_lse[index, 0])
 
-    for_each(attend, _batches(block_mask, key.shape[0], geometry, 2 * keys.shape[1] * dtype.itemsize, dtype))
+    for_each(attend, _rows(block_mask, key.shape[0], geometry))
+
+
+def _attend_row(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    output: Tensor,
+    lse: Tensor,
+    row: _Row,
+    geometry: _Geometry,
+    scratch: Scratch,
+) -> None:
+    """Fill output `[P, D]` and lse `[P]` of one query block."""
+    size, dtype, head_dim, count = geometry.block_size, lse.dtype, query.shape[1], row.kept.shape[0]
+    if count == 0:
+        output.zero_()
+        lse.fill_(-torch.inf)
+        return
+    queries = scratch.take("queries", (size, head_dim), dtype)
+    _fill(queries, query, row.block * size, 0, geometry.q_len).mul_(geometry.scale)
+    # Where the gathered keys begin and end to be valid.
+    begin = geometry.start % size if row.flags & _KEEPS_START else 0
+    end = count * size + (geometry.stop % size - size if row.flags & _KEEPS_STOP else 0)
+    valid = slice(begin, end)
+    shape = (count, keys.shape[1])
+    chosen = torch.index_select(keys, 0, row.kept, out=scratch.take("keys", shape, dtype))
+    logits = _product(queries, chosen.view(-1, head_dim)[valid])
+    _hide_later_keys(logits, valid, count, row.flags, geometry)
+    top = logits.amax(-1)
+    prob = torch.softmax(logits, dim=-1, out=scratch.take("prob", logits.shape, dtype))
+    # The largest probability is exp(0) over the sum.
+    torch.sub(top, prob.amax(-1).log_(), out=lse)
+    if row.flags & (_KEEPS_OWN | _KEEPS_NEXT):
+        # A query that sees none of the kept keys.
+        blind = top.isneginf()
+        prob[blind], lse[blind] = 0, -torch.inf
+    chosen = torch.index_select(values, 0, row.kept, out=scratch.take("values", shape, dtype))
+    output.copy_(_product(prob, chosen.view(-1, head_dim)[valid].t()))
 
 
 def _key_blocks(key: Tensor, value: Tensor, size: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -374,72 +402,45 @@ def _key_blocks(key: Tensor, value: Tensor, size: int, dtype: torch.dtype) -> tu
     return keys, values
 
 
-def _batches(
-    block_mask: Tensor, kv_heads: int, geometry: _Geometry, block_bytes: int, dtype: torch.dtype
-) -> list[_Rows]:
-    """Cut the rows of `[H, Nq, Nk]` into attention calls of one pattern each, long rows first."""
+def _rows(block_mask: Tensor, kv_heads: int, geometry: _Geometry) -> list[_Row]:
+    """The rows of `[H, Nq, Nk]`, those that keep most first."""
+    heads, query_blocks, key_blocks = block_mask.shape
+    counts = block_mask.sum(-1).flatten()
+    row, block = block_mask.flatten(0, 1).nonzero(as_tuple=True)
+    block += row // (heads // kv_heads * query_blocks) * key_blocks
+    kept, flags = block.split(counts.tolist()), _row_flags(block_mask, geometry).tolist()
+    order = counts.argsort(descending=True).tolist()
+    return [_Row(*divmod(index, query_blocks), kept[index], flags[index]) for index in order]
+
+
+def _row_flags(block_mask: Tensor, geometry: _Geometry) -> Tensor:
+    """Which partly visible blocks the rows of `[H, Nq, Nk]` keep, `[H * Nq]`."""
     size, key_blocks = geometry.block_size, block_mask.shape[2]
-    # Sorted by pattern, rows of equal pattern are neighbours, and so are their kept blocks.
-    patterns, order = _row_patterns(block_mask, geometry).sort(descending=True, stable=True)
-    row, block = block_mask.flatten(0, 1)[order].nonzero(as_tuple=True)
-    block = block + (order // (order.shape[0] // kv_heads) * key_blocks)[row]
-    numbers = order.tolist()
-    batches = []
-    row_begin = block_begin = 0
-    for pattern, rows in zip(*(part.tolist() for part in patterns.unique_consecutive(return_counts=True)), strict=True):
-        count, flags = divmod(pattern, _PATTERNS)
-        if count == 0:
-            break
-        begin = geometry.start % size if flags & _KEEPS_START else 0
-        end = count * size + (geometry.stop % size - size if flags & _KEEPS_STOP else 0)
-        mask = _own_mask(count, flags, geometry, dtype)
-        step = max(_GATHER_BYTES // (count * block_bytes), 1)
-        for done in range(0, rows, step):
-            taken = min(step, rows - done)
-            batches.append(
-                _Rows(
-                    numbers[row_begin : row_begin + taken],
-                    block[block_begin : block_begin + taken * count],
-                    slice(begin, end),
-                    None if mask is None else mask[:, begin:end],
-                )
-            )
-            row_begin += taken
-            block_begin += taken * count
-    return batches
-
-
-def _row_patterns(block_mask: Tensor, geometry: _Geometry) -> Tensor:
-    """How many blocks each row keeps and which partly visible ones: `[H, Nq, Nk]` -> count * 16 + flags, `[H * Nq]`."""
-    size = geometry.block_size
-    pattern = block_mask.sum(-1) * _PATTERNS
+    flags = torch.zeros(block_mask.shape[:2], dtype=torch.int64)
     if geometry.stop % size:
-        pattern += block_mask[:, :, geometry.stop // size] * _KEEPS_STOP
+        flags += block_mask[:, :, geometry.stop // size] * _KEEPS_STOP
     if geometry.start % size:
-        pattern += block_mask[:, :, geometry.start // size] * _KEEPS_START
+        flags += block_mask[:, :, geometry.start // size] * _KEEPS_START
     if geometry.offset is not None:
         row = torch.arange(block_mask.shape[1])
         for shift, flag in ((0, _KEEPS_OWN), (1, _KEEPS_NEXT)):
             own = row + geometry.offset // size + shift
-            exists = (own >= 0) & (own < block_mask.shape[2])
-            keeps = block_mask[:, row, own.clamp(0, block_mask.shape[2] - 1)] & exists
-            pattern += keeps * flag
-    return pattern.flatten()
+            exists = (own >= 0) & (own < key_blocks)
+            flags += (block_mask[:, row, own.clamp(0, key_blocks - 1)] & exists) * flag
+    return flags.flatten()
 
 
-def _own_mask(count: int, flags: int, geometry: _Geometry, dtype: torch.dtype) -> Tensor | None:
-    """Additive causal mask `[P, count * P]` for rows whose last blocks overlap their own positions, or None."""
-    if geometry.offset is None or not flags & (_KEEPS_OWN | _KEEPS_NEXT):
-        return None
+def _hide_later_keys(logits: Tensor, keys: slice, count: int, flags: int, geometry: _Geometry) -> None:
+    """Set to -inf what a causal query block does not see of its last kept blocks; logits are of gathered `keys`."""
+    if geometry.offset is None:
+        return
     size = geometry.block_size
-    position = torch.arange(size)
-    # Query i of the block sees its own key block up to `i + ahead`, and what is left of that in the next block.
-    ahead = position[:, None] - position[None, :] + geometry.offset % size
-    mask = torch.zeros(size, count, size, dtype=dtype)
+    # Query i of the block sees its own key block up to key `i + offset % size`; the next one begins at key `size`.
+    seen = torch.arange(size)[:, None] + geometry.offset % size
     last = count - 1
-    if flags & _KEEPS_NEXT:
-        mask[:, last].masked_fill_(ahead < size, -torch.inf)
-        last -= 1
-    if flags & _KEEPS_OWN:
-        mask[:, last].masked_fill_(ahead < 0, -torch.inf)
-    return mask.flatten(1)
+    for flag, shift in ((_KEEPS_NEXT, size), (_KEEPS_OWN, 0)):
+        if flags & flag:
+            left, right = max(last * size, keys.start), min((last + 1) * size, keys.stop)
+            later = torch.arange(left, right) - last * size + shift > seen
+            logits[:, left - keys.start : right - keys.start].masked_fill_(later, -torch.inf)
+            last -= 1
