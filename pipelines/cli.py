@@ -78,7 +78,8 @@ def build_parser(command: str | None) -> argparse.ArgumentParser:
             module.add_arguments(subparser)
             if subparser.epilog is None:
                 subparser.epilog = module.EXAMPLE
-            subparser.set_defaults(run=module.run)
+            # The demo runs other programs; through here, so that pipelines need not import eval.
+            subparser.set_defaults(run=module.run, run_command=main)
     return parser
 
 

@@ -18,6 +18,10 @@ LATENT_CHANNELS = 8
 TEXT_DIM = 64
 MAX_TEXT_TOKENS = 512
 
+# Random weights attend to all tokens alike, and nothing could be left out; scaled norms give attention its peaks,
+# as training does. At 5 about half of the blocks hold 0.9 of the mass.
+SHARPNESS = 5.0
+
 # A tokenizer learns its merges from these words; other text falls back to bytes, so any prompt has tokens.
 _WORDS = (
     "a an the and on in of with from to red green blue yellow white black orange purple pink brown grey cyan "
@@ -47,6 +51,7 @@ def build_pipeline(seed: int = 0) -> Any:
             ffn_dim=256,
             num_layers=4,
         )
+        _sharpen(transformer)
         vae = diffusers.AutoencoderKLWan(
             base_dim=8,
             z_dim=LATENT_CHANNELS,
@@ -100,9 +105,19 @@ def build_tokenizer() -> Any:
     )
 
 
-def save_model(folder: Path, seed: int = 0) -> None:
-    """Build the pipeline and write it with `save_pretrained`."""
-    build_pipeline(seed).save_pretrained(folder)
+def save_model(folder: Path, seed: int = 0) -> int:
+    """Build the pipeline and write it with `save_pretrained`; gives its number of parameters."""
+    pipe = build_pipeline(seed)
+    pipe.save_pretrained(folder)
+    parts = (pipe.transformer, pipe.vae, pipe.text_encoder)
+    return sum(parameter.numel() for part in parts for parameter in part.parameters())
+
+
+def _sharpen(transformer: Any) -> None:
+    """Scale the query and key norms of self-attention by `SHARPNESS`."""
+    for name, parameter in transformer.named_parameters():
+        if name.endswith(("attn1.norm_q.weight", "attn1.norm_k.weight")):
+            parameter.data.mul_(SHARPNESS)
 
 
 def _text_encoder(vocabulary: int) -> Any:
