@@ -173,7 +173,7 @@ def install() -> None:
             cls.set_attn_processor = method
 
 
-def _model_method(cls: type, original: Callable[..., None] | None) -> Any:
+def _model_method(cls: Any, original: Callable[..., None] | None) -> Any:
     def set_attn_processor(self: Any, processor: Any) -> None:
         """Set the attention processor of a model.
 
@@ -224,6 +224,7 @@ def _pipeline_method(cls: type, original: Callable[..., None] | None) -> Any:
         elif original is not None and processor is not None:
             original(self, processor)
         else:
+            model: Any
             for model in pipeline_transformers(self).values():
                 model.set_attn_processor(processor)
 

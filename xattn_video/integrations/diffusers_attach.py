@@ -31,8 +31,8 @@ class Attachment:
         self,
         owner: Any,
         name: str,
-        model: nn.Module,
-        modules: dict[str, nn.Module],
+        model: Any,
+        modules: dict[str, Any],
         *,
         config: XAttnConfig,
         stats: AttentionStats,
@@ -88,11 +88,13 @@ class Attachment:
         model.__dict__.pop("cache_context", None)
         delattr(model, _ATTRIBUTE)
         for path, wrapper in self._wrappers.items():
-            module = model.get_submodule(path)
+            module: Any = model.get_submodule(path)
             # someone may have put another processor there since
             if module.processor is wrapper:
                 module.set_processor(wrapper.original)
 
+    # not part of the graph where the whole model is compiled: the step is found in Python
+    @torch.compiler.disable
     def _before_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         thread = threading.current_thread()
         if self._running not in (None, thread) and self._running.is_alive():
@@ -110,6 +112,7 @@ class Attachment:
         for wrapper in self._wrappers.values():
             wrapper.place(device)
 
+    @torch.compiler.disable
     def _after_forward(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         self._running = None
         self._state.end()

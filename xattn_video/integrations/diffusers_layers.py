@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from diffusers.models import attention_dispatch
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from torch import Tensor
 
@@ -81,9 +82,11 @@ class SparseSelfAttention:
         self.trusted_mask = trusted_mask
         self.dense_layer = dense_layer
         self.text_tokens = 0
+        # where the original has no such attribute
         self._unset: dict[str, Any] = {}
         many = isinstance(config.threshold, tuple)
         self.threshold = torch.tensor(config.threshold) if many else None
+        check_parallel(self._parallel_config)
 
     def place(self, device: torch.device) -> None:
         """Called at the start of a forward whose inputs are on this device."""
@@ -110,6 +113,7 @@ class SparseSelfAttention:
 
     @_parallel_config.setter
     def _parallel_config(self, config: Any) -> None:
+        check_parallel(config)
         self._set("_parallel_config", config)
 
     def _get(self, name: str) -> Any:
@@ -138,8 +142,12 @@ class SparseSelfAttention:
         kv_lens = None
         if reason is None:
             reason, kv_lens = self._read_call(query, key, attn_mask, dropout_p)
+        parallel = self._parallel_config
         if reason is None:
             reason = dense_reason(query.transpose(1, 2), key.transpose(1, 2), self.config, causal=is_causal)
+            # each rank holds its share of the tokens here
+            if reason == "min_tokens" and key.shape[1] * sequence_ranks(parallel) >= self.config.min_tokens:
+                reason = None
         if self.counts.values.device != query.device:
             self.counts.place(query.device)
         if reason is not None:
@@ -154,8 +162,22 @@ class SparseSelfAttention:
                 scale=scale,
                 enable_gqa=enable_gqa,
                 backend=self._attention_backend,
-                parallel_config=self._parallel_config,
+                parallel_config=parallel,
             )
+        if parallel is not None:
+            return self._attend_parallel(query, key, value, is_causal, scale, kv_lens)
+        return self._attend_sparse(query, key, value, is_causal, scale, kv_lens, self.threshold)
+
+    def _attend_sparse(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        is_causal: bool,
+        scale: float | None,
+        kv_lens: Tensor | None,
+        threshold: Tensor | None,
+    ) -> Tensor:
         tokens = query.shape[1]
         output, stats = xattention(
             query.transpose(1, 2),
@@ -167,10 +189,36 @@ class SparseSelfAttention:
             kv_lens=kv_lens,
             dense_tokens=(tokens - self.text_tokens, tokens) if self.text_tokens else None,
             return_stats=True,
-            threshold=self.threshold,
+            threshold=threshold,
         )
         self.counts.add_sparse(stats.kept, stats.valid)
         return output.transpose(1, 2)
+
+    def _attend_parallel(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        is_causal: bool,
+        scale: float | None,
+        kv_lens: Tensor | None,
+    ) -> Tensor:
+        """Ulysses: each rank trades its share of the tokens for all tokens of its share of the heads, and back."""
+        if self.text_tokens or kv_lens is not None:
+            raise ValueError("context parallelism with text in a joint sequence is not supported by XAttnProcessor")
+        parallel = self._parallel_config
+        threshold = self.threshold
+        if threshold is not None:
+            threshold = threshold.chunk(sequence_ranks(parallel))[
+                parallel.context_parallel_config._ulysses_mesh.get_local_rank()
+            ]
+
+        def forward_op(ctx: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            return self._attend_sparse(query, key, value, is_causal, scale, None, threshold)
+
+        return attention_dispatch._templated_context_parallel_attention(
+            query, key, value, scale=scale, forward_op=forward_op, backward_op=None, _parallel_config=parallel
+        )
 
     def _read_call(
         self, query: Tensor, key: Tensor, mask: Tensor | None, dropout_p: float
@@ -190,6 +238,22 @@ class SparseSelfAttention:
         return None, lengths.expand(query.shape[0])
 
 
+def check_parallel(config: Any) -> None:
+    """Raise `ValueError` for context parallelism that block-sparse attention cannot run under."""
+    context = getattr(config, "context_parallel_config", None)
+    if context is not None and context.ring_degree > 1:
+        raise ValueError(
+            "XAttnProcessor runs under Ulysses context parallelism (ulysses_degree), which gives a rank whole heads; "
+            f"ring attention cuts the keys up, got ring_degree {context.ring_degree}"
+        )
+
+
+def sequence_ranks(config: Any) -> int:
+    """Number of ranks that share the tokens of one sequence."""
+    context = getattr(config, "context_parallel_config", None)
+    return 1 if context is None else context.ulysses_degree
+
+
 def key_lengths(mask: Any, kv_len: int, trusted: bool, state: ForwardState) -> Tensor | None:
     """Number of valid keys, int32 `[1]` or `[B]`, of a bool key mask whose valid keys come first; None for others.
 
@@ -198,11 +262,8 @@ def key_lengths(mask: Any, kv_len: int, trusted: bool, state: ForwardState) -> T
     """
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
         return None
-    if (mask.ndim == 4 and mask.shape[1] == mask.shape[2] == 1) or mask.ndim == 2:
-        rows = mask.shape[0]
-    else:
-        return None
-    if mask.shape[-1] != kv_len:
+    rows = mask.shape[0]
+    if mask.shape not in ((rows, kv_len), (rows, 1, 1, kv_len)):
         return None
     if not trusted and (torch.compiler.is_compiling() or not state.once("is_prefix", mask, _is_prefix)):
         return None
@@ -215,7 +276,7 @@ def _is_prefix(mask: Tensor) -> bool:
 
 def wrap(original: Any, **settings: Any) -> SparseSelfAttention:
     """A `SparseSelfAttention` for this processor, callable with the processor's own signature."""
-    return _wrapper_class(type(original))(original, **settings)
+    return _wrapper_class(original.__class__)(original, **settings)
 
 
 @functools.cache

@@ -91,7 +91,7 @@ def dispatches(processor: Any) -> bool:
     return hasattr(processor, "_attention_backend") or type(processor).__name__ in REPLACEMENTS
 
 
-def find_self_attention(model: nn.Module) -> dict[str, nn.Module]:
+def find_self_attention(model: nn.Module) -> dict[str, Any]:
     """The model's video self-attention modules by path, in forward order.
 
     For a class that is not listed: every module whose processor dispatches its attention and that is no
@@ -100,7 +100,7 @@ def find_self_attention(model: nn.Module) -> dict[str, nn.Module]:
     Raises:
         ValueError: there is none, or one has a processor that does not dispatch; the message names the class.
     """
-    attention = {path: module for path, module in model.named_modules() if hasattr(module, "processor")}
+    attention: dict[str, Any] = {path: module for path, module in model.named_modules() if hasattr(module, "processor")}
     patterns = spec_of(model).self_attention
     if patterns:
         found = {
