@@ -17,6 +17,7 @@ from .launch import (
     COMPILE_OPTIONS,
     LOG2E,
     LaunchConfig,
+    check_supported,
     device_guard,
     is_interpreted,
     launch_config,
@@ -318,7 +319,7 @@ def antidiagonal_scores(
     Returns float32 [B, Hq, Nq, Nk]; a row sums to the number of real query groups in its block.
     Raises ValueError for other dtypes, head_dim above 256, or more than 128 groups in a block.
     """
-    launch_config("antidiagonal_scores", query.dtype, query.shape[3])
+    check_supported(query.dtype, query.shape[3])
     if block_size // stride > 128:
         raise ValueError(
             f"block_size / stride must be at most 128 for the triton backend, got {block_size} / {stride}; "

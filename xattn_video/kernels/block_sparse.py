@@ -14,6 +14,7 @@ from .launch import (
     LN2,
     LOG2E,
     LaunchConfig,
+    check_supported,
     device_guard,
     is_interpreted,
     launch_config,
@@ -358,7 +359,7 @@ def block_sparse_forward(
     natural log-sum-exp float32 [B, Hq, Sq]; a query that sees no key gets 0 and -inf.
     Raises ValueError for other dtypes, head_dim above 256 or block_size below 16.
     """
-    launch_config("block_sparse", query.dtype, query.shape[3])
+    check_supported(query.dtype, query.shape[3])
     if block_size < MIN_BLOCK_SIZE:
         raise ValueError(
             f"block_size must be at least {MIN_BLOCK_SIZE} for the triton backend, got {block_size}; "

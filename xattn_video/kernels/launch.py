@@ -32,21 +32,20 @@ def load_table(name: str = "default") -> dict[str, Any]:
     return json.loads(file.read_text(encoding="utf-8"))
 
 
-def dtype_class(dtype: torch.dtype) -> str:
-    """The row of a configuration table that a dtype uses; ValueError for a dtype the kernels cannot take."""
+def check_supported(dtype: torch.dtype, head_dim: int) -> None:
+    """Raise ValueError for a dtype or head dimension that the kernels cannot take."""
     if dtype not in SUPPORTED_DTYPES:
         names = ", ".join(str(item) for item in SUPPORTED_DTYPES)
         raise ValueError(f"query must be one of {names} for the triton backend, got {dtype}; use backend='reference'")
-    return "32-bit" if dtype == torch.float32 else "16-bit"
-
-
-def launch_config(kernel: str, dtype: torch.dtype, head_dim: int, table: str = "default") -> LaunchConfig:
-    """Tile sizes, warps and stages of a kernel: the entry of the smallest listed head_dim that is large enough."""
     if head_dim > MAX_HEAD_DIM:
         raise ValueError(
             f"head_dim must be at most {MAX_HEAD_DIM} for the triton backend, got {head_dim}; use backend='reference'"
         )
-    rows = load_table(table)[kernel][dtype_class(dtype)]
+
+
+def launch_config(kernel: str, dtype: torch.dtype, head_dim: int, table: str = "default") -> LaunchConfig:
+    """Tile sizes, warps and stages of a kernel: the entry of the smallest listed head_dim that is large enough."""
+    rows = load_table(table)[kernel]["32-bit" if dtype == torch.float32 else "16-bit"]
     return rows[str(min(int(limit) for limit in rows if int(limit) >= head_dim))]
 
 

@@ -1,0 +1,280 @@
+"""What a Triton kernel is held to, on any device: the interpreter's tests and the GPU's share these checks."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from xattn_video import reference
+from xattn_video.blocks import mask_to_lists, num_blocks
+from xattn_video.kernels import antidiagonal_scores as scores_kernel
+from xattn_video.kernels import block_sparse as attention_kernel
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """One attention call. `layout` is how query, key and value lie in memory; padding is filled with NaN."""
+
+    heads: tuple[int, int] = (2, 2)
+    lengths: tuple[int, int] = (128, 128)
+    head_dim: int = 32
+    dtype: torch.dtype = torch.float32
+    batch: int = 1
+    stride: int = 8
+    block_size: int = 32
+    causal: bool = False
+    kv_start: tuple[int, ...] | None = None
+    kv_lens: tuple[int, ...] | None = None
+    layout: str = "bhsd"
+    content: str = "random"
+
+    def __str__(self) -> str:
+        changed = [
+            f"{field.name}={str(value).removeprefix('torch.')}"
+            for field in dataclasses.fields(self)
+            if (value := getattr(self, field.name)) != field.default
+        ]
+        return " ".join(changed).replace(", ", ",") or "plain"
+
+    def tensors(self, device: str) -> tuple[Tensor, Tensor, Tensor]:
+        """Query [B, Hq, Sq, D], key and value [B, Hkv, Sk, D]."""
+        generator = torch.Generator().manual_seed(sum(self.lengths) + self.head_dim)
+        make = video_like if self.content == "video" else _random
+        query = make(generator, self.batch, self.heads[0], self.lengths[0], self.head_dim)
+        key = make(generator, self.batch, self.heads[1], self.lengths[1], self.head_dim)
+        value = _random(generator, self.batch, self.heads[1], self.lengths[1], self.head_dim)
+        if self.content == "video":
+            # every run of tokens has a content of its own: a lost block cannot hide behind another or average out
+            runs = _random(generator, self.batch, self.heads[1], self.lengths[1] // 40 + 1, self.head_dim)
+            value = runs.repeat_interleave(40, dim=2)[:, :, : self.lengths[1]] + 0.3 * value
+        padding = ~self.valid_keys()
+        key.masked_fill_(padding[:, None, :, None], torch.nan)
+        value.masked_fill_(padding[:, None, :, None], torch.nan)
+        query, key, value = (self._lay_out(tensor.to(device, self.dtype)) for tensor in (query, key, value))
+        return query, key, value
+
+    def _lay_out(self, tensor: Tensor) -> Tensor:
+        if self.layout == "bshd":
+            tensor = tensor.transpose(1, 2).contiguous().transpose(1, 2)
+        elif self.layout == "bhds":
+            tensor = tensor.transpose(2, 3).contiguous().transpose(2, 3)
+        elif self.layout == "slice":
+            tensor = torch.cat([tensor, tensor, tensor], dim=-1)[..., self.head_dim : 2 * self.head_dim]
+        return tensor
+
+    def bound(self, name: str, device: str) -> Tensor | None:
+        values = getattr(self, name)
+        return None if values is None else torch.tensor(values, dtype=torch.int32, device=device)
+
+    def options(self, device: str) -> dict[str, Any]:
+        """The keyword arguments that both stages share."""
+        return {
+            "block_size": self.block_size,
+            "causal": self.causal,
+            "scale": self.head_dim**-0.5,
+            "kv_start": self.bound("kv_start", device),
+            "kv_lens": self.bound("kv_lens", device),
+        }
+
+    def valid_keys(self) -> Tensor:
+        """Bool [B, Sk]."""
+        position = torch.arange(self.lengths[1])
+        start = torch.tensor(self.kv_start or [0] * self.batch)[:, None]
+        stop = torch.tensor(self.kv_lens or [self.lengths[1]] * self.batch)[:, None]
+        return (position >= start) & (position < stop)
+
+    def visible(self) -> Tensor:
+        """Which keys each query sees, bool [B, Sq, Sk]."""
+        visible = self.valid_keys()[:, None, :].expand(-1, self.lengths[0], -1)
+        if self.causal:
+            stop = torch.tensor(self.kv_lens or [self.lengths[1]] * self.batch)[:, None, None]
+            last = torch.arange(self.lengths[0])[:, None] + stop - self.lengths[0]
+            visible = visible & (torch.arange(self.lengths[1]) <= last)
+        return visible
+
+    def block_mask(self, device: str, density: float = 0.5) -> Tensor:
+        """A random block mask; blocks without a visible pair may be set too, and one row is empty."""
+        shape = (self.batch, self.heads[0], *(num_blocks(length, self.block_size) for length in self.lengths))
+        mask = torch.rand(shape, generator=torch.Generator().manual_seed(1)) < density
+        mask[0, 0, -1] = False
+        return mask.to(device)
+
+
+def _random(generator: torch.Generator, batch: int, heads: int, length: int, head_dim: int) -> Tensor:
+    return torch.randn(batch, heads, length, head_dim, generator=generator)
+
+
+def video_like(generator: torch.Generator, batch: int, heads: int, length: int, head_dim: int) -> Tensor:
+    """Tokens of a short video: objects that cover runs of tokens, return in later frames and attract themselves.
+
+    Objects are shared by query and key, so most of a query's mass lies in the few blocks that show its object.
+    """
+    objects = 3.0 * torch.randn(8, head_dim, generator=torch.Generator().manual_seed(3)).sign()
+    shown = (torch.arange(length) // 40 * 5 % 8).expand(batch, heads, length)
+    return objects[shown] * (2.0 / head_dim**0.25) + 0.3 * _random(generator, batch, heads, length, head_dim)
+
+
+def relative_errors(got: Tensor, wanted: Tensor) -> Tensor:
+    """Norm of the difference over the norm of the wanted tensor, [B, H]."""
+    difference = (got.double() - wanted.double()).flatten(2).norm(dim=-1)
+    return difference / wanted.double().flatten(2).norm(dim=-1).clamp(min=1e-30)
+
+
+def relative_error(got: Tensor, wanted: Tensor) -> float:
+    """Norm of the difference over the norm of the wanted tensor."""
+    return float((got.double() - wanted.double()).norm() / wanted.double().norm())
+
+
+def eager_attention(problem: Problem, query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
+    """Attention as a model without fused kernels computes it: matmuls in the input dtype, softmax in float32."""
+    repeats = problem.heads[0] // problem.heads[1]
+    padding = ~problem.valid_keys()[:, None, :, None].to(query.device)
+    keys = key.masked_fill(padding, 0).repeat_interleave(repeats, dim=1)
+    values = value.masked_fill(padding, 0).repeat_interleave(repeats, dim=1)
+    kept = mask.repeat_interleave(problem.block_size, 2).repeat_interleave(problem.block_size, 3)
+    kept = kept[:, :, : problem.lengths[0], : problem.lengths[1]] & problem.visible()[:, None].to(query.device)
+    logits = (query @ keys.transpose(-1, -2) * problem.head_dim**-0.5).masked_fill(~kept, -torch.inf)
+    probs = torch.softmax(logits.float(), dim=-1).nan_to_num(0.0).to(query.dtype)
+    return probs @ values
+
+
+def eager_scores(problem: Problem, query: Tensor, key: Tensor) -> Tensor:
+    """Block scores as plain tensor code computes them: one matmul in the input dtype, softmax in float32."""
+    size = problem.stride
+    keys = key.masked_fill(~problem.valid_keys()[:, None, :, None].to(key.device), 0)
+    sees = problem.visible().any(-1)
+    queries = query.masked_fill(~sees[:, None, :, None].to(query.device), 0)
+    key_rows = _in_blocks(keys.transpose(2, 3), size).movedim(2, 4).flatten(3)
+    query_rows = _in_blocks(queries.transpose(2, 3), size).flip(-1).movedim(2, 4).flatten(3)
+    key_rows = key_rows.repeat_interleave(problem.heads[0] // problem.heads[1], dim=1)
+    visible = _any_in(problem.valid_keys(), size)[:, None, :] & _any_in(sees, size)[:, :, None]
+    if problem.causal:
+        offset = torch.tensor(problem.kv_lens or [problem.lengths[1]] * problem.batch) - problem.lengths[0]
+        last = torch.arange(visible.shape[1]) * size + size - 1 + offset[:, None]
+        visible = visible & (torch.arange(visible.shape[2]) * size <= last[:, :, None])
+    visible = visible[:, None].to(query.device)
+    logits = query_rows @ key_rows.transpose(-1, -2) * (problem.head_dim**-0.5 / size)
+    probs = torch.softmax(logits.masked_fill(~visible, -torch.inf).float(), dim=-1).nan_to_num(0.0)
+    groups = problem.block_size // size
+    columns = _in_blocks(probs, groups).sum(-1)
+    return _in_blocks(columns.transpose(2, 3), groups).sum(-1).transpose(2, 3)
+
+
+def check_scores(problem: Problem, device: str) -> None:
+    """Scores against float64, every element written, and rows that sum to their number of real query groups."""
+    query, key, _ = problem.tensors(device)
+    options = problem.options(device)
+    blocks = tuple(num_blocks(length, problem.block_size) for length in problem.lengths)
+    scores = torch.full((problem.batch, problem.heads[0], *blocks), torch.nan, device=device)
+    scores_kernel.launch_antidiagonal_scores(query, key, scores, stride=problem.stride, **options)
+    assert not scores.isnan().any(), "elements were not written"
+
+    wanted = reference.antidiagonal_scores(query.double(), key.double(), stride=problem.stride, **options)
+    allowed = relative_error(eager_scores(problem, query, key), wanted) + 2 * torch.finfo(torch.float32).eps
+    assert relative_error(scores, wanted) <= allowed, (relative_error(scores, wanted), allowed)
+
+    sees = problem.visible().any(-1)
+    groups = _any_in(sees, problem.stride).float()
+    wanted_sums = _in_blocks(groups, problem.block_size // problem.stride).sum(-1)
+    torch.testing.assert_close(scores.sum(-1).cpu(), wanted_sums[:, None].expand(-1, problem.heads[0], -1))
+
+
+def _in_blocks(flags: Tensor, size: int) -> Tensor:
+    padded = torch.nn.functional.pad(flags, (0, -flags.shape[-1] % size))
+    return padded.unflatten(-1, (-1, size))
+
+
+def _any_in(flags: Tensor, size: int) -> Tensor:
+    return _in_blocks(flags, size).any(-1)
+
+
+def check_attention(problem: Problem, device: str, density: float = 0.5) -> None:
+    """Output and log-sum-exp against float64, every element written, rows without a key exactly 0 and -inf."""
+    query, key, value = problem.tensors(device)
+    options = problem.options(device)
+    mask = problem.block_mask(device, density)
+    indices, counts = mask_to_lists(mask)
+    # entries past the count must never be read
+    past = torch.arange(indices.shape[-1], device=device) >= counts[..., None]
+    indices = indices.masked_fill(past, 2**30)
+    output = torch.full(query.shape, torch.nan, dtype=query.dtype, device=device)
+    lse = torch.full(query.shape[:3], torch.nan, device=device)
+    attention_kernel.launch_block_sparse(query, key, value, output, lse, indices, counts, **options)
+    assert not output.isnan().any(), "output elements were not written"
+    assert not lse.isnan().any(), "log-sum-exp elements were not written"
+
+    wanted, wanted_lse = reference.block_sparse_forward(query.double(), key.double(), value.double(), mask, **options)
+    eager = eager_attention(problem, query, key, value, mask)
+    allowed = relative_error(eager, wanted) + 2 * torch.finfo(query.dtype).eps
+    assert relative_error(output, wanted) <= allowed, (relative_error(output, wanted), allowed)
+
+    blind = wanted_lse == -torch.inf
+    assert blind.any(), "the problem has no query without a key"
+    assert (lse[blind] == -torch.inf).all()
+    assert (output[blind] == 0).all()
+    torch.testing.assert_close(lse[~blind], wanted_lse[~blind].float(), rtol=1e-5, atol=1e-5)
+
+
+def check_public_functions(problem: Problem, device: str) -> None:
+    """The public functions return what the launchers write, in the layout of the query."""
+    query, key, value = problem.tensors(device)
+    options = problem.options(device)
+    scores = scores_kernel.antidiagonal_scores(query, key, stride=problem.stride, **options)
+    wanted = reference.antidiagonal_scores(query, key, stride=problem.stride, **options)
+    assert scores.dtype == torch.float32
+    torch.testing.assert_close(scores, wanted, rtol=1e-4, atol=1e-4)
+    mask = problem.block_mask(device)
+    output, lse = attention_kernel.block_sparse_forward(query, key, value, mask, **options)
+    wanted_output, wanted_lse = reference.block_sparse_forward(query, key, value, mask, **options)
+    assert output.dtype == query.dtype
+    assert lse.dtype == torch.float32
+    if query.stride(-1) == 1 and query.stride() != query.contiguous().stride():
+        order = sorted(range(4), key=query.stride)
+        assert sorted(range(4), key=output.stride) == order, "the output is not in the layout of the query"
+    torch.testing.assert_close(output, wanted_output, rtol=2e-2, atol=2e-2)
+    torch.testing.assert_close(lse, wanted_lse, rtol=1e-4, atol=1e-4)
+
+
+def check_wrong_block_shows(problem: Problem, device: str) -> None:
+    """On video-like input the kernels keep a sparse set with a small error; losing its best block costs over 10 %."""
+    query, key, value = problem.tensors(device)
+    options = problem.options(device)
+    scores = scores_kernel.antidiagonal_scores(query, key, stride=problem.stride, **options)
+    everything = torch.ones_like(scores, dtype=torch.bool)
+    none = torch.zeros_like(everything)
+    kept = reference.select(scores, everything, none, threshold=0.97)
+    assert kept.float().mean() < 0.5
+    dense, _ = reference.block_sparse_forward(query.double(), key.double(), value.double(), everything, **options)
+    sparse, _ = attention_kernel.block_sparse_forward(query, key, value, kept, **options)
+    assert (relative_errors(sparse, dense) < 0.1).all(), relative_errors(sparse, dense)
+    worst = torch.where(kept, scores, -1).argmax(-1, keepdim=True)
+    damaged, _ = attention_kernel.block_sparse_forward(query, key, value, kept.scatter(-1, worst, False), **options)
+    assert (relative_errors(damaged, dense) > 0.1).all(), relative_errors(damaged, dense)
+
+
+def check_all_kept_is_sdpa(problem: Problem, device: str) -> None:
+    """With every block kept the kernel is PyTorch's own attention."""
+    query, key, value = problem.tensors(device)
+    output, _ = attention_kernel.block_sparse_forward(
+        query, key, value, torch.ones_like(problem.block_mask(device)), **problem.options(device)
+    )
+    wanted = torch.nn.functional.scaled_dot_product_attention(
+        query.double(), key.double(), value.double(), is_causal=problem.causal, enable_gqa=True
+    )
+    allowed = 4 * torch.finfo(query.dtype).eps
+    assert (relative_errors(output, wanted) <= allowed).all(), relative_errors(output, wanted)
+
+
+def check_same_twice(problem: Problem, device: str) -> None:
+    """Two runs give the same bits."""
+    query, key, value = problem.tensors(device)
+    options = problem.options(device)
+    mask = problem.block_mask(device)
+    for run in (
+        lambda: (scores_kernel.antidiagonal_scores(query, key, stride=problem.stride, **options),),
+        lambda: attention_kernel.block_sparse_forward(query, key, value, mask, **options),
+    ):
+        assert all(torch.equal(one, other) for one, other in zip(run(), run(), strict=True))

@@ -1,0 +1,117 @@
+"""Every default launch configuration compiles for every GPU class and is accepted by DESIGN.md's rules. No GPU needed."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+
+import pytest
+
+triton = pytest.importorskip("triton", reason="Triton is for Linux only")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("TRITON_INTERPRET=1 excludes compiling kernels", allow_module_level=True)
+
+from eval import static_evidence
+from eval.static_evidence import Case
+from xattn_video.kernels.launch import launch_config, load_table
+
+CASES = list(static_evidence.default_cases())
+
+
+@pytest.fixture(scope="module", autouse=True)
+def fresh_cache(tmp_path_factory):
+    """A cached kernel would be judged instead of the present source."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(triton.knobs.cache, "dir", str(tmp_path_factory.mktemp("triton")))
+        yield
+
+
+@pytest.mark.parametrize("target", static_evidence.TARGETS)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.kernel}-{case.dtype}-{case.head_dim}-{case.causal}")
+def test_default_configuration_is_accepted(case, target):
+    evidence = static_evidence.gather(case, target)
+    assert evidence.complaints() == [], static_evidence.format_row(evidence)
+    # what runs everywhere fits the smallest of them
+    limit = 64 if target == "gfx942" else 99
+    assert evidence.shared <= limit * 1024
+    if case.dtype != "fp32" and target != "gfx942":
+        assert evidence.async_copies > 0, "the loads are neither vectorised nor pipelined: is the specialisation lost?"
+
+
+def test_every_table_entry_is_compiled():
+    """The cases name each entry of default.json, so none is committed unseen."""
+    compiled = {
+        (case.kernel, id(launch_config(case.kernel, static_evidence.DTYPES[case.dtype], case.head_dim)))
+        for case in CASES
+    }
+    listed = {
+        (kernel, id(entry))
+        for kernel, classes in load_table().items()
+        for entries in classes.values()
+        for entry in entries.values()
+    }
+    assert compiled == listed
+    assert len(CASES) * len(static_evidence.TARGETS) <= 60
+
+
+def test_specialisation_is_the_launchs():
+    """Pointers and strides are known to be divisible by 16 and unit integers are constants, as in a launch."""
+    kernel, arguments = Case("block_sparse", "bf16", 128).kernel_and_arguments()
+    source = static_evidence.compile_like_jit(kernel, arguments, static_evidence.TARGETS["sm_90"]).src
+    names = kernel.arg_names
+    aligned = {names[path[0]] for path, found in source.attrs.items() if ["tt.divisibility", 16] in found}
+    assert {"q_ptr", "k_ptr", "v_ptr", "output_ptr", "stride_qs", "stride_ks", "stride_vh"} <= aligned
+    constants = {names[path[0]]: value for path, value in source.constants.items()}
+    assert constants["heads_per_kv"] == 1
+    assert constants["kv_start_ptr"] is None
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"shared": 100 * 1024}, "shared memory 102400 B is above 101376 B"),
+        ({"tensor_memory_columns": 640}, "tensor memory needs 640 of 512"),
+        ({"matrix_instructions": 0}, "no matrix instruction"),
+        ({"local_loads_in_loop": 3}, "3 local loads"),
+    ],
+)
+def test_bad_evidence_is_refused(change, words):
+    good = static_evidence.Evidence(
+        target="sm_86",
+        case=Case("block_sparse", "fp16", 64),
+        config={},
+        registers=128,
+        stack=0,
+        spills=0,
+        shared=99 * 1024,
+        tensor_memory_columns=0,
+        matrix_instructions=64,
+        async_copies=8,
+        local_loads_in_loop=0,
+        compile_seconds=1.0,
+    )
+    assert good.complaints() == []
+    assert words in "; ".join(dataclasses.replace(good, **change).complaints())
+
+
+def test_a_spilling_kernel_is_seen(monkeypatch):
+    """A tile far too large for its warps keeps values in local memory inside the loop, and the reader finds them."""
+    tiles = {"BLOCK_M": 128, "BLOCK_N": 128, "num_warps": 4, "num_stages": 2}
+    monkeypatch.setattr(static_evidence.block_sparse, "launch_config", lambda *_: tiles)
+    evidence = static_evidence.gather(Case("block_sparse", "bf16", 128), "sm_86")
+    assert any("local loads" in complaint for complaint in evidence.complaints())
+    assert any("shared memory" in complaint for complaint in evidence.complaints())
+
+
+def test_the_program_prints_a_table_and_json(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(static_evidence, "default_cases", lambda: iter([Case("antidiagonal_scores", "fp32", 40)]))
+    monkeypatch.setattr(triton.knobs.cache, "dir", triton.knobs.cache.dir)
+    file = tmp_path / "rows.jsonl"
+    assert static_evidence.main(["--defaults", "--target", "gfx942", "--output", str(file)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split()[:3] == ["target", "kernel", "type"]
+    document = json.loads(lines[-1])
+    assert document["compiled"] == 1
+    assert document["rows"] == [json.loads(file.read_text())]
+    assert document["rows"][0]["registers"] > 0

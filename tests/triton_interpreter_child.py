@@ -1,0 +1,118 @@
+"""The Triton kernels in the interpreter. test_triton_kernels.py runs this file in a process of its own."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+if os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("needs TRITON_INTERPRET=1 before the kernels are imported", allow_module_level=True)
+
+from tests import kernel_checks
+from tests.kernel_checks import Problem
+from xattn_video.kernels import antidiagonal_scores as scores_kernel
+from xattn_video.kernels import block_sparse as attention_kernel
+
+FP16, BF16 = torch.float16, torch.bfloat16
+
+SHARED = [
+    Problem(lengths=(203, 331), heads=(4, 2), batch=2, head_dim=40, dtype=FP16, causal=True, kv_lens=(331, 290)),
+    Problem(lengths=(130, 77), head_dim=72, causal=True, batch=2, kv_start=(3, 10), kv_lens=(60, 77)),
+    Problem(lengths=(77, 205), head_dim=80, batch=2, kv_start=(0, 70), kv_lens=(205, 90), dtype=BF16, layout="bshd"),
+    Problem(lengths=(100, 100), head_dim=96, heads=(3, 1), layout="slice", causal=True),
+    Problem(lengths=(65, 96), head_dim=112, layout="bhds", dtype=FP16),
+    Problem(lengths=(150, 150), content="video", dtype=BF16, block_size=64, causal=True, kv_start=(37,)),
+    Problem(lengths=(9, 200), causal=True, head_dim=64, content="video", dtype=FP16, kv_lens=(180,)),
+    Problem(lengths=(64, 64), batch=2, kv_lens=(0, 64), head_dim=33),
+]
+
+
+@pytest.mark.parametrize("problem", SHARED, ids=str)
+def test_scores(problem):
+    kernel_checks.check_scores(problem, "cpu")
+
+
+@pytest.mark.parametrize(
+    ("stride", "block_size"), [(4, 128), (8, 64), (16, 128), (32, 128), (32, 32), (1, 128), (2, 64)]
+)
+def test_scores_for_every_stride(stride, block_size):
+    problem = Problem(lengths=(299, 270), heads=(1, 1), stride=stride, block_size=block_size, causal=True)
+    kernel_checks.check_scores(problem, "cpu")
+
+
+@pytest.mark.parametrize("problem", SHARED, ids=str)
+def test_attention(problem):
+    kernel_checks.check_attention(problem, "cpu")
+
+
+@pytest.mark.parametrize("block_size", [16, 64, 128, 256])
+def test_attention_for_every_block_size(block_size):
+    problem = Problem(lengths=(300, 300), block_size=block_size, causal=True, kv_start=(20,))
+    kernel_checks.check_attention(problem, "cpu")
+
+
+@pytest.mark.parametrize("head_dim", [8, 128, 200, 256])
+@pytest.mark.parametrize("dtype", [torch.float32, FP16], ids=str)
+def test_attention_for_every_head_dim(head_dim, dtype):
+    problem = Problem(lengths=(70, 70), heads=(1, 1), head_dim=head_dim, dtype=dtype)
+    kernel_checks.check_attention(problem, "cpu")
+    kernel_checks.check_scores(problem, "cpu")
+
+
+@pytest.mark.parametrize("layout", ["bhsd", "bshd", "slice", "bhds"])
+def test_public_functions_and_layouts(layout):
+    problem = Problem(lengths=(70, 90), heads=(4, 2), batch=2, dtype=BF16, layout=layout, kv_lens=(90, 71))
+    kernel_checks.check_public_functions(problem, "cpu")
+
+
+def test_a_wrong_block_shows():
+    kernel_checks.check_wrong_block_shows(Problem(lengths=(320, 480), content="video", block_size=32), "cpu")
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_all_blocks_kept_is_sdpa(causal):
+    problem = Problem(lengths=(101, 101), heads=(4, 2), causal=causal)
+    kernel_checks.check_all_kept_is_sdpa(problem, "cpu")
+
+
+def test_operators_keep_their_contract():
+    """Schema, fake and real outputs agree; fullgraph compilation passes through both operators."""
+    problem = Problem(lengths=(70, 90), layout="bshd", kv_lens=(80,))
+    query, key, value = problem.tensors("cpu")
+    options = problem.options("cpu")
+    bounds = (options["kv_start"], options["kv_lens"])
+    torch.library.opcheck(scores_kernel._antidiagonal_scores, (query, key, 8, 32, False, 0.2, *bounds))
+    indices, counts = attention_kernel.mask_to_lists(problem.block_mask("cpu"))
+    torch.library.opcheck(attention_kernel._block_sparse, (query, key, value, indices, counts, 32, False, 0.2, *bounds))
+
+    def both(query, key, value):
+        scores = scores_kernel.antidiagonal_scores(query, key, stride=8, **options)
+        return attention_kernel.block_sparse_forward(query, key, value, scores > scores.mean(), **options)[0]
+
+    compiled = torch.compile(both, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(query, key, value), both(query, key, value), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"dtype": torch.float64}, "query must be one of torch.float32"),
+        ({"head_dim": 257}, "head_dim must be at most 256"),
+        ({"block_size": 256, "stride": 1}, "block_size / stride must be at most 128"),
+    ],
+)
+def test_scores_refuse_what_they_cannot_do(change, words):
+    problem = Problem(**change)
+    query, key, _ = problem.tensors("cpu")
+    with pytest.raises(ValueError, match=words):
+        scores_kernel.antidiagonal_scores(query, key, stride=problem.stride, **problem.options("cpu"))
+
+
+def test_attention_refuses_blocks_below_a_tile():
+    problem = Problem(block_size=8)
+    with pytest.raises(ValueError, match=r"block_size must be at least 16 .* got 8"):
+        attention_kernel.block_sparse_forward(
+            *problem.tensors("cpu"), problem.block_mask("cpu"), **problem.options("cpu")
+        )
