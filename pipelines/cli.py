@@ -18,7 +18,7 @@ from pipelines.errors import UserError
 
 @dataclass(frozen=True)
 class Command:
-    """A subcommand: its module offers `add_arguments(parser)`, `run(args) -> int` and the text `EXAMPLE`."""
+    """A subcommand: its module offers `add_arguments(parser)`, `run(args) -> int` and an epilog or an `EXAMPLE`."""
 
     module: str
     help: str
@@ -77,7 +77,7 @@ def build_parser(command: str | None) -> argparse.ArgumentParser:
             module = importlib.import_module(entry.module)
             module.add_arguments(subparser)
             if subparser.epilog is None:
-                subparser.epilog = module.EXAMPLE
+                subparser.epilog = getattr(module, "EXAMPLE", None)
             # The demo runs other programs; through here, so that pipelines need not import eval.
             subparser.set_defaults(run=module.run, run_command=main)
     return parser

@@ -1,0 +1,311 @@
+"""`xattn-video generate` on a tiny Wan pipeline from disk: what it writes, what it keeps, what a kill costs."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pipelines.manifest import NAME as MANIFEST
+from pipelines.manifest import read_manifest
+from pipelines.models import KNOWN_MODELS, find_model
+from pipelines.video_io import read_video
+from tests.cli_tools import (
+    SIZE,
+    SPARSE,
+    SPARSE_LABEL,
+    TINY_TOKENS,
+    Run,
+    save_tiny_image_to_video,
+    save_tiny_wan,
+    tool,
+)
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_wan(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def xattn(capfd: pytest.CaptureFixture[str]) -> Run:
+    return tool(capfd)
+
+
+@pytest.fixture
+def prompts(tmp_path: Path) -> Path:
+    path = tmp_path / "prompts.txt"
+    path.write_text('a "red" circle\n../up/and/away\n🦊 ' + "x" * 10_000 + "\n", encoding="utf-8")
+    return path
+
+
+def frames(path: Path) -> np.ndarray:
+    """The exact frames of a video made with --lossless."""
+    return read_video(path.with_suffix(".mkv"))
+
+
+def test_both_attentions_write_a_folder_each_with_a_manifest(model, prompts, tmp_path, xattn):
+    out = tmp_path / "out"
+    arguments = ("--model", model, "--prompts", prompts, "--out", out, "--attention", "both", "--seeds", 3, 5)
+    done = xattn("generate", *arguments, *SIZE, *SPARSE, "--limit", 2, "--fps", 8)
+    assert done.code == 0, done.err
+    names = [f"{prompt}-s{seed}.mp4" for prompt in ("0001", "0002") for seed in (3, 5)]
+    for label in ("dense", SPARSE_LABEL):
+        assert sorted(path.name for path in (out / label).iterdir()) == [*names, MANIFEST]
+        records = read_manifest(out / label)
+        assert list(records) == [("0001", 3), ("0001", 5), ("0002", 3), ("0002", 5)]
+        for (name, seed), record in records.items():
+            assert record["file"] == f"{name}-s{seed}.mp4"
+            assert read_video(out / label / record["file"]).shape == (9, 64, 64, 3)
+            check_record(record, model)
+    dense, sparse = (read_manifest(out / label)["0002", 5] for label in ("dense", SPARSE_LABEL))
+    assert dense["prompt"] == "../up/and/away"
+    assert (dense["attention"], dense["config"], dense["mean_density"]) == ("dense", None, 1.0)
+    assert (sparse["attention"], sparse["config"]["block_size"], sparse["config"]["warmup_steps"]) == ("xattn", 16, 1)
+    # Two layers, guidance: one warm-up step is 4 dense calls, and statistics start anew for every video.
+    assert sparse["dense_reasons"] == {"warmup": 4}
+    assert sparse["density_by_step"][0] == 1.0
+    assert 0 < sparse["density_by_step"][1] < 1
+    assert sparse["mean_density"] == pytest.approx(sum(sparse["density_by_step"]) / 2)
+    # Results on stdout, one line a video and a last one; progress and the time left on stderr.
+    lines = done.out.splitlines()
+    assert len(lines) == 9
+    assert lines[0].startswith(str(out / "dense" / "0001-s3.mp4"))
+    assert "8 videos made, 0 kept" in lines[-1]
+    assert "8/8" in done.err
+    assert "video" in done.err
+
+
+def check_record(record: dict[str, Any], model: Path) -> None:
+    expected = {"model": str(model), "height": 64, "width": 64, "num_frames": 9, "fps": 8, "steps": 2}
+    expected |= {"tokens": TINY_TOKENS, "dtype": "float32", "device": "cpu", "guidance_scale": 5.0}
+    assert {name: record[name] for name in expected} == expected
+    assert record["seconds"] > 2 * record["seconds_per_step"] > 0
+    assert {"python", "torch", "diffusers", "xattn-video"} <= set(record["versions"])
+    assert all(record["versions"].values())
+    assert {"commit", "device_name", "finished", "negative_prompt", "image"} <= set(record)
+
+
+def test_a_video_depends_neither_on_the_ones_before_it_nor_on_the_attention(model, prompts, tmp_path, xattn):
+    arguments = ("--model", model, *SIZE, *SPARSE[:4], "--warmup-steps", 2, "--lossless", "--attention", "both")
+    assert xattn("generate", *arguments, "--prompts", prompts, "--out", tmp_path / "many").code == 0
+    alone = tmp_path / "alone.jsonl"
+    text = prompts.read_text(encoding="utf-8").splitlines()[2]
+    alone.write_text(json.dumps({"prompt": text, "id": "0003"}))
+    assert xattn("generate", *arguments, "--prompts", alone, "--out", tmp_path / "one").code == 0
+    label = "xattn-s8-t0.90-w2-b16-m0"
+    third = frames(tmp_path / "many/dense/0003-s0.mp4")
+    assert np.array_equal(third, frames(tmp_path / "one/dense/0003-s0.mp4"))
+    # Every step is a warm-up step, so the sparse run differs in nothing if its noise is the same.
+    assert np.array_equal(third, frames(tmp_path / f"many/{label}/0003-s0.mp4"))
+    assert not np.array_equal(third, frames(tmp_path / "many/dense/0001-s0.mp4"))
+    # The mp4 shows the same as the lossless copy.
+    assert np.abs(read_video(tmp_path / "many/dense/0003-s0.mp4").astype(int) - third).mean() < 16
+
+
+def test_finished_videos_are_kept_and_missing_ones_made(model, prompts, tmp_path, xattn):
+    out = tmp_path / "out"
+    command = ("generate", "--model", model, "--prompts", prompts, "--out", out, "--attention", "dense", *SIZE)
+    assert xattn(*command, "--limit", 2).code == 0
+    folder = out / "dense"
+    first = (folder / "0001-s0.mp4").stat()
+    (folder / "0002-s0.mp4").unlink()
+    # What a kill leaves: a half-written video, and a line of the manifest cut short.
+    (folder / ".0002-s0.partial.mp4").write_bytes(b"half")
+    with (folder / MANIFEST).open("ab") as manifest:
+        manifest.write(b'{"id": "0003", "se')
+    done = xattn(*command, "--json")
+    assert done.code == 0, done.err
+    result = json.loads(done.out.splitlines()[-1])
+    assert (result["made"], result["kept"]) == (2, 1)
+    assert [video["status"] for video in result["videos"]] == ["kept", "made", "made"]
+    assert (folder / "0001-s0.mp4").stat().st_mtime_ns == first.st_mtime_ns
+    assert sorted(path.name for path in folder.iterdir()) == [f"000{i}-s0.mp4" for i in (1, 2, 3)] + [MANIFEST]
+    assert len(read_manifest(folder)) == 3
+    # Nothing to do: the weights are not even looked for.
+    weights = list(model.rglob("*.safetensors"))
+    for path in weights:
+        path.rename(path.with_suffix(".away"))
+    try:
+        assert xattn(*command).code == 0
+        missing = xattn(*command, "--overwrite")
+    finally:
+        for path in weights:
+            path.with_suffix(".away").rename(path)
+    assert missing.code == 2
+    assert "cannot be loaded" in missing.err
+
+
+def test_other_settings_are_refused_unless_overwrite(model, prompts, tmp_path, xattn):
+    out = tmp_path / "out"
+    command = ("generate", "--model", model, "--prompts", prompts, "--out", out, "--attention", "dense", *SIZE)
+    assert xattn(*command, "--limit", 2).code == 0
+    before = (out / "dense" / MANIFEST).read_bytes()
+    refused = xattn(*command, "--steps", 3, "--fps", 9)
+    assert refused.code == 2
+    assert "0001-s0.mp4 was made with other settings (fps 16, now 9; steps 2, now 3)" in refused.err
+    assert "--overwrite" in refused.err
+    assert (out / "dense" / MANIFEST).read_bytes() == before
+    assert xattn(*command, "--steps", 3, "--limit", 1, "--overwrite").code == 0
+    assert {key: record["steps"] for key, record in read_manifest(out / "dense").items()} == {
+        ("0001", 0): 3,
+        ("0002", 0): 2,
+    }
+    prompts.write_text("another prompt\n")
+    assert "prompt" in xattn(*command, "--steps", 3).err
+
+
+def test_a_dry_run_tells_all_and_needs_no_weights(model, prompts, tmp_path, xattn):
+    configs = tmp_path / "configs"
+    for path in model.rglob("*.json"):
+        if "tokenizer" not in path.parts:
+            (configs / path.relative_to(model)).parent.mkdir(parents=True, exist_ok=True)
+            (configs / path.relative_to(model)).write_bytes(path.read_bytes())
+    out = tmp_path / "out"
+    command = ("generate", "--model", configs, "--prompts", prompts, "--out", out, "--attention", "both", "--dry-run")
+    done = xattn(*command, *SIZE, "--sample", 2)
+    assert done.code == 0, done.err
+    for expected in ("64 x 64, 9 frames", f"{TINY_TOKENS} video tokens", "2 steps", "4 of 4 videos to make"):
+        assert expected in done.out
+    for name in ("dense/0001-s0.mp4", "dense/0003-s0.mp4", "xattn-s8-t0.90-w5/0003-s0.mp4"):
+        assert str(out / name) in done.out
+    assert "0002" not in done.out
+    assert not out.exists()
+    as_json = json.loads(xattn(*command, *SIZE, "--json").out.splitlines()[-1])
+    assert (as_json["tokens"], as_json["steps"], len(as_json["videos"])) == (TINY_TOKENS, 2, 6)
+    # Without sizes: the pipeline's own.
+    default = json.loads(xattn(*command, "--json").out.splitlines()[-1])
+    assert (default["height"], default["width"], default["num_frames"], default["steps"]) == (480, 832, 81, 50)
+
+
+def test_seeds_come_from_the_command_line_then_the_prompt_then_zero(model, tmp_path, xattn):
+    path = tmp_path / "p.jsonl"
+    path.write_text('{"prompt": "a", "seed": 9}\n{"prompt": "b"}\n')
+    command = ("generate", "--model", model, "--prompts", path, "--dry-run", "--json", *SIZE)
+    for extra, expected in (((), [9, 0]), (("--seeds", 4, 2), [4, 2, 4, 2])):
+        result = json.loads(xattn(*command, *extra).out.splitlines()[-1])
+        assert [video["seed"] for video in result["videos"]] == expected
+
+
+def test_an_image_conditions_an_image_to_video_model(tmp_path, xattn):
+    from PIL import Image
+
+    model = save_tiny_image_to_video(tmp_path / "model")
+    lines = []
+    for name, colour in (("red", (255, 0, 0)), ("blue", (0, 0, 255))):
+        Image.new("RGB", (50, 40), colour).save(tmp_path / f"{name}.png")
+        lines.append(json.dumps({"prompt": "a shape", "id": name, "image": f"{name}.png"}))
+    path = tmp_path / "p.jsonl"
+    path.write_text("\n".join(lines))
+    done = xattn("generate", "--model", model, "--prompts", path, "--out", tmp_path / "out", *SIZE, "--lossless")
+    assert done.code == 0, done.err
+    folder = tmp_path / "out/xattn-s8-t0.90-w5"
+    assert read_manifest(folder)["red", 0]["image"] == str(tmp_path / "red.png")
+    assert read_manifest(folder)["red", 0]["dense_reasons"]
+    assert not np.array_equal(frames(folder / "red-s0.mp4"), frames(folder / "blue-s0.mp4"))
+    path.write_text('{"prompt": "no image"}')
+    refused = xattn("generate", "--model", model, "--prompts", path, "--out", tmp_path / "out", *SIZE)
+    assert refused.code == 2
+    assert "p.jsonl:1" in refused.err
+    assert "needs an `image`" in refused.err
+
+
+def test_a_killed_and_an_interrupted_run_lose_at_most_the_video_in_work(model, tmp_path, xattn):
+    """SIGKILL, then Ctrl-C, in processes of their own; a third run makes exactly what is missing."""
+    path = tmp_path / "prompts.txt"
+    path.write_text("".join(f"prompt {number}\n" for number in range(40)))
+    folder = tmp_path / "out/dense"
+    command = ["generate", "--model", str(model), "--prompts", str(path), "--out", str(tmp_path / "out")]
+    command += ["--attention", "dense", *SIZE, "--limit"]
+
+    killed, _ = stopped_after(signal.SIGKILL, folder, 2, *command, "40")
+    assert killed == -signal.SIGKILL
+    kept = finished(folder)
+    assert 2 <= len(kept) < 40
+
+    interrupted, error = stopped_after(signal.SIGINT, folder, len(kept) + 2, *command, "40")
+    assert interrupted == 130
+    assert error.rstrip().splitlines()[-1].startswith("xattn-video: stopped")
+    assert "Traceback" not in error
+    assert not list(folder.glob(".*"))
+    more = finished(folder)
+    assert len(kept) + 2 <= len(more) < 40
+    assert kept.items() <= more.items()
+
+    done = xattn(*command, len(more) + 2, "--json")
+    assert done.code == 0, done.err
+    result = json.loads(done.out.splitlines()[-1])
+    assert (result["made"], result["kept"]) == (2, len(more))
+    assert more.items() <= finished(folder).items()
+    assert sorted(folder.iterdir()) == sorted([folder / MANIFEST, *finished(folder)])
+    for video in finished(folder):
+        assert read_video(video).shape == (9, 64, 64, 3)
+
+
+def finished(folder: Path) -> dict[Path, int]:
+    """The videos that the manifest calls finished, with their time of writing."""
+    return {
+        folder / record["file"]: (folder / record["file"]).stat().st_mtime_ns
+        for record in read_manifest(folder).values()
+    }
+
+
+def stopped_after(number: signal.Signals, folder: Path, videos: int, *command: str) -> tuple[int, str]:
+    """Run the command in a process of its own, signal it once `videos` are finished; exit code and stderr."""
+    code = "import sys; from pipelines.cli import main; sys.exit(main(sys.argv[1:]))"
+    log = folder.parent.with_suffix(f".{number.name}")
+    with log.open("w") as stderr:
+        process = subprocess.Popen(
+            [sys.executable, "-c", code, *command],
+            cwd=ROOT,
+            stdout=subprocess.DEVNULL,
+            stderr=stderr,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )
+        deadline = time.monotonic() + 240
+        while process.poll() is None and len(read_manifest(folder)) < videos:
+            assert time.monotonic() < deadline, log.read_text()
+            time.sleep(0.02)
+        process.send_signal(number)
+        process.wait(timeout=60)
+    return process.returncode, log.read_text()
+
+
+@pytest.mark.parametrize("name", KNOWN_MODELS)
+def test_the_defaults_of_known_models_obey_their_own_rules(name):
+    known = find_model(name.upper())
+    defaults = known.defaults
+    known.geometry.check(defaults.height, defaults.width, defaults.num_frames)
+    assert defaults.steps >= 40
+    assert defaults.guidance_scale > 1
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "tokens"),
+    [
+        # The numbers of ALGORITHM.md's cost model.
+        ("hunyuan-video", (720, 1280, 129), 118_800),
+        ("wan2.1-14b", (720, 1280, 81), 75_600),
+        ("wan2.1-1.3b", (480, 832, 81), 32_760),
+        ("wan2.2-a14b", (720, 1280, 81), 75_600),
+        ("wan2.2-5b", (704, 1280, 121), 27_280),
+        ("hunyuan-video-1.5", (480, 848, 121), 49_290),
+    ],
+)
+def test_token_counts_of_known_models(name, size, tokens):
+    assert KNOWN_MODELS[name].geometry.tokens(*size) == tokens
+
+
+def test_the_geometry_of_known_wan_models_is_that_of_diffusers_own_configuration(model):
+    """Read from a saved pipeline whose VAE has Wan 2.1's default strides."""
+    assert find_model(str(model)).geometry == KNOWN_MODELS["wan2.1-1.3b"].geometry

@@ -1,0 +1,75 @@
+"""`xattn-video doctor` says what runs here and why something does not."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from pathlib import Path
+
+import pytest
+import torch
+
+from pipelines import doctor
+from tests.cli_tools import Run, tool
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture
+def xattn(capfd: pytest.CaptureFixture[str]) -> Run:
+    return tool(capfd)
+
+
+def test_a_working_machine_has_exit_code_zero_and_a_report_for_people(xattn):
+    done = xattn("doctor")
+    assert done.code == 0, done.out
+    for expected in ("torch", "diffusers", "devices", "cpu", "checks", "ffmpeg", "videos can be generated here"):
+        assert expected in done.out
+    assert torch.__version__ in done.out
+    assert "broken" not in done.out
+
+
+def test_json_has_versions_devices_and_checks(xattn):
+    done = xattn("doctor", "--json")
+    report = json.loads(done.out.splitlines()[-1])
+    assert report["ok"] is True
+    assert report["versions"]["torch"] == torch.__version__
+    assert {check["name"] for check in report["checks"]} >= {"torchvision", "diffusers", "ffmpeg", "lpips", "ftfy"}
+    cpu = report["devices"][0]
+    assert (cpu["device"], cpu["auto"]) == ("cpu", "cpu")
+    assert cpu["backends"]["cpu"] is cpu["backends"]["reference"] is None
+    assert "GPU" in cpu["backends"]["triton"]
+    if not torch.cuda.is_available():
+        assert "CUDA" in report["devices"][-1]["reason"]
+
+
+def test_a_device_without_a_fast_backend_says_dense_and_why():
+    device = doctor._device("mps", "Apple")
+    assert device["auto"].startswith("dense attention only (triton: it needs an NVIDIA or AMD GPU")
+    assert device["backends"]["cpu"] == "it runs on a CPU, not on mps"
+
+
+def test_a_diffusers_out_of_range_is_broken_with_its_mend(xattn, monkeypatch):
+    monkeypatch.setattr(doctor, "DIFFUSERS_RANGE", ("0.1", "0.2"))
+    done = xattn("doctor")
+    assert done.code == 1
+    assert 'is outside of >=0.1,<0.2; mend: pip install "diffusers>=0.1,<0.2"' in done.out
+    assert "videos cannot be generated here" in done.out
+
+
+def test_the_range_is_that_of_pyproject():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    (requirement,) = [entry for entry in project["dependencies"] if entry.startswith("diffusers")]
+    assert requirement == "diffusers>={},<{}".format(*doctor.DIFFUSERS_RANGE)
+
+
+def test_an_import_that_fails_is_reported_and_not_raised(tmp_path, monkeypatch):
+    (tmp_path / "broken_package.py").write_text("raise RuntimeError('operator x::y does not exist')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    check = doctor._check_import("broken_package", "broken_package")
+    assert check["status"] == "broken"
+    assert "operator x::y does not exist" in check["message"]
+
+
+def test_torchvision_is_healthy_or_mended_here():
+    assert doctor.check_torchvision()["status"] in ("ok", "mended")
