@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from pipelines import runner
 from pipelines.errors import UserError
 from pipelines.manifest import Record, append_record, remove_records
-from pipelines.models import KNOWN_MODELS
+from pipelines.models import KNOWN_MODELS, check_available
 from pipelines.plan import Job, Plan, by_folder, identity, make_plan
 
 if TYPE_CHECKING:
@@ -76,6 +76,8 @@ def run(args: argparse.Namespace) -> int:
     if args.dry_run:
         _report_dry_run(plan, as_json=args.json)
         return 0
+    if plan.pending:
+        check_available(plan.model)
     for folder in {job.folder for job in plan.jobs}:
         _make_writable(folder)
     _remove_leftovers(plan.pending)

@@ -146,7 +146,7 @@ KNOWN_MODELS = {
             "hunyuan-video-1.5",
             "hunyuanvideo-community/HunyuanVideo-1.5-Diffusers-480p_t2v",
             "HunyuanVideo15Pipeline",
-            Geometry(vae_time=4, vae_space=16, patch=(1, 1, 1)),
+            Geometry(vae_time=4, vae_space=16, patch=(1, 1, 1), multiple=16),
             Defaults(480, 848, 121, fps=24, steps=50, guidance_scale=6.0),
             vae_tiling=True,
         ),
@@ -180,6 +180,16 @@ def find_model(name: str) -> Model:
             "else give a local folder or a Hub id (owner/name)"
         )
     return _describe(name, name, lambda path: _hub_json(name, path))
+
+
+def check_available(model: Model) -> None:
+    """Say in one line that a model is neither here nor reachable, before folders are made and loading is tried.
+
+    Raises:
+        UserError: its description is not in the local cache and cannot be downloaded.
+    """
+    if not Path(model.source).is_dir():
+        _hub_json(model.source, "model_index.json")
 
 
 def import_diffusers() -> Any:

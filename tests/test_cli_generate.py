@@ -26,6 +26,8 @@ from tests.cli_tools import (
     Run,
     save_tiny_image_to_video,
     save_tiny_wan,
+    tiny_text_encoder,
+    tiny_tokenizer,
     tool,
 )
 
@@ -309,3 +311,56 @@ def test_token_counts_of_known_models(name, size, tokens):
 def test_the_geometry_of_known_wan_models_is_that_of_diffusers_own_configuration(model):
     """Read from a saved pipeline whose VAE has Wan 2.1's default strides."""
     assert find_model(str(model)).geometry == KNOWN_MODELS["wan2.1-1.3b"].geometry
+
+
+def test_guidance_and_flow_shift_reach_a_pipeline_that_keeps_them_in_components(tmp_path):
+    """HunyuanVideo 1.5: guidance is in its guider, the shift in its scheduler; geometry and tiling from its files."""
+    import torch
+
+    from pipelines import runner
+    from tests.tiny.hunyuan_families import build_hunyuan_15
+
+    pipe = build_hunyuan_15(0)
+    for number in ("", "_2"):
+        pipe.register_modules(**{f"text_encoder{number}": tiny_text_encoder(), f"tokenizer{number}": tiny_tokenizer()})
+    pipe.save_pretrained(tmp_path)
+    found = find_model(str(tmp_path))
+    assert found.geometry == KNOWN_MODELS["hunyuan-video-1.5"].geometry
+    settings = runner.Settings(
+        height=64, width=64, num_frames=9, fps=8, steps=2, guidance_scale=4.5, guidance_scale_2=None, flow_shift=7.5
+    )
+    cpu = torch.device("cpu")
+    loaded = runner.load_pipeline(found, settings, device=cpu, dtype="bfloat16", offload="none", compile_blocks=False)
+    assert loaded.guider.guidance_scale == 4.5
+    assert loaded.scheduler.config.shift == 7.5
+    assert loaded.vae.use_tiling
+    assert loaded.transformer.dtype == torch.bfloat16
+
+
+def test_wan_keeps_its_vae_in_float32_in_a_half_precision_run(model, prompts, tmp_path, xattn):
+    import torch
+
+    from pipelines import runner
+
+    found = find_model(str(model))
+    settings = runner.Settings(64, 64, 9, 8, 2, guidance_scale=5.0, guidance_scale_2=None, flow_shift=2.5)
+    cpu = torch.device("cpu")
+    loaded = runner.load_pipeline(found, settings, device=cpu, dtype="bfloat16", offload="none", compile_blocks=False)
+    assert (loaded.transformer.dtype, loaded.vae.dtype) == (torch.bfloat16, torch.float32)
+    assert loaded.scheduler.config.flow_shift == 2.5
+    done = xattn(
+        "generate",
+        "--model",
+        model,
+        "--prompts",
+        prompts,
+        "--out",
+        tmp_path,
+        *SIZE,
+        "--dtype",
+        "bfloat16",
+        "--limit",
+        1,
+    )
+    assert done.code == 0, done.err
+    assert read_manifest(tmp_path / "xattn-s8-t0.90-w5")["0001", 0]["dtype"] == "bfloat16"
