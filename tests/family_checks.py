@@ -168,7 +168,7 @@ def check_threshold_one_equals_stock(family: Family) -> None:
     assert summary["sparse_calls"] == family.layers * forwards(family, family.steps)
     assert summary["density"] == 1.0
     assert sparse.result.dtype == own.dense.result.dtype
-    assert relative_error(sparse.result, own.dense.result) < 1e-4
+    assert relative_error(sparse.result, own.dense.result) < family.tolerance
 
 
 def check_warmup_is_dense_then_sparse(family: Family) -> None:
@@ -236,7 +236,8 @@ def check_batch_items_are_independent(family: Family) -> None:
         alone = [run(family, own.pipe, items=(item,)).result for item in (0, 1)]
     assert both.shape[0] == 2
     for item in (0, 1):
-        assert relative_error(both[item], alone[item][0]) < 1e-3
+        # room for a block at the very edge of the threshold, which rounding may keep or drop
+        assert relative_error(both[item], alone[item][0]) < 5e-3
     assert relative_error(both[0], both[1]) > 1e-2
 
 

@@ -45,6 +45,8 @@ class Family:
     generations: int = 1
     # whether the pipeline takes several prompts at once
     batches: bool = True
+    # relative error between two ways to compute the same in float32
+    tolerance: float = 1e-5
     notes: str = field(default="", compare=False)
 
 

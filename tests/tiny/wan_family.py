@@ -57,7 +57,7 @@ def tiny_transformer(cls: Any = WanTransformer3DModel, **changes: Any) -> Any:
 
 
 def tiny_vae() -> AutoencoderKLWan:
-    return AutoencoderKLWan(base_dim=4, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1).eval()
+    return AutoencoderKLWan(base_dim=2, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1).eval()
 
 
 def tiny_vae_22() -> AutoencoderKLWan:
@@ -81,7 +81,7 @@ def flow_scheduler() -> UniPCMultistepScheduler:
     return UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
 
 
-def text_inputs(items: tuple[int, ...], text_tokens: int = 20) -> dict[str, Any]:
+def text_inputs(items: tuple[int, ...], text_tokens: int = 80) -> dict[str, Any]:
     return {
         "prompt_embeds": normal((text_tokens, TEXT_DIM), items),
         "negative_prompt_embeds": normal((text_tokens, TEXT_DIM), items, salt=1),
