@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 import threading
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -117,11 +118,16 @@ class Attachment:
         self._running = None
         self._state.end()
 
-    def _cache_context(self, name: str, *args: Any, **kwargs: Any) -> AbstractContextManager[Any]:
+    @contextmanager
+    def _cache_context(self, name: str, **where: Any) -> Iterator[None]:
         """Stands in for the model's `cache_context`: notes the step that the pipeline is in."""
         model = self._model()
-        self._step_index = kwargs.get("step_index")
-        return type(model).cache_context(model, name, *args, **kwargs)
+        self._step_index = where.get("step_index")
+        try:
+            with type(model).cache_context(model, name, **where):
+                yield
+        finally:
+            self._step_index = None
 
 
 def attachment_of(model: nn.Module) -> Attachment | None:

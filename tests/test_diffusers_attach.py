@@ -1,0 +1,636 @@
+"""Attaching and detaching an XAttnProcessor: what is put into a model, what stays, what is refused."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import logging
+import os
+import pickle
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tests.tiny.wan_family import TEXT_DIM, build_t2v, build_t2v_a14b, build_v2v, call_t2v, tiny_transformer
+from xattn_video import XAttnConfig, XAttnProcessor
+from xattn_video.integrations import diffusers as integration
+from xattn_video.integrations import diffusers_backend, torchvision_mend
+from xattn_video.integrations.diffusers import attached_processor
+
+# after tests.tiny, which mends a torchvision that does not fit this torch
+from diffusers import (  # isort: skip
+    AutoencoderKLWan,
+    DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
+    LTXVideoTransformer3DModel,
+    WanTransformer3DModel,
+)
+from diffusers.models.attention import AttentionMixin  # isort: skip
+from diffusers.models.attention_dispatch import (  # isort: skip
+    AttentionBackendName,
+    _AttentionBackendRegistry,
+    attention_backend,
+    dispatch_attention_fn,
+)
+from diffusers.models.transformers.transformer_wan import WanAttnProcessor  # isort: skip
+
+ROOT = Path(__file__).parent.parent
+SETTINGS: dict[str, Any] = {"stride": 4, "block_size": 32, "min_tokens": 64, "threshold": 0.5, "warmup_steps": 0}
+TOKENS = 5 * 7 * 9
+
+
+@pytest.fixture(scope="module")
+def shared_model() -> WanTransformer3DModel:
+    torch.manual_seed(0)
+    return tiny_transformer()
+
+
+@pytest.fixture
+def model(shared_model: WanTransformer3DModel) -> Any:
+    before = processors(shared_model)
+    yield shared_model
+    shared_model.set_attn_processor(None)
+    # a test must leave the model as it found it, whatever it set
+    for path, processor in before.items():
+        shared_model.get_submodule(path).set_processor(processor)
+        vars(processor).clear()
+
+
+def processors(model: nn.Module) -> dict[str, Any]:
+    return {path: module.processor for path, module in model.named_modules() if hasattr(module, "processor")}
+
+
+def forward(model: Any, timestep: float = 900.0, **changes: Any) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    inputs: dict[str, Any] = {
+        "hidden_states": torch.randn(1, 16, 5, 14, 18, generator=generator),
+        "timestep": torch.tensor([timestep]),
+        "encoder_hidden_states": torch.randn(1, 20, TEXT_DIM, generator=generator),
+    }
+    with torch.no_grad():
+        return model(**{**inputs, **changes}).sample
+
+
+def is_wrapped(processor: Any) -> bool:
+    return isinstance(processor, integration.SparseSelfAttention)
+
+
+def test_self_attention_is_wrapped_and_cross_attention_is_not(model: Any) -> None:
+    before = processors(model)
+    dense = forward(model)
+    model.set_attn_processor(XAttnProcessor(**SETTINGS))
+    after = processors(model)
+    assert {path for path in after if is_wrapped(after[path])} == {"blocks.0.attn1", "blocks.1.attn1"}
+    assert all(after[path] is before[path] for path in after if "attn2" in path)
+    assert not torch.allclose(forward(model), dense, atol=1e-3)
+    model.set_attn_processor(None)
+    assert all(processors(model)[path] is before[path] for path in before)
+    assert torch.equal(forward(model), dense)
+    assert not model._forward_pre_hooks
+    assert not model._forward_hooks
+    assert "cache_context" not in vars(model)
+
+
+def test_none_on_a_model_that_has_nothing_attached_does_nothing(model: Any) -> None:
+    before = processors(model)
+    model.set_attn_processor(None)
+    assert all(processors(model)[path] is before[path] for path in before)
+
+
+def test_attaching_twice_replaces_the_configuration(model: Any) -> None:
+    before = processors(model)
+    dense = forward(model)
+    first, second = XAttnProcessor(**SETTINGS), XAttnProcessor(**{**SETTINGS, "threshold": 1.0})
+    model.set_attn_processor(first)
+    model.set_attn_processor(second)
+    wrapper = model.blocks[0].attn1.processor
+    assert is_wrapped(wrapper)
+    assert wrapper.original is before["blocks.0.attn1"]
+    assert attached_processor(model) is second
+    torch.testing.assert_close(forward(model), dense, rtol=0, atol=1e-4)
+    assert first.stats.summary()["calls"] == 0
+    assert second.stats.summary()["calls"] == 2
+    # the same one again keeps its wrappers and its statistics
+    model.set_attn_processor(second)
+    assert model.blocks[0].attn1.processor is wrapper
+    assert len(model._forward_pre_hooks) == 1
+    model.set_attn_processor(None)
+    assert all(processors(model)[path] is before[path] for path in before)
+
+
+def test_the_wrapper_has_its_processors_signature(model: Any) -> None:
+    stock = model.blocks[0].attn1.processor
+    model.set_attn_processor(XAttnProcessor(**SETTINGS))
+    wrapper = model.blocks[0].attn1.processor
+    assert inspect.signature(wrapper.__call__) == inspect.signature(stock.__call__)
+    assert "WanAttnProcessor" in type(wrapper).__name__
+
+
+def test_diffusers_own_processors_still_go_to_diffusers(model: Any) -> None:
+    model.set_attn_processor(XAttnProcessor(**SETTINGS))
+    own = WanAttnProcessor()
+    model.set_attn_processor(own)
+    assert all(processor is own for processor in processors(model).values())
+    assert attached_processor(model) is None
+    # one object in every module is copied for each of them
+    model.set_attn_processor(XAttnProcessor(**SETTINGS))
+    sparse = forward(model)
+    model.set_attn_processor(None)
+    assert all(processor is own for processor in processors(model).values())
+    assert own._parallel_config is None
+    assert not torch.equal(forward(model), sparse)
+
+
+def test_attn_processors_can_be_kept_and_set_again(model: Any) -> None:
+    before = processors(model)
+    dense = forward(model)
+    processor = XAttnProcessor(**SETTINGS)
+    model.set_attn_processor(processor)
+    sparse = forward(model)
+    kept = model.attn_processors
+    model.set_attn_processor(WanAttnProcessor())
+    assert torch.equal(forward(model), dense)
+    model.set_attn_processor(dict(kept))
+    assert torch.equal(forward(model), sparse)
+    assert attached_processor(model) is processor
+    model.set_attn_processor(None)
+    assert all(processors(model)[path] is before[path] for path in before)
+
+
+def test_a_pipelines_transformers_share_one_processor() -> None:
+    pipe = build_t2v_a14b(0)
+    processor = XAttnProcessor(**SETTINGS)
+    pipe.set_attn_processor(processor)
+    assert attached_processor(pipe.transformer) is attached_processor(pipe.transformer_2) is processor
+    layers = {"transformer.blocks.0.attn1", "transformer_2.blocks.1.attn1"}
+    pipe.set_progress_bar_config(disable=True)
+    call_t2v(pipe, num_inference_steps=4)
+    assert layers <= set(processor.stats.summary()["density_by_layer"])
+    pipe.set_attn_processor(None)
+    assert not any(is_wrapped(processor) for processor in processors(pipe.transformer_2).values())
+
+
+def test_one_processor_serves_one_pipeline(model: Any) -> None:
+    first, second = build_t2v(0), build_v2v(0)
+    processor = XAttnProcessor(**SETTINGS)
+    first.set_attn_processor(processor)
+    with pytest.raises(ValueError, match=r"one pipeline.*XAttnProcessor\(processor\.config\)"):
+        second.set_attn_processor(processor)
+    assert attached_processor(second.transformer) is None
+    # once it is off the first one it may go to another
+    first.set_attn_processor(None)
+    second.set_attn_processor(processor)
+    assert attached_processor(second.transformer) is processor
+
+
+def test_one_processor_on_two_transformers_set_one_by_one() -> None:
+    pipe = build_t2v_a14b(0)
+    processor = XAttnProcessor(**SETTINGS)
+    pipe.transformer.set_attn_processor(processor)
+    pipe.transformer_2.set_attn_processor(processor)
+    forward(pipe.transformer)
+    forward(pipe.transformer_2, 500.0)
+    summary = processor.stats.summary()
+    assert set(summary["density_by_step"]) == {0, 1}
+    assert set(summary["density_by_layer"]) == {
+        f"{name}.blocks.{index}.attn1" for name in ("transformer", "transformer_2") for index in (0, 1)
+    }
+
+
+def test_a_pipeline_without_transformer_is_refused_by_name() -> None:
+    class Empty(DiffusionPipeline):
+        def __init__(self, vae: Any) -> None:
+            super().__init__()
+            self.register_modules(vae=vae)
+
+    vae = AutoencoderKLWan(base_dim=4, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1)
+    with pytest.raises(ValueError, match=r"Empty.*AutoencoderKLWan"):
+        Empty(vae).set_attn_processor(XAttnProcessor())
+
+
+def test_a_model_that_cannot_be_attached_leaves_the_others_alone() -> None:
+    pipe = build_t2v_a14b(0)
+    for block in pipe.transformer_2.blocks:
+        block.attn1.processor = object()
+    with pytest.raises(ValueError, match=r"WanTransformer3DModel.*blocks\.0\.attn1"):
+        pipe.set_attn_processor(XAttnProcessor())
+    assert attached_processor(pipe.transformer) is None
+    assert not any(is_wrapped(processor) for processor in processors(pipe.transformer).values())
+
+
+def test_a_dense_layer_that_does_not_exist_leaves_the_model_alone(model: Any) -> None:
+    before = processors(model)
+    with pytest.raises(ValueError, match="dense_layers"):
+        model.set_attn_processor(XAttnProcessor(dense_layers=(7,)))
+    assert all(processors(model)[path] is before[path] for path in before)
+    assert attached_processor(model) is None
+    assert torch.isfinite(forward(model)).all()
+
+
+def test_dense_layers_stay_dense_and_are_counted(model: Any) -> None:
+    processor = XAttnProcessor(**SETTINGS, dense_layers=("blocks.1.*",))
+    model.set_attn_processor(processor)
+    forward(model)
+    summary = processor.stats.summary()
+    assert summary["dense_calls"] == {"dense_layer": 1}
+    assert summary["sparse_calls"] == 1
+    assert summary["density_by_layer"]["transformer.blocks.1.attn1"] == 1.0
+    assert summary["density_by_layer"]["transformer.blocks.0.attn1"] < 1
+
+
+def test_wrong_arguments_are_named() -> None:
+    with pytest.raises(TypeError, match="config must be an XAttnConfig"):
+        XAttnProcessor({"stride": 8})  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="threshold"):
+        XAttnProcessor(threshold=1.5)
+    assert XAttnProcessor(XAttnConfig(stride=16), threshold=0.8).config == XAttnConfig(stride=16, threshold=0.8)
+
+
+def test_an_xattnprocessor_is_not_the_processor_of_one_module(model: Any) -> None:
+    model.blocks[0].attn1.set_processor(XAttnProcessor())
+    with pytest.raises(TypeError, match="set_attn_processor of the pipeline"):
+        forward(model)
+
+
+# ---- why a call is dense
+
+
+def test_short_sequences_and_gradients_are_dense_and_counted(model: Any) -> None:
+    dense = forward(model)
+    processor = XAttnProcessor(**{**SETTINGS, "min_tokens": TOKENS + 1})
+    model.set_attn_processor(processor)
+    assert torch.equal(forward(model), dense)
+    assert processor.stats.summary()["dense_calls"] == {"min_tokens": 2}
+
+    processor = XAttnProcessor(**{**SETTINGS, "min_tokens": TOKENS})
+    model.set_attn_processor(processor)
+    hidden = torch.randn(1, 16, 5, 14, 18, requires_grad=True)
+    output = model(hidden, torch.tensor([900.0]), torch.randn(1, 20, TEXT_DIM)).sample
+    output.sum().backward()
+    assert hidden.grad is not None
+    assert hidden.grad.abs().sum() > 0
+    forward(model)
+    summary = processor.stats.summary()
+    assert summary["dense_calls"] == {"autograd": 2}
+    assert summary["sparse_calls"] == 2
+
+
+def test_statistics_add_up_and_start_over(model: Any) -> None:
+    processor = XAttnProcessor(**{**SETTINGS, "warmup_steps": 2})
+    model.set_attn_processor(processor)
+    for timestep in (900.0, 800.0, 700.0, 600.0):
+        for _ in range(2):
+            forward(model, timestep)
+    summary = processor.stats.summary()
+    assert summary["calls"] == 4 * 2 * 2 == summary["sparse_calls"] + sum(summary["dense_calls"].values())
+    assert summary["dense_calls"] == {"warmup": 8}
+    assert 0 < summary["sparse_density"] < 1
+    assert summary["density"] == pytest.approx((8 + 8 * summary["sparse_density"]) / 16)
+    assert list(summary["density_by_step"]) == [0, 1, 2, 3]
+    assert list(summary["density_by_step"].values())[:2] == [1.0, 1.0]
+    assert sum(summary["density_by_step"].values()) / 4 == pytest.approx(summary["density"])
+    assert sum(summary["density_by_layer"].values()) / 2 == pytest.approx(summary["density"])
+    # reading changes nothing, resetting forgets everything
+    assert processor.stats.summary() == summary
+    processor.stats.reset()
+    empty = processor.stats.summary()
+    assert (empty["calls"], empty["dense_calls"], empty["sparse_density"]) == (0, {}, None)
+    assert empty["density_by_step"] == empty["density_by_layer"] == {}
+
+
+def test_statistics_outlive_inference_mode(model: Any) -> None:
+    processor = XAttnProcessor(**SETTINGS)
+    model.set_attn_processor(processor)
+    with torch.inference_mode():
+        forward(model, 900.0)
+    forward(model, 800.0)
+    assert processor.stats.summary()["sparse_calls"] == 4
+
+
+def test_thresholds_by_head(model: Any) -> None:
+    densities = []
+    for threshold in (0.3, (0.3, 0.9), 0.9):
+        processor = XAttnProcessor(**{**SETTINGS, "threshold": threshold})
+        model.set_attn_processor(processor)
+        forward(model)
+        densities.append(processor.stats.summary()["density"])
+    assert densities[0] < densities[1] < densities[2]
+
+
+# ---- the attention backend
+
+
+@pytest.fixture
+def active_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    # setting a backend on a model also sets a default for the whole process
+    monkeypatch.setattr(_AttentionBackendRegistry, "_active_backend", _AttentionBackendRegistry._active_backend)
+
+
+def test_diffusers_takes_the_backend() -> None:
+    member = diffusers_backend.register()
+    assert member is AttentionBackendName("xattention") is AttentionBackendName["XATTENTION"]
+    assert isinstance(member, AttentionBackendName)
+    assert member.value == member == "xattention"
+    assert list(AttentionBackendName).count(member) == 1
+    assert member in _AttentionBackendRegistry.list_backends()
+    assert copy.deepcopy(member) is member is pickle.loads(pickle.dumps(member))
+    # everything that the dispatch may pass is a parameter of the backend, so that nothing is dropped
+    parameters = set(inspect.signature(dispatch_attention_fn).parameters) - {"attention_kwargs", "backend"}
+    parameters = parameters - {"parallel_config"} | {"_parallel_config"}
+    assert set(inspect.signature(diffusers_backend.xattention_backend).parameters) == parameters
+
+
+def test_installing_again_changes_nothing() -> None:
+    methods = [cls.__dict__["set_attn_processor"] for cls in (AttentionMixin, DiffusionPipeline)]
+    integration.install()
+    assert [cls.__dict__["set_attn_processor"] for cls in (AttentionMixin, DiffusionPipeline)] == methods
+
+
+@pytest.mark.usefixtures("active_backend")
+def test_set_attention_backend_is_for_dense_steps(model: Any) -> None:
+    model.set_attn_processor(XAttnProcessor(**{**SETTINGS, "warmup_steps": 1}))
+    wrapper = model.blocks[0].attn1.processor
+    assert wrapper._attention_backend is None
+    model.set_attention_backend("_native_math")
+    assert wrapper._attention_backend == AttentionBackendName._NATIVE_MATH
+    assert wrapper.inner._attention_backend == "xattention"
+    math = _AttentionBackendRegistry._backends[AttentionBackendName._NATIVE_MATH]
+    calls = []
+
+    def counted(query: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        calls.append(query.shape[1])
+        return math(query, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(_AttentionBackendRegistry._backends, AttentionBackendName._NATIVE_MATH, counted)
+        forward(model, 900.0)
+        # self- and cross-attention of two layers
+        assert len(calls) == 4
+        calls.clear()
+        forward(model, 800.0)
+        assert len(calls) == 2
+    model.set_attn_processor(None)
+    # it was set on the model, not on the wrapper
+    assert model.blocks[0].attn1.processor._attention_backend == AttentionBackendName._NATIVE_MATH
+
+
+@pytest.mark.usefixtures("active_backend")
+def test_the_backend_alone_is_dense_and_says_so_once(model: Any, caplog: pytest.LogCaptureFixture) -> None:
+    dense = forward(model)
+    diffusers_backend._warn_once.cache_clear()
+    with caplog.at_level(logging.WARNING, logger="xattn_video"), attention_backend("xattention"):
+        outputs = [forward(model), forward(model)]
+    assert all(torch.equal(output, dense) for output in outputs)
+    messages = [record.getMessage() for record in caplog.records if "XAttnProcessor" in record.getMessage()]
+    assert len(messages) == 1
+    # an attached model dispatches its dense calls to that default too
+    model.set_attn_processor(XAttnProcessor(**{**SETTINGS, "warmup_steps": 1}))
+    with attention_backend("xattention"):
+        assert torch.equal(forward(model), dense)
+
+
+@pytest.mark.usefixtures("active_backend")
+def test_sparse_attention_is_not_a_backend_for_dense_steps(model: Any) -> None:
+    model.set_attn_processor(XAttnProcessor(**SETTINGS))
+    with pytest.raises(ValueError, match="set_attn_processor"):
+        model.set_attention_backend("xattention")
+
+
+# ---- classes that are not in the table
+
+
+class UnlistedTransformer(WanTransformer3DModel):
+    """A listed class's child counts as that class; see `unlisted` for one that does not."""
+
+
+def unlisted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(integration.MODELS, "WanTransformer3DModel")
+
+
+def test_a_child_of_a_listed_class_is_attached_like_it() -> None:
+    model = tiny_transformer(UnlistedTransformer)
+    model.set_attn_processor(XAttnProcessor(**SETTINGS))
+    assert {path for path, processor in processors(model).items() if is_wrapped(processor)} == {
+        "blocks.0.attn1",
+        "blocks.1.attn1",
+    }
+
+
+def test_an_unlisted_class_gets_the_generic_rule(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    unlisted(monkeypatch)
+    processor = XAttnProcessor(**SETTINGS)
+    model.set_attn_processor(processor)
+    assert {path for path, own in processors(model).items() if is_wrapped(own)} == {"blocks.0.attn1", "blocks.1.attn1"}
+    forward(model)
+    assert processor.stats.summary()["sparse_calls"] == 2
+
+
+def call_attention(model: Any, mask: Tensor | None, text: Tensor | None = None) -> Tensor:
+    """One attention module, as a model of another class might call it, inside a forward."""
+    attention = model.blocks[0].attn1
+    hidden = torch.randn(2, 96, 64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        return attention(hidden, text, mask, None)
+
+
+def test_masks_of_unlisted_classes_are_looked_at(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    unlisted(monkeypatch)
+    prefix = torch.arange(96) < torch.tensor([[96], [70]])
+    holes = prefix.clone()
+    holes[1, 3] = False
+    masks = {
+        "prefix": prefix[:, None, None],
+        "holes": holes[:, None, None],
+        "square": prefix[:, None, None].expand(2, 1, 96, 96),
+        "added": torch.zeros(2, 1, 1, 96),
+    }
+    dense = {name: call_attention(model, mask) for name, mask in masks.items()}
+    for name, mask in masks.items():
+        processor = XAttnProcessor(**{**SETTINGS, "threshold": 1.0})
+        model.set_attn_processor(processor)
+        torch.testing.assert_close(call_attention(model, mask), dense[name], rtol=0, atol=1e-5)
+        summary = processor.stats.summary()
+        assert summary["dense_calls"] == ({} if name == "prefix" else {"mask": 1})
+
+
+def test_text_in_an_unlisted_joint_sequence_stays_dense(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(integration.MODELS, "LTXVideoTransformer3DModel")
+    model = LTXVideoTransformer3DModel(
+        in_channels=8,
+        out_channels=8,
+        num_attention_heads=2,
+        attention_head_dim=32,
+        cross_attention_dim=64,
+        num_layers=1,
+        caption_channels=16,
+    )
+    processor = XAttnProcessor(**SETTINGS)
+    model.set_attn_processor(processor)
+    attention = model.transformer_blocks[0].attn1
+    with torch.no_grad():
+        # as many keys as queries, but they come from somewhere else; then other keys altogether
+        attention(torch.randn(2, 96, 64), torch.randn(2, 96, 64))
+        attention(torch.randn(2, 96, 64), torch.randn(2, 10, 64))
+    assert processor.stats.summary()["dense_calls"] == {"joint_text": 1, "cross_attention": 1}
+
+
+# ---- copies, processes, threads
+
+
+def test_a_deep_copy_is_attached_on_its_own(model: Any) -> None:
+    processor = XAttnProcessor(**SETTINGS)
+    model.set_attn_processor(processor)
+    sparse = forward(model)
+    copied = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(2)
+    try:
+        assert torch.equal(forward(copied), sparse)
+    finally:
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.div_(2)
+    own = attached_processor(copied)
+    assert own is not None
+    assert own is not processor
+    assert processor.stats.summary()["calls"] == 2
+    assert own.stats.summary()["calls"] == 4
+    copied.set_attn_processor(None)
+    assert is_wrapped(model.blocks[0].attn1.processor)
+    assert isinstance(copied.blocks[0].attn1.processor, WanAttnProcessor)
+    assert torch.equal(forward(model), sparse)
+
+
+def test_an_attached_model_can_be_pickled(model: Any) -> None:
+    model.set_attn_processor(XAttnProcessor(**SETTINGS))
+    sparse = forward(model)
+    loaded = pickle.loads(pickle.dumps(model.blocks[0].attn1.processor))
+    assert loaded.config == model.blocks[0].attn1.processor.config
+    assert inspect.signature(loaded.__call__) == inspect.signature(WanAttnProcessor().__call__)
+    assert torch.equal(forward(model), sparse)
+
+
+def test_a_model_is_freed_without_the_garbage_collector() -> None:
+    import gc
+    import weakref
+
+    model = tiny_transformer()
+    processor = XAttnProcessor(**SETTINGS)
+    model.set_attn_processor(processor)
+    forward(model)
+    link = weakref.ref(model)
+    gc.disable()
+    try:
+        del model
+        assert link() is None
+    finally:
+        gc.enable()
+    assert processor.stats.summary()["calls"] == 2
+
+
+def test_two_threads_in_one_model_are_refused(model: Any) -> None:
+    model.set_attn_processor(XAttnProcessor(**SETTINGS))
+    errors: list[BaseException] = []
+
+    def second() -> None:
+        try:
+            forward(model)
+        except RuntimeError as error:
+            errors.append(error)
+
+    def meanwhile(module: nn.Module, args: Any) -> None:
+        if not errors:
+            thread = threading.Thread(target=second)
+            thread.start()
+            thread.join()
+
+    handle = model.blocks[0].register_forward_pre_hook(meanwhile)
+    try:
+        forward(model)
+    finally:
+        handle.remove()
+    assert len(errors) == 1
+    assert "two threads" in str(errors[0])
+    # and it is not stuck: the next forward works, also after one that failed
+    forward(model)
+    with pytest.raises(RuntimeError, match=r"shape|size"):
+        forward(model, encoder_hidden_states=torch.randn(1, 20, TEXT_DIM + 1))
+    forward(model)
+
+
+def test_ulysses_context_parallelism_gives_what_one_process_gives(tmp_path: Path) -> None:
+    command = [sys.executable, str(Path(__file__).with_name("context_parallel_child.py")), str(tmp_path / "store")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    children = [
+        subprocess.Popen(
+            [*command, str(rank)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+        for rank in range(2)
+    ]
+    outputs = [child.communicate(timeout=240)[0] for child in children]
+    assert [child.returncode for child in children] == [0, 0], "\n".join(outputs)
+
+
+def test_ring_context_parallelism_is_refused(model: Any) -> None:
+    from diffusers import ContextParallelConfig
+    from diffusers.models._modeling_parallel import ParallelConfig
+
+    model.set_attn_processor(XAttnProcessor(**SETTINGS))
+    wrapper = model.blocks[0].attn1.processor
+    assert wrapper._parallel_config is None
+    ring = ParallelConfig(context_parallel_config=ContextParallelConfig(ring_degree=2))
+    with pytest.raises(ValueError, match="ring_degree 2"):
+        wrapper._parallel_config = ring
+    ulysses = ParallelConfig(context_parallel_config=ContextParallelConfig(ulysses_degree=2))
+    wrapper._parallel_config = ulysses
+    model.set_attn_processor(None)
+    # as enable_parallelism would have left it
+    assert model.blocks[0].attn1.processor._parallel_config is ulysses
+    model.blocks[0].attn1.processor._parallel_config = None
+
+
+# ---- torchvision
+
+
+def in_a_fresh_process(program: str) -> str:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    result = subprocess.run(
+        [sys.executable, "-W", "error::UserWarning", "-c", program], env=environment, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+def test_a_torchvision_of_another_torch_is_mended_once() -> None:
+    program = """
+import torch
+try:
+    import torchvision
+    healthy = True
+except RuntimeError:
+    healthy = False
+from xattn_video.integrations.torchvision_mend import mend_torchvision
+first, second = mend_torchvision(), mend_torchvision()
+assert (first is None) == healthy, first
+assert second is None
+import torchvision.transforms
+"""
+    if torchvision_mend.importlib.util.find_spec("torchvision") is None:
+        pytest.skip("torchvision is not installed")
+    in_a_fresh_process(program)
+
+
+def test_a_scheduler_of_another_kind_changes_nothing(model: Any) -> None:
+    pipe = build_t2v(0, scheduler=FlowMatchEulerDiscreteScheduler)
+    pipe.set_progress_bar_config(disable=True)
+    processor = XAttnProcessor(**{**SETTINGS, "warmup_steps": 2})
+    pipe.set_attn_processor(processor)
+    call_t2v(pipe, num_inference_steps=3)
+    assert processor.stats.summary()["dense_calls"] == {"warmup": 2 * 2 * 2}

@@ -1,0 +1,185 @@
+"""Which step is it: by the pipeline's timestep object, by its own index, or by the model's argument."""
+
+from __future__ import annotations
+
+import copy
+import gc
+from collections.abc import Iterable
+
+import pytest
+import torch
+from torch import Tensor
+
+from xattn_video.schedule import StepTracker, WeakLink, dense_layers
+
+
+class Loop:
+    """A pipeline's denoising loop as a tracker sees it: `_current_timestep`, and forwards with a timestep."""
+
+    def __init__(self, tracker: StepTracker | None = None) -> None:
+        self._current_timestep: object = None
+        self.tracker = StepTracker() if tracker is None else tracker
+
+    def run(self, timesteps: Iterable[object], forwards: int = 1, stop_after: int | None = None) -> list[int]:
+        """Steps seen by each forward. `stop_after`: the run is interrupted in that step."""
+        self._current_timestep = None
+        steps = []
+        for index, timestep in enumerate(timesteps):
+            self._current_timestep = timestep
+            argument = timestep * torch.ones(2) if isinstance(timestep, Tensor) else torch.tensor(timestep)
+            steps += [self.tracker.observe(argument) for _ in range(forwards)]
+            if index + 1 == stop_after:
+                return steps
+        self._current_timestep = None
+        return steps
+
+
+def bound_loop() -> Loop:
+    loop = Loop()
+    loop.tracker.bind(loop)
+    return loop
+
+
+def test_guidance_runs_two_forwards_a_step() -> None:
+    assert bound_loop().run(torch.tensor([900.0, 600.0, 300.0]), forwards=2) == [0, 0, 1, 1, 2, 2]
+
+
+def test_a_value_that_a_scheduler_repeats_is_another_step() -> None:
+    assert bound_loop().run(torch.tensor([900.0, 900.0, 300.0]), forwards=2) == [0, 0, 1, 1, 2, 2]
+
+
+def test_two_runs_in_a_row_start_at_zero_each() -> None:
+    loop, timesteps = bound_loop(), torch.tensor([900.0, 600.0])
+    assert loop.run(timesteps) == [0, 1]
+    assert loop.run(timesteps) == [0, 1]
+
+
+@pytest.mark.parametrize("stop_after", [1, 2])
+def test_a_run_after_an_interrupted_one_starts_at_zero(stop_after: int) -> None:
+    loop = bound_loop()
+    loop.run(torch.tensor([900.0, 600.0, 300.0]), stop_after=stop_after)
+    # set_timesteps makes new timesteps for every run
+    assert loop.run(torch.tensor([900.0, 600.0, 300.0])) == [0, 1, 2]
+
+
+def test_video_in_sections_warms_up_in_each() -> None:
+    loop = bound_loop()
+    loop._current_timestep = None
+    steps = []
+    for _ in range(2):
+        for timestep in torch.tensor([900.0, 600.0]):
+            loop._current_timestep = timestep
+            steps.append(loop.tracker.observe(timestep))
+    assert steps == [0, 1, 0, 1]
+
+
+def test_steps_count_from_the_first_one_run() -> None:
+    # strength 0.5: the loop starts in the middle of the schedule
+    assert bound_loop().run(torch.tensor([900.0, 700.0, 500.0, 300.0])[2:]) == [0, 1]
+
+
+def test_plain_numbers_are_told_apart_by_value() -> None:
+    assert bound_loop().run([0.9, 0.6, 0.3], forwards=2) == [0, 0, 1, 1, 2, 2]
+
+
+def test_timesteps_of_frames_count_by_their_largest() -> None:
+    # diffusion forcing: later frames lag behind, so the largest value stands still at first
+    matrix = torch.tensor([[900.0, 999.0, 999.0], [600.0, 900.0, 999.0], [300.0, 600.0, 900.0]])
+    loop = bound_loop()
+    steps = []
+    for row in matrix:
+        loop._current_timestep = row
+        steps += [loop.tracker.observe(row.expand(1, -1).clone()) for _ in range(2)]
+    assert steps == [0, 0, 1, 1, 2, 2]
+
+
+def test_another_pipeline_with_the_same_model_is_counted_by_its_argument() -> None:
+    tracker = StepTracker()
+    owner, other = Loop(tracker), Loop(tracker)
+    tracker.bind(owner)
+    assert owner.run(torch.tensor([900.0, 600.0])) == [0, 1]
+    assert other.run(torch.tensor([900.0, 600.0, 300.0]), forwards=2) == [0, 0, 1, 1, 2, 2]
+    assert owner.run(torch.tensor([900.0, 600.0])) == [0, 1]
+
+
+@pytest.mark.parametrize("stop_after", [1, 2])
+def test_a_timestep_left_by_an_interrupted_run_does_not_stop_the_other_pipeline(stop_after: int) -> None:
+    tracker = StepTracker()
+    owner, other = Loop(tracker), Loop(tracker)
+    tracker.bind(owner)
+    owner.run(torch.tensor([900.0, 600.0, 300.0]), stop_after=stop_after)
+    assert other.run(torch.tensor([999.0, 700.0, 400.0]), forwards=2) == [0, 0, 1, 1, 2, 2]
+    # and with both of them bound
+    tracker.bind(other)
+    owner.run(torch.tensor([900.0, 600.0, 300.0]), stop_after=stop_after)
+    assert other.run(torch.tensor([999.0, 700.0, 400.0]), forwards=2) == [0, 0, 1, 1, 2, 2]
+
+
+def test_binding_after_an_interrupted_run_does_not_count_what_it_left() -> None:
+    owner = Loop()
+    owner.run(torch.tensor([900.0, 600.0]), stop_after=1)
+    owner.tracker.bind(owner)
+    assert owner.run(torch.tensor([900.0, 600.0])) == [0, 1]
+
+
+def test_without_a_pipeline_the_argument_counts() -> None:
+    tracker = StepTracker()
+    assert [tracker.observe(torch.tensor([t, t])) for t in (9, 9, 6, 6, 3)] == [0, 0, 1, 1, 2]
+    assert tracker.observe(torch.tensor([9, 9])) == 0
+
+
+def test_arguments_by_token_count_by_their_largest() -> None:
+    # Wan 2.2 5B image to video: the first frame's tokens are at timestep 0
+    tracker = StepTracker()
+    arguments = [torch.tensor([[0.0, t, t]]) for t in (9.0, 9.0, 6.0)]
+    assert [tracker.observe(argument) for argument in arguments] == [0, 0, 1]
+
+
+def test_an_index_from_the_pipeline_goes_first() -> None:
+    loop = bound_loop()
+    loop._current_timestep = torch.tensor(5.0)
+    steps = [loop.tracker.observe(torch.tensor(5.0), step_index=index) for index in (3, 3, 4, 5, 3, 4)]
+    assert steps == [0, 0, 1, 2, 0, 1]
+
+
+def test_a_model_without_timestep_counts_forwards() -> None:
+    tracker = StepTracker()
+    assert [tracker.observe() for _ in range(3)] == [0, 1, 2]
+
+
+def test_the_pipeline_is_held_weakly() -> None:
+    tracker = StepTracker()
+    loop = Loop(tracker)
+    tracker.bind(loop)
+    link = WeakLink(loop)
+    del loop
+    gc.collect()
+    assert link() is None
+    assert [tracker.observe(torch.tensor(t)) for t in (9.0, 6.0)] == [0, 1]
+
+
+def test_a_copied_pipeline_has_a_tracker_of_its_own() -> None:
+    loop = bound_loop()
+    loop.run(torch.tensor([900.0, 600.0]), stop_after=2)
+    copied = copy.deepcopy(loop)
+    assert copied.tracker is not loop.tracker
+    # the original stands in its second step while the copy runs
+    assert copied.run(torch.tensor([900.0, 900.0, 300.0])) == [0, 1, 2]
+    # a tracker copied without its pipeline goes by the argument
+    alone = copy.deepcopy(loop.tracker)
+    assert [alone.observe(torch.tensor(t)) for t in (9.0, 6.0)] == [0, 1]
+
+
+def test_dense_layers_by_index_and_pattern() -> None:
+    names = [f"blocks.{index}.attn1" for index in range(4)]
+    assert dense_layers(names, ()) == set()
+    assert dense_layers(names, (0, -1)) == {0, 3}
+    assert dense_layers(names, ("blocks.[12].*", 0)) == {0, 1, 2}
+
+
+@pytest.mark.parametrize("layer", [4, -5, "blocks.9.attn1", "attn1"])
+def test_dense_layers_that_do_not_exist_are_named(layer: int | str) -> None:
+    names = [f"blocks.{index}.attn1" for index in range(4)]
+    with pytest.raises(ValueError, match="dense_layers") as raised:
+        dense_layers(names, (layer,))
+    assert str(layer) in str(raised.value)
