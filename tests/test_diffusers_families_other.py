@@ -221,9 +221,15 @@ def test_kandinsky_5_with_its_own_sparse_attention_keeps_it(monkeypatch: pytest.
     assert processor.stats.summary()["dense_calls"] == {"mask": 2 * 2}
 
 
-def test_cosmos_leaves_the_process_wide_default_alone() -> None:
+def test_cosmos_leaves_the_process_wide_default_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     # its processors name no backend: they use the default of the process
     default = _AttentionBackendRegistry._active_backend
+
+    def spy(*args: Any, **kwargs: Any) -> Any:
+        assert _AttentionBackendRegistry._active_backend == default
+        return xattention(*args, **kwargs)
+
+    monkeypatch.setattr(diffusers_layers, "xattention", spy)
     family = by_name("cosmos")
     sparse_pipe, dense_pipe = family.build(0), family.build(0)
     for pipe in (sparse_pipe, dense_pipe):
