@@ -178,6 +178,14 @@ def call_i2v(pipe: DiffusionPipeline, items: tuple[int, ...] = (0,), **overrides
     return pipe(**{**inputs, **overrides}).frames
 
 
+# Wan 2.2's image is in the latents alone
+build_i2v_a14b = partial(
+    build_i2v,
+    transformer=partial(tiny_transformer, in_channels=36),
+    transformer_2=partial(tiny_transformer, in_channels=36),
+    boundary_ratio=lambda: 0.9,
+)
+
 build_i2v_5b = partial(
     build_i2v,
     transformer=partial(tiny_transformer, in_channels=48, out_channels=48),
@@ -186,8 +194,8 @@ build_i2v_5b = partial(
 )
 
 
-def call_i2v_5b(pipe: DiffusionPipeline, items: tuple[int, ...] = (0,), **overrides: Any) -> Tensor:
-    inputs = {**text_inputs(items), **size(scale=2), "image": frame(2 * HEIGHT, 2 * WIDTH)}
+def call_i2v_22(pipe: DiffusionPipeline, items: tuple[int, ...] = (0,), scale: int = 1, **overrides: Any) -> Tensor:
+    inputs = {**text_inputs(items), **size(scale), "image": frame(scale * HEIGHT, scale * WIDTH)}
     return pipe(**{**inputs, "num_inference_steps": 8, "guidance_scale": 4.0, **overrides}).frames
 
 
@@ -346,6 +354,15 @@ WAN_FAMILIES = (
         notes="two transformers; the second takes over during the dense steps",
     ),
     Family(
+        "wan2.2-a14b-i2v",
+        build_i2v_a14b,
+        call_i2v_22,
+        "cross-attention",
+        transformers=("transformer", "transformer_2"),
+        tokens=(TOKENS,),
+        notes="two transformers; the second takes over during the dense steps",
+    ),
+    Family(
         "wan2.2-5b-t2v",
         build_t2v_5b,
         partial(call_t2v, scale=2),
@@ -356,7 +373,7 @@ WAN_FAMILIES = (
     Family(
         "wan2.2-5b-i2v",
         build_i2v_5b,
-        call_i2v_5b,
+        partial(call_i2v_22, scale=2),
         "cross-attention",
         tokens=(TOKENS,),
         notes="one timestep a token, 0 in the first frame",
