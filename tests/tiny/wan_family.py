@@ -16,6 +16,7 @@ from diffusers import (  # isort: skip
     AutoencoderKLWan,
     DiffusionPipeline,
     HeliosPipeline,
+    HeliosPyramidPipeline,
     HeliosScheduler,
     HeliosTransformer3DModel,
     SkyReelsV2DiffusionForcingPipeline,
@@ -317,12 +318,12 @@ call_skyreels_forcing = partial(call_t2v, prompt=None)
 # ---- Helios: two chunks, the second with the first in its history
 
 
-def build_helios(seed: int) -> HeliosPipeline:
+def build_helios(seed: int, pipeline: Any = HeliosPipeline, **schedule: Any) -> DiffusionPipeline:
     with seeded(seed):
-        return HeliosPipeline(
+        return pipeline(
             transformer=tiny_transformer(HeliosTransformer3DModel, rope_dim=(12, 10, 10)),
             vae=tiny_vae(),
-            scheduler=HeliosScheduler(stages=1, stage_range=[0, 1], use_dynamic_shifting=True),
+            scheduler=HeliosScheduler(**{"stages": 1, "stage_range": [0, 1], **schedule}, use_dynamic_shifting=True),
             text_encoder=None,
             tokenizer=None,
         )
@@ -339,6 +340,30 @@ def call_helios(pipe: DiffusionPipeline, items: tuple[int, ...] = (0,), **overri
         "guidance_scale": 4.0,
     }
     return pipe(**{**inputs, **overrides}).frames
+
+
+# below 1/3, where the covariance of its noise is positive definite without luck in the rounding
+build_helios_pyramid = partial(
+    build_helios, pipeline=HeliosPyramidPipeline, stages=2, stage_range=[0, 0.5, 1], gamma=0.3
+)
+
+
+def call_helios_pyramid(pipe: DiffusionPipeline, items: tuple[int, ...] = (0,), **overrides: Any) -> Tensor:
+    inputs = {
+        **text_inputs(items),
+        "generator": generators(items)[0],
+        # half of the latent size must be even too
+        "height": 128,
+        "width": 160,
+        "num_frames": FRAMES,
+        "num_latent_frames_per_chunk": 5,
+        "history_sizes": [16, 2, 1],
+        "pyramid_num_inference_steps_list": [4, 4],
+        "guidance_scale": 4.0,
+    }
+    # the noise between the stages comes from torch's global generator
+    with seeded(items[0]):
+        return pipe(**{**inputs, **overrides}).frames
 
 
 WAN_FAMILIES = (
@@ -425,5 +450,15 @@ WAN_FAMILIES = (
         steps=7,
         generations=2,
         notes="chunks; short, middle and long history before the video",
+    ),
+    Family(
+        "helios-pyramid",
+        build_helios_pyramid,
+        call_helios_pyramid,
+        "cross-attention",
+        # a quarter of the video's 5 x 8 x 10 tokens, then all; with history
+        tokens=(100 + 160 + 20 + 24, 400 + 160 + 20 + 24),
+        batches=False,
+        notes="two resolutions; the pipeline does not tell its timestep",
     ),
 )
