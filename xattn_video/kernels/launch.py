@@ -26,7 +26,7 @@ MAX_HEAD_DIM = 256
 
 
 @functools.cache
-def load_table(name: str = "default") -> dict[str, Any]:
+def load_table(name: str) -> dict[str, Any]:
     """Read launch_configs/<name>.json: {kernel: {"16-bit" | "32-bit": {largest head_dim: configuration}}}."""
     file = resources.files(__package__).joinpath("launch_configs", f"{name}.json")
     return json.loads(file.read_text(encoding="utf-8"))

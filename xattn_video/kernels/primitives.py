@@ -1,5 +1,8 @@
 """Device functions shared by the kernels. Shape tags: # [BLOCK_M, BLOCK_N]."""
 
+# Triton gives the parameters of jit functions their types, one launch at a time
+# mypy: allow-untyped-defs
+
 from __future__ import annotations
 
 import triton
