@@ -1,0 +1,170 @@
+"""Attention on a CPU: for each query block, the kept keys are gathered and two matrix products do the rest.
+
+Invalid keys are cut off the gathered ones rather than masked, so whatever stands in padding is never read; masks are
+built only for causal blocks that overlap the query block's own positions.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..blocks import num_blocks
+from .cpu_tensors import Geometry, fill, head_slabs, product
+from .cpu_workers import Scratch, for_each
+
+# Which partly visible blocks a row keeps.
+_KEEPS_STOP, _KEEPS_START, _KEEPS_OWN, _KEEPS_NEXT = 1, 2, 4, 8
+
+
+def attend_item(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    block_mask: Tensor,
+    output: Tensor,
+    lse: Tensor,
+    geometry: Geometry,
+) -> None:
+    """Fill output `[Hq, Nq * P, D]` and lse `[Hq, Nq * P]` of one batch item.
+
+    Args:
+        query: `[Hq, Sq, D]`; key and value: `[Hkv, Sk, D]`.
+        block_mask: bool `[Hq, Nq, Nk]`, true only for valid blocks.
+    """
+    group = query.shape[0] // key.shape[0]
+    for slab in head_slabs(key.shape[0], 2 * key[0].numel() * lse.dtype.itemsize):
+        kv = slice(slab.start, slab.stop)
+        part = slice(slab.start * group, slab.stop * group)
+        _attend_heads(query[part], key[kv], value[kv], block_mask[part], output[part], lse[part], geometry)
+
+
+class _Row(NamedTuple):
+    """One query block of one head: which key blocks it keeps (numbered over all key heads), and its `_KEEPS_` flags."""
+
+    head: int
+    block: int
+    kept: Tensor
+    flags: int
+
+
+def _attend_heads(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    block_mask: Tensor,
+    output: Tensor,
+    lse: Tensor,
+    geometry: Geometry,
+) -> None:
+    """Fill output `[H, Nq * P, D]` and lse `[H, Nq * P]` for query `[H, Sq, D]`, key and value `[Hkv, Sk, D]`."""
+    keys, values = _key_blocks(key, value, geometry.block_size, lse.dtype)
+
+    def attend(row: _Row, scratch: Scratch) -> None:
+        begin = row.block * geometry.block_size
+        tokens = slice(begin, begin + geometry.block_size)
+        _attend_row(
+            query[row.head], keys, values, output[row.head, tokens], lse[row.head, tokens], row, geometry, scratch
+        )
+
+    for_each(attend, _rows(block_mask, key.shape[0], geometry))
+
+
+def _attend_row(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    output: Tensor,
+    lse: Tensor,
+    row: _Row,
+    geometry: Geometry,
+    scratch: Scratch,
+) -> None:
+    """Fill output `[P, D]` and lse `[P]` of one query block."""
+    size, dtype, head_dim, count = geometry.block_size, lse.dtype, query.shape[1], row.kept.shape[0]
+    if count == 0:
+        output.zero_()
+        lse.fill_(-torch.inf)
+        return
+    queries = scratch.take("queries", (size, head_dim), dtype)
+    fill(queries, query, row.block * size, 0, geometry.q_len).mul_(geometry.scale)
+    # Where the gathered keys begin and end to be valid.
+    begin = geometry.start % size if row.flags & _KEEPS_START else 0
+    end = count * size + (geometry.stop % size - size if row.flags & _KEEPS_STOP else 0)
+    valid = slice(begin, end)
+    shape = (count, keys.shape[1])
+    chosen = torch.index_select(keys, 0, row.kept, out=scratch.take("keys", shape, dtype))
+    logits = product(queries, chosen.view(-1, head_dim)[valid])
+    _hide_later_keys(logits, valid, count, row.flags, geometry)
+    top = logits.amax(-1)
+    prob = torch.softmax(logits, dim=-1, out=scratch.take("prob", logits.shape, dtype))
+    # The largest probability is exp(0) over the sum.
+    torch.sub(top, prob.amax(-1).log_(), out=lse)
+    if row.flags & (_KEEPS_OWN | _KEEPS_NEXT):
+        # A query that sees none of the kept keys.
+        blind = top.isneginf()
+        prob[blind], lse[blind] = 0, -torch.inf
+    chosen = torch.index_select(values, 0, row.kept, out=scratch.take("values", shape, dtype))
+    output.copy_(product(prob, chosen.view(-1, head_dim)[valid].t()))
+
+
+def _key_blocks(key: Tensor, value: Tensor, size: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Both `[H, N, D]` as rows of whole blocks, `[H * ceil(N/P), P * D]`, zeros after the last token."""
+    heads, length, head_dim = key.shape
+    if key.dtype == dtype and length % size == 0 and key.is_contiguous() and value.is_contiguous():
+        return key.view(-1, size * head_dim), value.view(-1, size * head_dim)
+    copies = torch.empty(2, heads, num_blocks(length, size) * size, head_dim, dtype=dtype)
+
+    def copy(task: tuple[int, int], _: Scratch) -> None:
+        which, head = task
+        fill(copies[which, head], (key, value)[which][head], 0, 0, length)
+
+    for_each(copy, [(which, head) for which in range(2) for head in range(heads)])
+    keys, values = copies.view(2, -1, size * head_dim)
+    return keys, values
+
+
+def _rows(block_mask: Tensor, kv_heads: int, geometry: Geometry) -> list[_Row]:
+    """The rows of `[H, Nq, Nk]`, those that keep most first."""
+    heads, query_blocks, key_blocks = block_mask.shape
+    counts = block_mask.sum(-1).flatten()
+    row, block = block_mask.flatten(0, 1).nonzero(as_tuple=True)
+    block += row // (heads // kv_heads * query_blocks) * key_blocks
+    kept, flags = block.split(counts.tolist()), _row_flags(block_mask, geometry).tolist()
+    order = counts.argsort(descending=True).tolist()
+    return [_Row(index // query_blocks, index % query_blocks, kept[index], flags[index]) for index in order]
+
+
+def _row_flags(block_mask: Tensor, geometry: Geometry) -> Tensor:
+    """Which partly visible blocks the rows of `[H, Nq, Nk]` keep, `[H * Nq]`."""
+    size, key_blocks = geometry.block_size, block_mask.shape[2]
+    flags = torch.zeros(block_mask.shape[:2], dtype=torch.int64)
+    if geometry.stop % size:
+        flags += block_mask[:, :, geometry.stop // size] * _KEEPS_STOP
+    if geometry.start % size:
+        flags += block_mask[:, :, geometry.start // size] * _KEEPS_START
+    if geometry.offset is not None:
+        row = torch.arange(block_mask.shape[1])
+        for shift, flag in ((0, _KEEPS_OWN), (1, _KEEPS_NEXT)):
+            own = row + geometry.offset // size + shift
+            exists = (own >= 0) & (own < key_blocks)
+            flags += (block_mask[:, row, own.clamp(0, key_blocks - 1)] & exists) * flag
+    return flags.flatten()
+
+
+def _hide_later_keys(logits: Tensor, keys: slice, count: int, flags: int, geometry: Geometry) -> None:
+    """Set to -inf what a causal query block does not see of its last kept blocks; logits are of gathered `keys`."""
+    if geometry.offset is None:
+        return
+    size = geometry.block_size
+    # Query i of the block sees its own key block up to key `i + offset % size`; the next one begins at key `size`.
+    seen = torch.arange(size)[:, None] + geometry.offset % size
+    last = count - 1
+    for flag, shift in ((_KEEPS_NEXT, size), (_KEEPS_OWN, 0)):
+        if flags & flag:
+            left, right = max(last * size, keys.start), min((last + 1) * size, keys.stop)
+            later = torch.arange(left, right) - last * size + shift > seen
+            logits[:, left - keys.start : right - keys.start].masked_fill_(later, -torch.inf)
+            last -= 1

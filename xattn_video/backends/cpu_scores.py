@@ -1,0 +1,118 @@
+"""Scores on a CPU: one matrix product a strip of query groups, whose softmax is summed before the next."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from ..blocks import num_blocks
+from .cpu_tensors import Geometry, fill, head_slabs, product
+from .cpu_workers import Scratch, for_each
+
+# Logits of one strip of query groups: small enough to stay in a core's second-level cache.
+_STRIP_ELEMENTS = 1 << 18
+# Strips below this many rows leave the matrix product idle.
+_MIN_STRIP_ROWS = 128
+
+
+def score_item(query: Tensor, key: Tensor, scores: Tensor, geometry: Geometry, stride: int) -> None:
+    """Add the scores `[Hq, Nq, Nk]` of one batch item to zeros, for query `[Hq, Sq, D]` and key `[Hkv, Sk, D]`."""
+    if geometry.start >= geometry.stop:
+        return
+    strips = _strips(geometry, stride)
+    for slab in head_slabs(key.shape[0], key[0].numel() * scores.dtype.itemsize):
+        _score_heads(query, key, scores, slab, strips, geometry, stride)
+
+
+def _score_heads(
+    query: Tensor,
+    key: Tensor,
+    scores: Tensor,
+    kv_heads: range,
+    strips: list[slice],
+    geometry: Geometry,
+    stride: int,
+) -> None:
+    key_groups: dict[int, Tensor] = {}
+    group = query.shape[0] // key.shape[0]
+
+    def prepare(kv_head: int, _: Scratch) -> None:
+        key_groups[kv_head] = _key_groups(key[kv_head], geometry, stride, scores.dtype)
+
+    def score(task: tuple[int, slice], scratch: Scratch) -> None:
+        head, rows = task
+        _score_strip(query[head], key_groups[head // group], scores[head], rows, geometry, stride, scratch)
+
+    for_each(prepare, kv_heads)
+    heads = range(kv_heads.start * group, kv_heads.stop * group)
+    for_each(score, [(head, rows) for rows in strips for head in heads])
+
+
+def _first_query(geometry: Geometry) -> int:
+    """The first query that sees a key."""
+    return 0 if geometry.offset is None else max(0, geometry.start - geometry.offset)
+
+
+def _key_groups(key: Tensor, geometry: Geometry, stride: int, dtype: torch.dtype) -> Tensor:
+    """Scaled groups of reversed keys, `[C, S * D]`, from the one with the first valid key to that with the last.
+
+    Reversing keys instead of queries makes the copy once for all heads that share them.
+    """
+    first, end = geometry.start // stride, num_blocks(geometry.stop, stride)
+    keys = torch.empty((end - first) * stride, key.shape[1], dtype=dtype)
+    fill(keys, key, first * stride, geometry.start, geometry.stop)
+    return keys.unflatten(0, (-1, stride)).flip(1).flatten(1).mul_(geometry.scale / stride)
+
+
+def _strips(geometry: Geometry, stride: int) -> list[slice]:
+    """Whole query blocks cut into ranges of query groups, those that see most first."""
+    ratio = geometry.block_size // stride
+    columns = num_blocks(geometry.stop, stride) - geometry.start // stride
+    size = max(_STRIP_ELEMENTS // columns, _MIN_STRIP_ROWS, ratio) // ratio * ratio
+    begin = _first_query(geometry) // geometry.block_size * ratio
+    end = num_blocks(geometry.q_len, geometry.block_size) * ratio
+    return [slice(row, min(row + size, end)) for row in range(begin, end, size)][::-1]
+
+
+def _score_strip(
+    query: Tensor,
+    key_groups: Tensor,
+    scores: Tensor,
+    rows: slice,
+    geometry: Geometry,
+    stride: int,
+    scratch: Scratch,
+) -> None:
+    """Write the scores `[Nq, Nk]` of the query groups `rows` of one head."""
+    dtype, ratio = scores.dtype, geometry.block_size // stride
+    count, first_group = rows.stop - rows.start, geometry.start // stride
+    queries = scratch.take("queries", (count * stride, query.shape[1]), dtype)
+    fill(queries, query, rows.start * stride, _first_query(geometry), geometry.q_len)
+
+    width = key_groups.shape[0]
+    if geometry.offset is not None:
+        width = min(width, (geometry.offset + rows.stop * stride - 1) // stride + 1 - first_group)
+    logits = product(queries.view(count, -1), key_groups[:width])
+    if geometry.offset is not None:
+        _hide_later_groups(logits, (geometry.offset + rows.start * stride + stride - 1) // stride - first_group)
+    prob = torch.softmax(logits, dim=-1, out=scratch.take("prob", (count, width), dtype))
+    # Groups without a query that sees a key give no mass.
+    prob[: max(_first_query(geometry) // stride - rows.start, 0)] = 0
+    prob[max(num_blocks(geometry.q_len, stride) - rows.start, 0) :] = 0
+
+    # Rows first: that sum reads whole cache lines.
+    mass = prob.unflatten(0, (-1, ratio)).sum(1)
+    lead = first_group % ratio
+    mass = pad(mass, (lead, -(lead + width) % ratio)).unflatten(1, (-1, ratio)).sum(2)
+    block = first_group // ratio
+    scores[rows.start // ratio : rows.stop // ratio, block : block + mass.shape[1]] = mass
+
+
+def _hide_later_groups(logits: Tensor, last: int) -> None:
+    """Set to -inf what row r, which sees columns up to `last + r`, does not see."""
+    clear = max(last + 1, 0)
+    if clear < logits.shape[1]:
+        seen = torch.arange(logits.shape[0])[:, None] + last
+        later = torch.arange(clear, logits.shape[1])[None, :] > seen
+        logits[:, clear:].masked_fill_(later, -torch.inf)

@@ -1,0 +1,81 @@
+"""What both stages of the CPU path share: geometry as numbers, padded copies, the matrix product."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..blocks import key_range
+
+# Copies of keys and values that are alive at once (at least one head's).
+_COPY_BYTES = 256 << 20
+
+
+class Geometry(NamedTuple):
+    """What one batch item sees: keys `[start, stop)`, and if causal query i those up to `i + offset`."""
+
+    block_size: int
+    q_len: int
+    start: int
+    stop: int
+    offset: int | None
+    scale: float
+
+
+def geometries(
+    query: Tensor,
+    key: Tensor,
+    block_size: int,
+    causal: bool,
+    scale: float,
+    kv_start: Tensor | None,
+    kv_lens: Tensor | None,
+) -> list[Geometry]:
+    """One a batch item."""
+    batch, q_len, kv_len = query.shape[0], query.shape[2], key.shape[2]
+    starts, stops = (part.expand(batch).tolist() for part in key_range(kv_len, kv_start, kv_lens, query.device))
+    return [
+        Geometry(block_size, q_len, start, stop, stop - q_len if causal else None, scale)
+        for start, stop in zip(starts, stops, strict=True)
+    ]
+
+
+def compute_dtype(tensor: Tensor) -> torch.dtype:
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+def product(left: Tensor, right: Tensor) -> Tensor:
+    """`left @ right.T` for `[M, K]` and `[N, K]`."""
+    # oneDNN uses the widest vectors of every x86 CPU, torch.mm's library only those of Intel's.
+    if left.dtype == torch.float32 and _has_onednn():
+        result: Tensor = torch.ops.mkldnn._linear_pointwise(left, right, None, "none", [], "")
+        return result
+    return left @ right.t()
+
+
+@cache
+def _has_onednn() -> bool:
+    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+def head_slabs(kv_heads: int, bytes_per_head: int) -> Iterator[range]:
+    """Key heads whose copies are made together."""
+    step = max(1, _COPY_BYTES // bytes_per_head)
+    for begin in range(0, kv_heads, step):
+        yield range(begin, min(begin + step, kv_heads))
+
+
+def fill(target: Tensor, tokens: Tensor, begin: int, start: int, stop: int) -> Tensor:
+    """Copy tokens `begin, begin + 1, ...` of `[N, D]` to target `[n, D]`, zeros for those outside `[start, stop)`."""
+    first = min(max(start - begin, 0), target.shape[0])
+    last = max(min(stop - begin, target.shape[0]), first)
+    target[first:last].copy_(tokens[begin + first : begin + last])
+    if first > 0:
+        target[:first].zero_()
+    if last < target.shape[0]:
+        target[last:].zero_()
+    return target
