@@ -10,18 +10,21 @@ import torch
 from tests.family_checks import CHECKS, attached, check_id, run
 from tests.tiny.common import Family
 from tests.tiny.wan_family import WAN_FAMILIES
+from tests.tiny.wan_relatives import WAN_RELATIVES
+
+FAMILIES = (*WAN_FAMILIES, *WAN_RELATIVES)
 
 
 # diffusers' Helios scheduler gives numpy.linspace a 0-d tensor
 @pytest.mark.filterwarnings("ignore:__array_wrap__ must accept context:DeprecationWarning")
 @pytest.mark.parametrize("check", CHECKS, ids=check_id)
-@pytest.mark.parametrize("family", WAN_FAMILIES, ids=lambda family: family.name)
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
 def test_family(family: Family, check: Callable[[Family], None]) -> None:
     check(family)
 
 
 def by_name(name: str) -> Family:
-    return next(family for family in WAN_FAMILIES if family.name == name)
+    return next(family for family in FAMILIES if family.name == name)
 
 
 def test_the_second_transformer_goes_on_counting_steps() -> None:

@@ -1,4 +1,4 @@
-"""Tiny pipelines of Wan 2.1 and 2.2 and of the models built on them; text is in cross-attention everywhere."""
+"""Tiny pipelines of Wan 2.1 and 2.2, VACE and Animate; text is in cross-attention everywhere."""
 
 from __future__ import annotations
 
@@ -15,13 +15,6 @@ from tests.tiny.common import Family, generators, normal, seeded, sharpen
 from diffusers import (  # isort: skip
     AutoencoderKLWan,
     DiffusionPipeline,
-    HeliosPipeline,
-    HeliosPyramidPipeline,
-    HeliosScheduler,
-    HeliosTransformer3DModel,
-    SkyReelsV2DiffusionForcingPipeline,
-    SkyReelsV2Pipeline,
-    SkyReelsV2Transformer3DModel,
     UniPCMultistepScheduler,
     WanAnimatePipeline,
     WanAnimateTransformer3DModel,
@@ -297,75 +290,6 @@ def call_animate(pipe: DiffusionPipeline, items: tuple[int, ...] = (0,), **overr
     return pipe(**{**inputs, **overrides}).frames
 
 
-# ---- SkyReels-V2
-
-
-def build_skyreels(seed: int, pipeline: Any = SkyReelsV2Pipeline, **changes: Any) -> DiffusionPipeline:
-    with seeded(seed):
-        return pipeline(
-            transformer=tiny_transformer(SkyReelsV2Transformer3DModel, **changes),
-            vae=tiny_vae(),
-            scheduler=flow_scheduler(),
-            text_encoder=None,
-            tokenizer=None,
-        )
-
-
-build_skyreels_forcing = partial(build_skyreels, pipeline=SkyReelsV2DiffusionForcingPipeline)
-call_skyreels_forcing = partial(call_t2v, prompt=None)
-
-
-# ---- Helios: two chunks, the second with the first in its history
-
-
-def build_helios(seed: int, pipeline: Any = HeliosPipeline, **schedule: Any) -> DiffusionPipeline:
-    with seeded(seed):
-        return pipeline(
-            transformer=tiny_transformer(HeliosTransformer3DModel, rope_dim=(12, 10, 10)),
-            vae=tiny_vae(),
-            scheduler=HeliosScheduler(**{"stages": 1, "stage_range": [0, 1], **schedule}, use_dynamic_shifting=True),
-            text_encoder=None,
-            tokenizer=None,
-        )
-
-
-def call_helios(pipe: DiffusionPipeline, items: tuple[int, ...] = (0,), **overrides: Any) -> Tensor:
-    inputs = {
-        **text_inputs(items),
-        **size(),
-        "num_frames": 2 * FRAMES,
-        "num_latent_frames_per_chunk": 5,
-        "history_sizes": [16, 2, 1],
-        "num_inference_steps": 7,
-        "guidance_scale": 4.0,
-    }
-    return pipe(**{**inputs, **overrides}).frames
-
-
-# below 1/3, where the covariance of its noise is positive definite without luck in the rounding
-build_helios_pyramid = partial(
-    build_helios, pipeline=HeliosPyramidPipeline, stages=2, stage_range=[0, 0.5, 1], gamma=0.3
-)
-
-
-def call_helios_pyramid(pipe: DiffusionPipeline, items: tuple[int, ...] = (0,), **overrides: Any) -> Tensor:
-    inputs = {
-        **text_inputs(items),
-        "generator": generators(items)[0],
-        # half of the latent size must be even too
-        "height": 128,
-        "width": 160,
-        "num_frames": FRAMES,
-        "num_latent_frames_per_chunk": 5,
-        "history_sizes": [16, 2, 1],
-        "pyramid_num_inference_steps_list": [4, 4],
-        "guidance_scale": 4.0,
-    }
-    # the noise between the stages comes from torch's global generator
-    with seeded(items[0]):
-        return pipe(**{**inputs, **overrides}).frames
-
-
 WAN_FAMILIES = (
     Family("wan2.1-t2v", build_t2v, call_t2v, "cross-attention", tokens=(TOKENS,)),
     Family("wan2.1-i2v", build_i2v, call_i2v, "cross-attention, with an image branch", tokens=(TOKENS,)),
@@ -431,34 +355,5 @@ WAN_FAMILIES = (
         steps=7,
         generations=2,
         notes="segments; a reference frame before the video",
-    ),
-    Family("skyreels-v2-t2v", build_skyreels, call_t2v, "cross-attention", tokens=(TOKENS,)),
-    Family(
-        "skyreels-v2-df",
-        build_skyreels_forcing,
-        call_skyreels_forcing,
-        "cross-attention",
-        tokens=(TOKENS,),
-        notes="one timestep a frame; synchronous, so without a mask",
-    ),
-    Family(
-        "helios",
-        build_helios,
-        call_helios,
-        "cross-attention",
-        tokens=(TOKENS + 126 + 20 + 24,),
-        steps=7,
-        generations=2,
-        notes="chunks; short, middle and long history before the video",
-    ),
-    Family(
-        "helios-pyramid",
-        build_helios_pyramid,
-        call_helios_pyramid,
-        "cross-attention",
-        # a quarter of the video's 5 x 8 x 10 tokens, then all; with history
-        tokens=(100 + 160 + 20 + 24, 400 + 160 + 20 + 24),
-        batches=False,
-        notes="two resolutions; the pipeline does not tell its timestep",
     ),
 )
