@@ -66,7 +66,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--dtype", choices=runner.DTYPES, default="auto", help="default: auto")
     group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, xpu, mps; default: auto")
     group.add_argument("--offload", choices=runner.OFFLOADS, default="none", help="CPU offload; default: none")
-    group.add_argument("--compile", action="store_true", help="torch.compile the transformer's blocks")
+    group.add_argument(
+        "--compile", action="store_true", help="torch.compile the transformer's blocks (in the first video's time)"
+    )
     group.add_argument("--json", action="store_true", help="results as one JSON document on the last line")
 
 
@@ -246,4 +248,4 @@ def _report(plan: Plan, records: list[Record], seconds: float, *, as_json: bool)
         print(json.dumps(document | {"videos": videos}))
         return
     folders = ", ".join(str(folder) for folder in by_folder(plan.jobs))
-    print(f"{len(records)} videos made, {len(videos) - len(records)} kept, in {folders}")
+    print(f"videos: {len(records)} made, {len(videos) - len(records)} kept, in {folders}")

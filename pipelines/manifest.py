@@ -40,15 +40,21 @@ def append_record(folder: Path, record: Record) -> None:
     """Add one finished video and force it to disk. A torn last line is cut away first.
 
     One write of one line: a kill can only cut this line, never one before it.
+
+    Raises:
+        UserError: the file cannot be written.
     """
     path = folder / NAME
     complete, torn = _split(path)
-    if torn:
-        os.truncate(path, len(complete))
-    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o644)
-    with os.fdopen(descriptor, "ab", buffering=0) as file:
-        file.write(_line(record))
-        os.fsync(file.fileno())
+    try:
+        if torn:
+            os.truncate(path, len(complete))
+        descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o644)
+        with os.fdopen(descriptor, "ab", buffering=0) as file:
+            file.write(_line(record))
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise UserError(f"{path}: cannot write: {error.strerror}") from None
 
 
 def remove_records(folder: Path, keys: Collection[Key]) -> None:

@@ -139,7 +139,7 @@ def make_frames(pipe: Any, prompt: Prompt, seed: int, settings: Settings) -> np.
     if prompt.negative_prompt is not None:
         arguments["negative_prompt"] = prompt.negative_prompt
     if prompt.image is not None:
-        arguments["image"] = _open_image(prompt)
+        arguments["image"] = _load_image(prompt.image)
     return pipe(**arguments).frames[0]
 
 
@@ -153,6 +153,8 @@ def check_prompts(model: Model, path: Path, prompts: list[Prompt], parameters: d
                 f"{where}: has an image, but {model.name} ({model.pipeline}) makes videos from text alone; "
                 "image-to-video needs a model such as Wan-AI/Wan2.1-I2V-14B-480P-Diffusers"
             )
+        if prompt.image is not None:
+            _open_image(prompt.image)
         if prompt.image is None and image is not None and image.default is inspect.Parameter.empty:
             raise UserError(f"{where}: {model.name} ({model.pipeline}) needs an `image`; give one in a .jsonl file")
         if prompt.negative_prompt is not None and "negative_prompt" not in parameters:
@@ -175,14 +177,21 @@ def _parameters(pipe: Any) -> dict[str, inspect.Parameter]:
     return dict(inspect.signature(pipe.__call__).parameters)
 
 
-def _open_image(prompt: Prompt) -> Any:
-    from PIL import Image, UnidentifiedImageError
-
-    assert prompt.image is not None
+def _load_image(path: Path) -> Any:
     try:
-        return Image.open(prompt.image).convert("RGB")
-    except (OSError, UnidentifiedImageError) as error:
-        raise UserError(f"{prompt.image}: cannot be read as an image: {' '.join(str(error).split())}") from None
+        return _open_image(path).convert("RGB")
+    except OSError as error:
+        raise UserError(f"{path}: damaged image: {' '.join(str(error).split())}") from None
+
+
+def _open_image(path: Path) -> Any:
+    """The image with its header read, which is quick; its pixels are read when they are used."""
+    from PIL import Image
+
+    try:
+        return Image.open(path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read as an image: {' '.join(str(error).split())}") from None
 
 
 def _set_flow_shift(pipe: Any, flow_shift: float | None) -> None:

@@ -39,6 +39,11 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny_wan(tmp_path_factory.mktemp("model"))
 
 
+@pytest.fixture(scope="module")
+def image_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_image_to_video(tmp_path_factory.mktemp("image-model"))
+
+
 @pytest.fixture
 def xattn(capfd: pytest.CaptureFixture[str]) -> Run:
     return tool(capfd)
@@ -83,7 +88,7 @@ def test_both_attentions_write_a_folder_each_with_a_manifest(model, prompts, tmp
     lines = done.out.splitlines()
     assert len(lines) == 9
     assert lines[0].startswith(str(out / "dense" / "0001-s3.mp4"))
-    assert "8 videos made, 0 kept" in lines[-1]
+    assert "videos: 8 made, 0 kept" in lines[-1]
     assert "8/8" in done.err
     assert "video" in done.err
 
@@ -124,6 +129,7 @@ def test_finished_videos_are_kept_and_missing_ones_made(model, prompts, tmp_path
     (folder / "0002-s0.mp4").unlink()
     # What a kill leaves: a half-written video, and a line of the manifest cut short.
     (folder / ".0002-s0.partial.mp4").write_bytes(b"half")
+    (folder / ".0002-s0.partial.mkv").write_bytes(b"half")
     with (folder / MANIFEST).open("ab") as manifest:
         manifest.write(b'{"id": "0003", "se')
     done = xattn(*command, "--json")
@@ -199,27 +205,52 @@ def test_seeds_come_from_the_command_line_then_the_prompt_then_zero(model, tmp_p
         assert [video["seed"] for video in result["videos"]] == expected
 
 
-def test_an_image_conditions_an_image_to_video_model(tmp_path, xattn):
+@pytest.fixture
+def image_prompts(tmp_path: Path) -> Path:
     from PIL import Image
 
-    model = save_tiny_image_to_video(tmp_path / "model")
     lines = []
     for name, colour in (("red", (255, 0, 0)), ("blue", (0, 0, 255))):
-        Image.new("RGB", (50, 40), colour).save(tmp_path / f"{name}.png")
+        Image.new("RGB", (500, 400), colour).save(tmp_path / f"{name}.png")
         lines.append(json.dumps({"prompt": "a shape", "id": name, "image": f"{name}.png"}))
     path = tmp_path / "p.jsonl"
     path.write_text("\n".join(lines))
-    done = xattn("generate", "--model", model, "--prompts", path, "--out", tmp_path / "out", *SIZE, "--lossless")
+    return path
+
+
+def test_an_image_conditions_an_image_to_video_model(image_model, image_prompts, tmp_path, xattn):
+    command = ("generate", "--model", image_model, "--prompts", image_prompts, "--out", tmp_path / "out", *SIZE)
+    done = xattn(*command, "--lossless")
     assert done.code == 0, done.err
     folder = tmp_path / "out/xattn-s8-t0.90-w5"
     assert read_manifest(folder)["red", 0]["image"] == str(tmp_path / "red.png")
     assert read_manifest(folder)["red", 0]["dense_reasons"]
     assert not np.array_equal(frames(folder / "red-s0.mp4"), frames(folder / "blue-s0.mp4"))
-    path.write_text('{"prompt": "no image"}')
-    refused = xattn("generate", "--model", model, "--prompts", path, "--out", tmp_path / "out", *SIZE)
-    assert refused.code == 2
-    assert "p.jsonl:1" in refused.err
-    assert "needs an `image`" in refused.err
+    for text, message in (
+        ('{"prompt": "no image"}', "p.jsonl:1: "),
+        ('{"prompt": "a", "image": "p.jsonl"}', "p.jsonl: cannot be read as an image"),
+    ):
+        image_prompts.write_text(text)
+        refused = xattn(*command)
+        assert refused.code == 2
+        assert message in refused.err
+
+
+def test_an_overwriting_run_that_fails_goes_on_where_it_ended(image_model, image_prompts, tmp_path, xattn):
+    """The lines of videos about to be made anew go first: nothing old passes for new afterwards."""
+    command = ("generate", "--model", image_model, "--prompts", image_prompts, "--out", tmp_path / "out", *SIZE)
+    assert xattn(*command).code == 0
+    whole = (tmp_path / "blue.png").read_bytes()
+    (tmp_path / "blue.png").write_bytes(whole[: len(whole) // 2])
+    failed = xattn(*command, "--steps", 3, "--overwrite")
+    assert failed.code == 2
+    assert "blue.png: damaged image" in failed.err
+    folder = tmp_path / "out/xattn-s8-t0.90-w5"
+    assert {key[0]: record["steps"] for key, record in read_manifest(folder).items()} == {"red": 3}
+    (tmp_path / "blue.png").write_bytes(whole)
+    done = xattn(*command, "--steps", 3)
+    assert "videos: 1 made, 1 kept" in done.out
+    assert {key[0]: record["steps"] for key, record in read_manifest(folder).items()} == {"red": 3, "blue": 3}
 
 
 def test_a_killed_and_an_interrupted_run_lose_at_most_the_video_in_work(model, tmp_path, xattn):

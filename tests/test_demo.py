@@ -42,7 +42,7 @@ def test_the_demo_makes_compares_and_sums_up(tmp_path, xattn):
         assert expected in done.out
     # Run again: nothing is made anew, and the summary is the same.
     again = xattn(*command)
-    assert "0 videos made, 2 kept" in again.out
+    assert "videos: 0 made, 2 kept" in again.out
     assert json.loads(again.out.splitlines()[-1]) == summary
 
 
