@@ -26,9 +26,6 @@ class WeakLink:
     def __deepcopy__(self, memo: dict[int, Any]) -> WeakLink:
         return WeakLink(memo.get(id(self())))
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return WeakLink, ()
-
 
 class _Watch:
     """A pipeline and what it showed last."""
@@ -114,9 +111,6 @@ class StepTracker:
         targets = [memo.get(id(watch.link())) for watch in self._watches]
         copied._watches = [_Watch(target) for target in targets if target is not None]
         return copied
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return StepTracker, ()
 
 
 def dense_layers(names: Sequence[str], layers: Sequence[int | str]) -> set[int]:

@@ -35,12 +35,13 @@ class LayerCounts:
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self.values = torch.zeros(_WIDTH, dtype=torch.int64)
+        # a tensor made in inference mode could not be counted up outside of it
+        with torch.inference_mode(False):
+            self.values = torch.zeros(_WIDTH, dtype=torch.int64)
 
     def place(self, device: torch.device) -> None:
         """Move to the device that the counted calls run on."""
         if self.values.device != device:
-            # a tensor made in inference mode could not be counted up outside of it
             with torch.inference_mode(False):
                 self.values = self.values.to(device)
 

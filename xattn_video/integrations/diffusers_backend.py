@@ -57,7 +57,7 @@ def xattention_backend(
 @functools.cache
 def _warn_once() -> None:
     logger.warning(
-        "the attention backend %r runs dense attention where no XAttnProcessor is attached: "
+        "the attention backend %r is dense in a call that no XAttnProcessor is attached to: "
         "use pipe.set_attn_processor(XAttnProcessor(...))",
         NAME,
     )

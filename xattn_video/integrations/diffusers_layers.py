@@ -85,6 +85,7 @@ class SparseSelfAttention:
         # where the original has no such attribute
         self._unset: dict[str, Any] = {}
         many = isinstance(config.threshold, tuple)
+        # one tensor for all calls, where the number is different by head
         self.threshold = torch.tensor(config.threshold) if many else None
         check_parallel(self._parallel_config)
 
@@ -235,7 +236,7 @@ class SparseSelfAttention:
         lengths = key_lengths(mask, key.shape[1], self.trusted_mask, self.state)
         if lengths is None:
             return "mask", None
-        return None, lengths.expand(query.shape[0])
+        return None, lengths if len(lengths) == len(query) else lengths.repeat(len(query))
 
 
 def check_parallel(config: Any) -> None:
@@ -267,7 +268,7 @@ def key_lengths(mask: Any, kv_len: int, trusted: bool, state: ForwardState) -> T
         return None
     if not trusted and (torch.compiler.is_compiling() or not state.once("is_prefix", mask, _is_prefix)):
         return None
-    return state.once("lengths", mask, lambda mask: mask.view(rows, kv_len).sum(-1, dtype=torch.int32))
+    return state.once("lengths", mask, lambda mask: mask.reshape(rows, kv_len).sum(-1, dtype=torch.int32))
 
 
 def _is_prefix(mask: Tensor) -> bool:
@@ -292,13 +293,5 @@ def _wrapper_class(inner: type) -> type[SparseSelfAttention]:
             self.text_tokens = 0 if text is None else text.shape[1]
         return self.inner(attn, *args, **kwargs)
 
-    def reduce(self: SparseSelfAttention) -> tuple[Any, ...]:
-        return _empty_wrapper, (inner,), self.__dict__
-
-    members = {"__call__": call, "__reduce__": reduce, "__doc__": SparseSelfAttention.__doc__}
+    members = {"__call__": call, "__doc__": SparseSelfAttention.__doc__}
     return type(f"XAttn{inner.__name__}", (SparseSelfAttention,), members)
-
-
-def _empty_wrapper(inner: type) -> SparseSelfAttention:
-    cls = _wrapper_class(inner)
-    return cls.__new__(cls)

@@ -119,6 +119,8 @@ def find_self_attention(model: nn.Module) -> dict[str, Any]:
                 f"{name}: the processor of {path}, {type(module.processor).__name__}, does not use diffusers' "
                 "attention dispatch, so XAttnProcessor cannot make it sparse"
             )
+        if isinstance(module.processor, nn.Module):
+            raise ValueError(f"{name}: the processor of {path} has weights of its own, which a wrapper would hide")
     if not found:
         raise ValueError(
             f"{name} has no self-attention that uses diffusers' attention dispatch, so XAttnProcessor cannot make it "
