@@ -138,7 +138,7 @@ def _make_videos(plan: Plan, args: argparse.Namespace) -> list[Record]:
                 records.append(record)
                 progress.finish()
                 if not args.json:
-                    progress.print(f"{job.path}  {record['seconds']:.1f} s  density {record['mean_density']:.2f}")
+                    progress.print(_result_line(job, record))
     return records
 
 
@@ -178,6 +178,14 @@ def _make_video(pipe: Any, processor: Any, plan: Plan, job: Job, progress: Video
         **_density(processor, plan.settings.steps),
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
     }
+
+
+def _result_line(job: Job, record: Record) -> str:
+    line = f"{job.path}  {record['seconds']:.1f} s  density {record['mean_density']:.2f}"
+    if job.config is not None and record["mean_density"] == 1.0:
+        # Asked for sparse and got dense throughout: say why at once.
+        line += f" (dense calls: {', '.join(f'{n} {reason}' for reason, n in record['dense_reasons'].items())})"
+    return line
 
 
 def _density(processor: Any, steps: int) -> Record:
