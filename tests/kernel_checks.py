@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from xattn_video import reference
-from xattn_video.blocks import mask_to_lists, num_blocks
+from xattn_video.blocks import forced_blocks, mask_to_lists, num_blocks, valid_blocks
 from xattn_video.kernels import antidiagonal_scores as scores_kernel
+from xattn_video.kernels import block_selection as selection_kernel
 from xattn_video.kernels import block_sparse as attention_kernel
 
 
@@ -278,3 +279,20 @@ def check_same_twice(problem: Problem, device: str) -> None:
         lambda: attention_kernel.block_sparse_forward(query, key, value, mask, **options),
     ):
         assert all(torch.equal(one, other) for one, other in zip(run(), run(), strict=True))
+
+
+def check_selection(problem: Problem, device: str, kind: str) -> None:
+    """The very set that sorting keeps: forced blocks first, ties by lower index, rows without mass or candidates."""
+    geometry = {**problem.options("cpu"), "device": torch.device("cpu")}
+    del geometry["scale"]
+    valid = valid_blocks(problem.batch, *problem.lengths, **geometry).to(device)
+    forced = forced_blocks(problem.batch, *problem.lengths, **geometry).to(device)
+    shape = (problem.batch, problem.heads[0], *valid.shape[2:])
+    scores = torch.rand(shape, generator=torch.Generator().manual_seed(2)).to(device)
+    scores = {"even": scores, "sharp": scores**20, "ties": (scores * 4).floor() / 4, "zero": scores * 0}[kind]
+    # a transposed layout: the kernel takes strides
+    scores = scores.transpose(1, 2).contiguous().transpose(1, 2)
+    per_head = torch.linspace(0.3, 1.0, problem.heads[0], device=device)
+    for threshold in (0.05, 0.5, 0.9, 1.0, per_head):
+        kept = selection_kernel.select(scores, valid, forced, threshold=threshold)
+        assert torch.equal(kept, reference.select(scores, valid, forced, threshold=threshold)), threshold

@@ -74,3 +74,13 @@ def gpu_test(check_name):
 test_scores_on_a_gpu = gpu_test("check_scores")
 test_attention_on_a_gpu = gpu_test("check_attention")
 test_same_bits_twice_on_a_gpu = gpu_test("check_same_twice")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA or ROCm device")
+@pytest.mark.parametrize("kind", ["even", "sharp", "ties", "zero"])
+def test_selection_on_a_gpu(kind):
+    from tests import kernel_checks
+
+    problem = kernel_checks.Problem(heads=(4, 4), lengths=(118_800, 118_800), block_size=128)
+    kernel_checks.check_selection(problem, "cuda", kind)

@@ -67,6 +67,13 @@ def test_public_functions_and_layouts(layout):
     kernel_checks.check_public_functions(problem, "cpu")
 
 
+@pytest.mark.parametrize("kind", ["even", "sharp", "ties", "zero"])
+@pytest.mark.parametrize("causal", [False, True])
+def test_selection_is_the_sorted_set(kind, causal):
+    problem = Problem(lengths=(100, 600), batch=2, block_size=16, causal=causal, kv_lens=(600, 333))
+    kernel_checks.check_selection(problem, "cpu", kind)
+
+
 def test_a_wrong_block_shows():
     kernel_checks.check_wrong_block_shows(Problem(lengths=(320, 480), content="video", block_size=32), "cpu")
 
