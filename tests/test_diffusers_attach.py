@@ -536,6 +536,7 @@ def test_a_model_is_freed_without_the_garbage_collector() -> None:
 
 def test_two_threads_in_one_model_are_refused(model: Any) -> None:
     model.set_attn_processor(XAttnProcessor(**SETTINGS))
+    threads: list[threading.Thread] = []
     errors: list[BaseException] = []
 
     def second() -> None:
@@ -545,10 +546,10 @@ def test_two_threads_in_one_model_are_refused(model: Any) -> None:
             errors.append(error)
 
     def meanwhile(module: nn.Module, args: Any) -> None:
-        if not errors:
-            thread = threading.Thread(target=second)
-            thread.start()
-            thread.join()
+        if not threads:
+            threads.append(threading.Thread(target=second))
+            threads[0].start()
+            threads[0].join()
 
     handle = model.blocks[0].register_forward_pre_hook(meanwhile)
     try:
