@@ -1,0 +1,191 @@
+"""Trains the demo's model on the shapes world: first the VAE, then the transformer. `--help` says how.
+
+Everything lands in one folder: `log.jsonl`, checkpoints (safetensors), sample pictures, the encoded clips, and
+`pipeline`, which `WanPipeline.from_pretrained` loads. A run that was stopped or killed goes on when started again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from pipelines.demo import text, world
+from pipelines.demo.train_latents import ClipSize
+from pipelines.demo.train_loop import Plan, write_whole
+from pipelines.demo.train_transformer import (
+    FLOW_SHIFT,
+    FULL,
+    LEARNING_RATE,
+    PHASES,
+    Phase,
+    train_transformer,
+)
+from pipelines.demo.train_vae import LEARNING_RATE as VAE_LEARNING_RATE
+from pipelines.demo.train_vae import reconstruction_psnr, train_vae
+from pipelines.models import import_diffusers
+
+logger = logging.getLogger(__name__)
+
+_SAMPLE_STEPS, _SAMPLE_PROMPTS, _SAMPLE_FRAMES = 16, 4, 6
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Parse the command line and train; 0 if the whole training is done, 3 if there is more to do."""
+    parser = argparse.ArgumentParser(
+        prog="python -m pipelines.demo.train",
+        description=__doc__,
+        epilog="example: python -m pipelines.demo.train --out shapes --minutes 60",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--out", type=Path, required=True, help="folder of the run; an existing run goes on")
+    parser.add_argument("--minutes", type=float, help="stop after this long, to be continued (default: no limit)")
+    parser.add_argument("--vae-steps", type=int, default=1200, help="steps of the VAE (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=4000, help="steps of the transformer (default: %(default)s)")
+    parser.add_argument("--sample-minutes", type=float, default=10, help="minutes between sample pictures")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    options = parser.parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    done = run(
+        options.out,
+        steps=options.steps,
+        vae_steps=options.vae_steps,
+        minutes=options.minutes,
+        sample_minutes=options.sample_minutes,
+        seed=options.seed,
+        device=torch.device(options.device),
+    )
+    return 0 if done else 3
+
+
+def run(
+    out: Path,
+    *,
+    steps: int,
+    vae_steps: int,
+    minutes: float | None = None,
+    sample_minutes: float = 10.0,
+    seed: int = 0,
+    device: torch.device | None = None,
+    phases: tuple[Phase, ...] = PHASES,
+    checkpoint_seconds: float = 300.0,
+) -> bool:
+    """Train, or go on training, in the folder `out`; True once all steps are done and `out/pipeline` is final."""
+    deadline = None if minutes is None else time.monotonic() + 60 * minutes
+    device = device or torch.device("cpu")
+    out.mkdir(parents=True, exist_ok=True)
+    plan = Plan("vae", out, vae_steps, VAE_LEARNING_RATE, deadline=deadline, checkpoint_seconds=checkpoint_seconds)
+    vae = _finished_vae(plan, device, seed)
+    if vae is None:
+        return False
+    sampled = time.monotonic()
+
+    def on_checkpoint(step: int, transformer: Any) -> None:
+        nonlocal sampled
+        if time.monotonic() - sampled >= 60 * sample_minutes:
+            phase = next((phase for phase in phases if step <= phase.until * steps), phases[-1])
+            save_samples(out / f"samples-{step:06d}.png", assemble(vae, transformer), phase.size)
+            sampled = time.monotonic()
+
+    plan = Plan("transformer", out, steps, LEARNING_RATE, deadline=deadline, checkpoint_seconds=checkpoint_seconds)
+    transformer, finished = train_transformer(
+        plan, vae, device, seed, out / "latents", phases=phases, on_checkpoint=on_checkpoint
+    )
+    pipeline = assemble(vae, transformer)
+    if finished:
+        phase = next((phase for phase in phases if finished <= phase.until * steps), phases[-1])
+        save_samples(out / f"samples-{finished:06d}.png", pipeline, phase.size)
+    save_pipeline(pipeline, out / "pipeline")
+    return finished >= steps
+
+
+def assemble(vae: Any, transformer: Any) -> Any:
+    """A `WanPipeline` of the two trained parts, the frozen text encoder, the tokenizer and a flow scheduler."""
+    diffusers = import_diffusers()
+    return diffusers.WanPipeline(
+        tokenizer=text.build_tokenizer(),
+        text_encoder=text.build_text_encoder().to(transformer.device),
+        vae=vae,
+        scheduler=diffusers.UniPCMultistepScheduler(
+            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=FLOW_SHIFT
+        ),
+        transformer=transformer,
+    )
+
+
+def save_pipeline(pipeline: Any, folder: Path) -> None:
+    """Write a bfloat16 copy with `save_pretrained`, whole or not at all; the pipeline itself keeps its precision."""
+    import copy
+
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    parts = {name: copy.deepcopy(part) for name, part in pipeline.components.items() if part is not None}
+    type(pipeline)(**parts).to(device="cpu", dtype=torch.bfloat16).save_pretrained(partial)
+    old = folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        os.replace(folder, old)
+    os.replace(partial, folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def save_samples(path: Path, pipeline: Any, size: ClipSize = FULL) -> None:
+    """Generate a few held-out prompts and write them as a picture: a row a prompt, its frames from left to right."""
+    import imageio.v3 as imageio
+
+    scenes = world.held_out_scenes()
+    chosen = np.random.default_rng(0).choice(len(scenes), size=_SAMPLE_PROMPTS, replace=False)
+    pipeline.set_progress_bar_config(disable=True)
+    rows, prompts = [], []
+    for number, index in enumerate(chosen):
+        prompts.append(world.caption(scenes[index], number))
+        generator = torch.Generator().manual_seed(number)
+        with torch.no_grad():
+            video = pipeline(
+                prompts[-1],
+                height=size.side,
+                width=size.side,
+                num_frames=size.frames,
+                num_inference_steps=_SAMPLE_STEPS,
+                guidance_scale=1.0,
+                generator=generator,
+                output_type="np",
+            ).frames[0]
+        shown = np.linspace(0, size.frames - 1, _SAMPLE_FRAMES).round().astype(int)
+        rows.append(np.concatenate(list(video[shown]), axis=1))
+    picture = np.rint(np.concatenate(rows) * 255).astype(np.uint8)
+    write_whole(path, lambda partial: imageio.imwrite(partial, picture))
+    logger.info("%s: %s", path.name, " | ".join(prompts))
+
+
+def _finished_vae(plan: Plan, device: torch.device, seed: int) -> Any | None:
+    """The trained VAE, from `vae` in the run's folder or by training it; None if time ran out before the end."""
+    folder = plan.folder / "vae"
+    diffusers = import_diffusers()
+    if folder.exists():
+        return diffusers.AutoencoderKLWan.from_pretrained(folder).to(device).eval().requires_grad_(False)
+    vae, steps = train_vae(plan, device, seed)
+    if steps < plan.steps:
+        return None
+    quality = reconstruction_psnr(vae)
+    logger.info("vae: held-out clips come back at %.1f dB", quality)
+    with open(plan.folder / "log.jsonl", "a", encoding="utf-8") as file:
+        file.write(json.dumps({"stage": "vae", "step": steps, "held_out_psnr": round(quality, 2)}) + "\n")
+    partial = plan.folder / ".vae.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    vae.save_pretrained(partial)
+    os.replace(partial, folder)
+    return vae
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,193 @@
+"""The loop that the demo's two trainings share: schedule, moving average, log, checkpoints that survive a kill.
+
+What a step does depends on its number alone (its random numbers are drawn from the seed and the step), so a run
+that is killed and started again gives the same weights as one that is not.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+logger = logging.getLogger(__name__)
+
+_WARMUP_STEPS = 50
+# The last part of a training, over which the learning rate falls to zero.
+_COOLDOWN = 0.35
+_EMA_DECAY = 0.998
+_GRADIENT_NORM = 1.0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a training runs.
+
+    `name` is the log's and the checkpoint's; `steps` is the whole training, over all sittings; `deadline` is the
+    `time.monotonic()` at which this sitting ends, or None. A checkpoint is written at the end and at least every
+    `checkpoint_seconds`, a line of the log every `log_steps`.
+    """
+
+    name: str
+    folder: Path
+    steps: int
+    learning_rate: float
+    weight_decay: float = 0.01
+    deadline: float | None = None
+    checkpoint_seconds: float = 300.0
+    log_steps: int = 20
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.folder / f"{self.name}.safetensors"
+
+
+def learning_rate_at(plan: Plan, step: int) -> float:
+    """Linear warm-up, then constant, then linear to zero: a run can be made longer while it is constant."""
+    warmup = min(1.0, (step + 1) / _WARMUP_STEPS)
+    cooldown = min(1.0, (plan.steps - step) / max(1.0, _COOLDOWN * plan.steps))
+    return plan.learning_rate * warmup * cooldown
+
+
+def train(
+    plan: Plan,
+    model: torch.nn.Module,
+    loss_of: Callable[[int], dict[str, torch.Tensor]],
+    on_checkpoint: Callable[[int, dict[str, torch.Tensor]], None] | None = None,
+) -> tuple[int, dict[str, torch.Tensor]]:
+    """Train `model` until `plan.steps` or the deadline, from the checkpoint if there is one.
+
+    Args:
+        loss_of: gives the losses of a step, the one to minimise under `loss`, the others for the log.
+        on_checkpoint: called with the step and the averaged weights after each checkpoint.
+
+    Returns:
+        The steps done, over all sittings, and the averaged weights by parameter name.
+    """
+    parameters = [value for value in model.parameters() if value.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=plan.learning_rate, betas=(0.9, 0.98), weight_decay=plan.weight_decay)
+    average = {name: value.detach().clone() for name, value in model.named_parameters()}
+    step, seconds = 0, 0.0
+    if plan.checkpoint.exists():
+        step, seconds = _load(plan, model, average, optimizer)
+        logger.info("%s: resuming at step %d of %d", plan.name, step, plan.steps)
+    _truncate_log(plan, step)
+    started = saved = time.monotonic()
+    losses: dict[str, list[float]] = {}
+    model.train()
+    while step < plan.steps:
+        if plan.deadline is not None and time.monotonic() >= plan.deadline:
+            break
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate_at(plan, step)
+        values = loss_of(step)
+        values["loss"].backward()
+        torch.nn.utils.clip_grad_norm_(parameters, _GRADIENT_NORM)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        step += 1
+        # The average forgets its random start quickly.
+        decay = min(_EMA_DECAY, step / (step + 20))
+        with torch.no_grad():
+            torch._foreach_lerp_(list(average.values()), [p.detach() for p in model.parameters()], 1 - decay)
+        for name, value in values.items():
+            losses.setdefault(name, []).append(value.item())
+        now = time.monotonic()
+        if step % plan.log_steps == 0 or step == plan.steps:
+            _log(plan, step, losses, learning_rate_at(plan, step - 1), seconds + now - started)
+            losses = {}
+        if now - saved >= plan.checkpoint_seconds:
+            _save(plan, model, average, optimizer, step, seconds + now - started)
+            if on_checkpoint:
+                on_checkpoint(step, average)
+            saved = time.monotonic()
+    if not plan.checkpoint.exists() or step > _checkpoint_step(plan):
+        _save(plan, model, average, optimizer, step, seconds + time.monotonic() - started)
+        if on_checkpoint:
+            on_checkpoint(step, average)
+    return step, average
+
+
+def write_whole(path: Path, write: Callable[[Path], None]) -> None:
+    """Write a file under a temporary name and rename it: under `path` there is a finished file or none."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.stem}.partial{path.suffix}")
+    write(partial)
+    os.replace(partial, path)
+
+
+def _save(
+    plan: Plan,
+    model: torch.nn.Module,
+    average: dict[str, torch.Tensor],
+    optimizer: torch.optim.Optimizer,
+    step: int,
+    seconds: float,
+) -> None:
+    tensors = {f"model.{name}": value.detach() for name, value in model.named_parameters()}
+    tensors |= {f"average.{name}": value for name, value in average.items()}
+    for index, values in optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer.{index}.{key}": value for key, value in values.items()}
+    tensors = {name: value.contiguous().cpu() for name, value in tensors.items()}
+    state = json.dumps({"step": step, "seconds": seconds})
+    write_whole(plan.checkpoint, lambda path: save_file(tensors, path, metadata={"state": state}))
+
+
+def _load(
+    plan: Plan, model: torch.nn.Module, average: dict[str, torch.Tensor], optimizer: torch.optim.Optimizer
+) -> tuple[int, float]:
+    """Fill model, average and optimizer from the checkpoint; the steps and the seconds it stands for."""
+    with safe_open(plan.checkpoint, framework="pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        state = json.loads(file.metadata()["state"])
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(tensors[f"model.{name}"])
+            average[name].copy_(tensors[f"average.{name}"])
+    moments: dict[int, dict[str, torch.Tensor]] = {}
+    for name, value in tensors.items():
+        if name.startswith("optimizer."):
+            _, index, key = name.split(".")
+            moments.setdefault(int(index), {})[key] = value
+    optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
+    return state["step"], state["seconds"]
+
+
+def _checkpoint_step(plan: Plan) -> int:
+    with safe_open(plan.checkpoint, framework="pt") as file:
+        return json.loads(file.metadata()["state"])["step"]
+
+
+def _log(plan: Plan, step: int, losses: dict[str, list[float]], rate: float, seconds: float) -> None:
+    means = {name: round(sum(values) / len(values), 6) for name, values in losses.items()}
+    line = {"stage": plan.name, "step": step, **means, "learning_rate": rate, "seconds": round(seconds, 1)}
+    with open(plan.folder / "log.jsonl", "a", encoding="utf-8") as file:
+        file.write(json.dumps(line) + "\n")
+    left = (plan.steps - step) * seconds / step / 60
+    shown = " ".join(f"{name} {value:.4f}" for name, value in means.items())
+    logger.info("%s %d/%d: %s, %.0f min left", plan.name, step, plan.steps, shown, left)
+
+
+def _truncate_log(plan: Plan, step: int) -> None:
+    """Drop the lines of steps that a killed run did after its last checkpoint: they are done again."""
+    path = plan.folder / "log.jsonl"
+    if not path.exists():
+        return
+    lines: list[dict[str, Any]] = []
+    for text in path.read_text(encoding="utf-8").splitlines():
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError:
+            continue
+    kept = [line for line in lines if line["stage"] != plan.name or line["step"] <= step]
+    text = "".join(json.dumps(line) + "\n" for line in kept)
+    write_whole(path, lambda partial: partial.write_text(text, encoding="utf-8") and None)

@@ -1,0 +1,255 @@
+"""The demo's training: no held-out scene in a batch, a kill loses nothing, the fast attention is the real one."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from pipelines.demo import text, train_latents, train_vae, world
+from pipelines.demo.train_attention import TrainingAttention, padding_bias
+from pipelines.demo.train_latents import ClipSize, clip_scene
+from pipelines.demo.train_loop import Plan, learning_rate_at, train
+from pipelines.demo.train_transformer import FULL, PHASES, Phase, build_transformer, draw_batch, train_transformer
+from pipelines.models import import_diffusers
+
+TINY = (Phase(0.5, ClipSize(1, 80), 3, 5), Phase(1.0, ClipSize(5, 80), 2, 3))
+
+
+def tiny_transformer(seed: int) -> Any:
+    torch.manual_seed(seed)
+    return import_diffusers().WanTransformer3DModel(
+        num_attention_heads=1, attention_head_dim=12, num_layers=1, ffn_dim=16,
+        in_channels=4, out_channels=4, text_dim=text.TEXT_DIM, freq_dim=16,
+    )  # fmt: skip
+
+
+def plan_for(folder: Path, steps: int = 6, **changes: Any) -> Plan:
+    folder.mkdir(exist_ok=True)
+    return Plan("transformer", folder, steps, 1e-3, **{"checkpoint_seconds": 0.0, "log_steps": 1, **changes})
+
+
+def weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in model.named_parameters()}
+
+
+def assert_same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> None:
+    assert first.keys() == second.keys()
+    for name in first:
+        torch.testing.assert_close(first[name], second[name], rtol=0, atol=0, msg=name)
+
+
+@pytest.fixture(scope="module")
+def vae() -> Any:
+    return train_vae.build_vae().eval().requires_grad_(False)
+
+
+def test_no_held_out_scene_is_in_a_batch_of_the_transformer() -> None:
+    held_out = {(s.colour, s.shape, s.motion, s.background) for s in world.held_out_scenes()}
+    sizes, seen = set(), set()
+    for step in range(0, 400, 3):
+        batch = draw_batch(0, step, 400)
+        sizes.add(batch.phase.size)
+        assert len(batch.captions) == len(batch.clips) == len(batch.sigmas) == batch.phase.batch
+        assert ((batch.sigmas > 0) & (batch.sigmas < 1)).all()
+        for number, words in zip(batch.clips, batch.captions, strict=True):
+            scene = clip_scene(int(number))
+            named = (scene.colour, scene.shape, scene.motion, scene.background)
+            assert named not in held_out
+            seen.add(scene)
+            assert words == "" or {scene.colour, scene.shape, scene.background} <= set(words.replace(",", "").split())
+    assert sizes == {phase.size for phase in PHASES}
+    assert len(seen) > 500
+
+
+def test_nothing_held_out_is_ever_rendered_for_training(
+    monkeypatch: pytest.MonkeyPatch, vae: Any, tmp_path: Path
+) -> None:
+    rendered = []
+    render = world.render
+    monkeypatch.setattr(world, "render", lambda scene, *a, **k: rendered.append(scene) or render(scene, *a, **k))
+    for step in range(20):
+        train_vae.training_crops(0, step)
+    monkeypatch.setattr(train_latents, "_SHARD", 8)
+    train_latents.load_latents(vae, ClipSize(1, 80), 8, tmp_path)
+    assert len(rendered) == 20 * 8 + 8
+    assert not any(world.is_held_out(scene) for scene in rendered)
+
+
+def test_clips_go_through_every_training_scene() -> None:
+    scenes = world.training_scenes()
+    for start in (0, len(scenes)):
+        assert {clip_scene(start + number) for number in range(len(scenes))} == set(scenes)
+
+
+def test_the_full_size_has_4096_tokens_or_more_and_the_model_four_heads_of_64() -> None:
+    config = build_transformer().config
+    assert FULL.tokens >= 4096
+    assert PHASES[-1].size == FULL
+    assert (config.num_attention_heads, config.attention_head_dim) >= (4, 64)
+    assert config.num_layers >= 4
+
+
+def test_an_interrupted_training_ends_with_the_very_same_weights(vae: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(train_latents, "_SHARD", 4)
+
+    def go(name: str, **changes: Any) -> tuple[Any, int]:
+        plan = plan_for(tmp_path / name, **changes)
+        device = torch.device("cpu")
+        return train_transformer(plan, vae, device, 0, tmp_path / "latents", phases=TINY, build=tiny_transformer)
+
+    whole, steps = go("whole", checkpoint_seconds=1e9)
+    assert steps == 6
+    # Out of time before the first step, killed in the middle of the fourth, then to the end.
+    assert go("parts", deadline=time.monotonic())[1] == 0
+    calls = []
+
+    def kill_later(*arguments: Any) -> Any:
+        calls.append(arguments)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return draw_batch(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("pipelines.demo.train_transformer.draw_batch", kill_later)
+        with pytest.raises(KeyboardInterrupt):
+            go("parts")
+    parts, steps = go("parts")
+    assert steps == 6
+    assert_same(weights(whole), weights(parts))
+    lines = [json.loads(line) for line in (tmp_path / "parts" / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    assert all(np.isfinite(line["loss"]) for line in lines)
+
+
+LOOP = """
+import sys, torch
+from pathlib import Path
+from pipelines.demo.train_loop import Plan, train
+torch.manual_seed(0)
+model = torch.nn.Linear(3, 3)
+def loss_of(step):
+    x = torch.randn(8, 3, generator=torch.Generator().manual_seed(step))
+    return {"loss": (model(x) - x.flip(1)).square().mean()}
+_, average = train(Plan("toy", Path(sys.argv[1]), int(sys.argv[2]), 1e-2, checkpoint_seconds=0.0), model, loss_of)
+torch.save(average, Path(sys.argv[1]) / "average.pt")
+"""
+
+
+def test_sigkill_at_any_moment_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def arguments(folder: str) -> list[str]:
+        (tmp_path / folder).mkdir(exist_ok=True)
+        return ["loop", str(tmp_path / folder), "400"]
+
+    def finish(folder: str) -> dict[str, torch.Tensor]:
+        monkeypatch.setattr(sys, "argv", arguments(folder))
+        exec(LOOP, {})
+        return torch.load(tmp_path / folder / "average.pt")
+
+    process = subprocess.Popen([sys.executable, "-c", LOOP, *arguments("killed")[1:]], cwd=Path(__file__).parent.parent)
+    while not (tmp_path / "killed" / "toy.safetensors").exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "killed" / "average.pt").exists()
+    assert_same(finish("whole"), finish("killed"))
+
+
+def test_training_learns(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = torch.nn.Linear(4, 4)
+
+    def loss_of(step: int) -> dict[str, torch.Tensor]:
+        x = torch.randn(16, 4, generator=torch.Generator().manual_seed(step))
+        return {"loss": (model(x) - 2 * x).square().mean()}
+
+    train(Plan("toy", tmp_path, 300, 3e-2, log_steps=10), model, loss_of)
+    losses = [json.loads(line)["loss"] for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert losses[-1] < 0.02 * losses[0]
+
+
+def test_the_learning_rate_rises_stays_and_falls_to_nothing(tmp_path: Path) -> None:
+    plan = Plan("toy", tmp_path, 1000, 1.0)
+    rates = [learning_rate_at(plan, step) for step in range(1000)]
+    assert rates[0] < 0.05
+    assert rates[100] == rates[600] == 1.0
+    assert 0 < rates[-1] < 0.01
+    assert rates[600:] == sorted(rates[600:], reverse=True)
+
+
+@pytest.mark.parametrize("frames", [2, 24])
+def test_training_attention_is_wans_attention_over_the_padded_prompt(frames: int, monkeypatch: Any) -> None:
+    # 24 frames of 10 x 10 tokens take the path that computes the probabilities twice.
+    monkeypatch.setattr("pipelines.demo.train_attention._KEPT", 1000)
+    model = tiny_transformer(0)
+    words = text.encode(text.build_tokenizer(), text.build_text_encoder(), ["a red circle moving left", "star"])
+    padded = torch.nn.functional.pad(words, (0, 0, 0, text.MAX_TEXT_TOKENS - words.shape[1]))
+    x = torch.randn(2, 4, frames, 20, 20, generator=torch.Generator().manual_seed(0))
+    results = []
+    for states in (padded, words):
+        if states is words:
+            processor = TrainingAttention()
+            processor.text_bias = padding_bias(words, text.MAX_TEXT_TOKENS)
+            model.set_attn_processor(processor)
+        output = model(x, torch.tensor([900.0, 200.0]), states, return_dict=False)[0]
+        model.zero_grad()
+        output.square().mean().backward()
+        results.append((output.detach(), {name: p.grad.clone() for name, p in model.named_parameters()}))
+    torch.testing.assert_close(results[0][0], results[1][0], rtol=1e-4, atol=1e-5)
+    for name, gradient in results[0][1].items():
+        torch.testing.assert_close(gradient, results[1][1][name], rtol=1e-3, atol=1e-6, msg=name)
+
+
+def test_words_are_told_apart_whatever_stands_beside_them() -> None:
+    tokenizer, encoder = text.build_tokenizer(), text.build_text_encoder()
+    scenes = world.all_scenes()
+    captions = [world.caption(scene, number) for number, scene in enumerate(scenes)]
+    assert not any(tokenizer.unk_token_id in ids for ids in tokenizer(captions).input_ids)
+    assert tokenizer("a Teal CIRCLE").input_ids[1:] == [tokenizer.unk_token_id, *tokenizer("circle").input_ids]
+    by_word: dict[str, list[torch.Tensor]] = {}
+    for words in captions[::24]:
+        states = text.encode(tokenizer, encoder, [words])[0]
+        for word, state in zip(tokenizer.tokenize(words), states, strict=False):
+            by_word.setdefault(word, []).append(torch.nn.functional.normalize(state, dim=0))
+    means = {word: torch.stack(states).mean(0) for word, states in by_word.items()}
+    for word, states in by_word.items():
+        for state in states:
+            likeness = {other: float(state @ mean) for other, mean in means.items()}
+            assert max(likeness, key=likeness.get) == word
+            assert sorted(likeness.values())[-2] < 0.5 < likeness[word]
+
+
+def test_the_pipeline_pads_prompts_as_training_assumes() -> None:
+    diffusers = import_diffusers()
+    tokenizer, encoder = text.build_tokenizer(), text.build_text_encoder()
+    pipeline = diffusers.WanPipeline(tokenizer, encoder, None, None)
+    prompts = ["a red circle moving left on a white background", ""]
+    expected, _ = pipeline.encode_prompt(
+        prompts, do_classifier_free_guidance=False, max_sequence_length=text.MAX_TEXT_TOKENS
+    )
+    states = text.encode(tokenizer, encoder, prompts)
+    torch.testing.assert_close(expected[:, : states.shape[1]], states, rtol=1e-4, atol=1e-4)
+    assert not expected[:, states.shape[1] :].any()
+
+
+def test_the_vae_starts_as_a_resampler_of_colours(vae: Any) -> None:
+    assert train_vae.reconstruction_psnr(vae, count=1) > 18
+    clip = train_vae.to_tensor(np.full((1, 5, 64, 64, 3), (240, 128, 16), np.uint8))
+    latents = vae.encode(clip).latent_dist.mode()
+    assert latents.shape == (1, 4, 3, 16, 16)
+    inner = latents[0, :3, :, 4:-4, 4:-4]
+    torch.testing.assert_close(inner.mean((1, 2, 3)), clip[0, :, 0, 0, 0], rtol=0, atol=0.25)
+
+
+def test_pixels_survive_the_way_to_a_tensor_and_back() -> None:
+    video = np.random.default_rng(0).integers(0, 256, (2, 3, 8, 10, 3), dtype=np.uint8)
+    np.testing.assert_array_equal(train_vae.to_uint8(train_vae.to_tensor(video)), video)
