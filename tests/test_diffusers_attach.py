@@ -562,7 +562,11 @@ def test_two_threads_in_one_model_are_refused(model: Any) -> None:
     forward(model)
     with pytest.raises(RuntimeError, match=r"shape|size"):
         forward(model, encoder_hidden_states=torch.randn(1, 20, TEXT_DIM + 1))
-    forward(model)
+    errors.clear()
+    afterwards = threading.Thread(target=second)
+    afterwards.start()
+    afterwards.join()
+    assert not errors
 
 
 def test_ulysses_context_parallelism_gives_what_one_process_gives(tmp_path: Path) -> None:
