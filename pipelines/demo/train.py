@@ -48,7 +48,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--out", type=Path, required=True, help="folder of the run; an existing run goes on")
     parser.add_argument("--minutes", type=float, help="stop after this long, to be continued (default: no limit)")
-    parser.add_argument("--vae-steps", type=int, default=1200, help="steps of the VAE (default: %(default)s)")
+    parser.add_argument("--vae-steps", type=int, default=1000, help="steps of the VAE (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=4000, help="steps of the transformer (default: %(default)s)")
     parser.add_argument("--sample-minutes", type=float, default=10, help="minutes between sample pictures")
     parser.add_argument("--seed", type=int, default=0)
@@ -123,15 +123,14 @@ def assemble(vae: Any, transformer: Any) -> Any:
 
 
 def save_pipeline(pipeline: Any, folder: Path) -> None:
-    """Write a bfloat16 copy with `save_pretrained`, whole or not at all; the pipeline itself keeps its precision."""
-    import copy
-
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    parts = {name: copy.deepcopy(part) for name, part in pipeline.components.items() if part is not None}
-    type(pipeline)(**parts).to(device="cpu", dtype=torch.bfloat16).save_pretrained(partial)
-    old = folder.with_name(f".{folder.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
+    """Write a bfloat16 copy, whole or not at all; what diffusers keeps in float32 stays so, and so does `pipeline`."""
+    import_diffusers()
+    partial, full, old = (folder.with_name(f".{folder.name}.{part}") for part in ("partial", "float32", "old"))
+    for leftover in (partial, full, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    pipeline.save_pretrained(full)
+    type(pipeline).from_pretrained(full, torch_dtype=torch.bfloat16).save_pretrained(partial)
+    shutil.rmtree(full)
     if folder.exists():
         os.replace(folder, old)
     os.replace(partial, folder)
