@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from pipelines.demo import text, train_latents, train_vae, world
+from pipelines.demo.train import assemble, save_pipeline, save_samples
 from pipelines.demo.train_attention import TrainingAttention, padding_bias
 from pipelines.demo.train_latents import ClipSize, clip_scene
 from pipelines.demo.train_loop import Plan, learning_rate_at, train
@@ -253,3 +254,20 @@ def test_the_vae_starts_as_a_resampler_of_colours(vae: Any) -> None:
 def test_pixels_survive_the_way_to_a_tensor_and_back() -> None:
     video = np.random.default_rng(0).integers(0, 256, (2, 3, 8, 10, 3), dtype=np.uint8)
     np.testing.assert_array_equal(train_vae.to_uint8(train_vae.to_tensor(video)), video)
+
+
+def test_the_saved_pipeline_loads_by_its_name_alone_and_draws(vae: Any, tmp_path: Path) -> None:
+    pipeline = assemble(vae, tiny_transformer(0))
+    for _ in range(2):
+        save_pipeline(pipeline, tmp_path / "pipeline")
+    assert [path.name for path in tmp_path.iterdir()] == ["pipeline"]
+    written = "".join(path.read_text() for path in (tmp_path / "pipeline").rglob("*.json"))
+    assert str(tmp_path) not in written
+    assert "TokenizersBackend" not in written
+    assert pipeline.transformer.dtype == torch.float32
+    loaded = import_diffusers().WanPipeline.from_pretrained(tmp_path / "pipeline", torch_dtype=torch.bfloat16)
+    assert loaded.transformer.dtype == loaded.vae.dtype == torch.bfloat16
+    assert loaded.transformer.scale_shift_table.dtype == torch.float32
+    assert loaded.tokenizer("a red star").input_ids == text.build_tokenizer()("a red star").input_ids
+    save_samples(tmp_path / "samples.png", loaded, ClipSize(5, 80))
+    assert (tmp_path / "samples.png").stat().st_size > 1000

@@ -131,10 +131,23 @@ def save_pipeline(pipeline: Any, folder: Path) -> None:
     pipeline.save_pretrained(full)
     type(pipeline).from_pretrained(full, torch_dtype=torch.bfloat16).save_pretrained(partial)
     shutil.rmtree(full)
+    # transformers 5 writes a class name that 4 does not have, and diffusers the folder that it loaded from.
+    _edit_json(partial / "model_index.json", tokenizer=["transformers", "PreTrainedTokenizerFast"])
+    _edit_json(partial / "tokenizer" / "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast")
+    for config in partial.rglob("*.json"):
+        if "_name_or_path" in config.read_text(encoding="utf-8"):
+            _edit_json(config, _name_or_path=None)
     if folder.exists():
         os.replace(folder, old)
     os.replace(partial, folder)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _edit_json(path: Path, **changes: Any) -> None:
+    """Set the keys of a JSON file; None removes one."""
+    values = {**json.loads(path.read_text(encoding="utf-8")), **changes}
+    kept = {name: value for name, value in values.items() if name not in changes or value is not None}
+    path.write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
 
 
 def save_samples(path: Path, pipeline: Any, size: ClipSize = FULL) -> None:
