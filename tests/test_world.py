@@ -104,6 +104,12 @@ def test_things_go_where_they_should_and_stay_in_the_picture(shape: str, motion:
             assert np.abs(steps.mean(axis=0) - speed * direction).max() < 0.05
 
 
+def test_left_is_left_and_up_is_up() -> None:
+    for motion, axis, sign in (("left", 0, -1), ("right", 0, 1), ("up", 1, -1), ("down", 1, 1)):
+        path = centres(render(Scene("red", "circle", motion, "white", "small"), 0))
+        assert sign * (path[-1] - path[0])[axis] > 30
+
+
 def test_edges_are_smooth_and_insides_have_the_named_colour() -> None:
     video = render(Scene("blue", "circle", "still", "white", "large"), 1, frames=1)
     x, y = np.rint(centres(video)[0]).astype(int)
