@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from xattn_video import reference
+from xattn_video import reference, xattention
 from xattn_video.blocks import forced_blocks, mask_to_lists, num_blocks, valid_blocks
 from xattn_video.kernels import antidiagonal_scores as scores_kernel
 from xattn_video.kernels import block_selection as selection_kernel
@@ -237,6 +237,18 @@ def check_public_functions(problem: Problem, device: str) -> None:
         assert sorted(range(4), key=output.stride) == order, "the output is not in the layout of the query"
     torch.testing.assert_close(output, wanted_output, rtol=2e-2, atol=2e-2)
     torch.testing.assert_close(lse, wanted_lse, rtol=1e-4, atol=1e-4)
+
+
+def check_whole_call(problem: Problem, device: str) -> None:
+    """xattention() on the kernels, selection included, does what it does on the reference."""
+    query, key, value = problem.tensors(device)
+    settings: dict[str, Any] = {"stride": problem.stride, "threshold": 0.6, "min_tokens": 0, "return_stats": True}
+    settings |= {name: value for name, value in problem.options(device).items() if name != "scale"}
+    output, stats = xattention(query, key, value, backend="triton", **settings)
+    wanted, wanted_stats = xattention(query, key, value, backend="reference", **settings)
+    assert (int(stats.kept), int(stats.valid)) == (int(wanted_stats.kept), int(wanted_stats.valid))
+    assert stats.density < 1
+    torch.testing.assert_close(output, wanted, rtol=1e-4, atol=1e-4)
 
 
 def check_wrong_block_shows(problem: Problem, device: str) -> None:

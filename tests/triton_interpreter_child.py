@@ -67,6 +67,14 @@ def test_public_functions_and_layouts(layout):
     kernel_checks.check_public_functions(problem, "cpu")
 
 
+@pytest.mark.parametrize("causal", [False, True])
+def test_whole_call(causal):
+    problem = Problem(
+        lengths=(100, 150), heads=(4, 2), batch=2, causal=causal, kv_start=(0, 20), kv_lens=(150, 131), content="video"
+    )
+    kernel_checks.check_whole_call(problem, "cpu")
+
+
 @pytest.mark.parametrize("kind", ["even", "sharp", "ties", "zero"])
 @pytest.mark.parametrize("causal", [False, True])
 def test_selection_is_the_sorted_set(kind, causal):

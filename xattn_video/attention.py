@@ -116,6 +116,7 @@ def xattention(
         scores,
         valid,
         forced,
+        select=backend.select,
         threshold=threshold,
         top_k=config.top_k,
         top_ratio=config.top_ratio,

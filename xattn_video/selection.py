@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import reference
+from .backends import auto_name, resolve
 from .blocks import forced_blocks, num_blocks, valid_blocks
 from .checks import check_dense_tokens, check_key_bounds, check_threshold
 from .config import check_geometry, check_selection
@@ -27,6 +29,7 @@ def select_blocks(
     selection: str = "threshold",
     top_k: int | None = None,
     top_ratio: float | None = None,
+    backend: str = "auto",
 ) -> Tensor:
     """Keep the fewest blocks that hold a share `threshold` of each row's mass (the paper's section 2.2).
 
@@ -45,6 +48,7 @@ def select_blocks(
         selection: `threshold`; or `top_k` (the `top_k` best blocks a row) or `top_ratio` (a share `top_ratio`
             of the row's valid blocks, rounded up), the rules of the paper's Table 8.
         top_k, top_ratio: the number that goes with `selection`.
+        backend: `auto`, `triton`, `cpu` or `reference`; `auto` is `reference` where there is no fast one.
 
     Returns:
         bool `[B, Hq, Nq, Nk]`. Every row with a valid block keeps at least one.
@@ -74,7 +78,10 @@ def select_blocks(
     }
     valid = valid_blocks(batch, q_len, kv_len, **geometry)
     forced = forced_blocks(batch, q_len, kv_len, dense_tokens=dense_tokens, **geometry)
-    return select_valid(scores, valid, forced, threshold=threshold, top_k=top_k, top_ratio=top_ratio)
+    if backend == "auto":
+        backend = auto_name(scores.device, scores.dtype) or "reference"
+    select = resolve(backend, scores.device, scores.dtype).select
+    return select_valid(scores, valid, forced, select=select, threshold=threshold, top_k=top_k, top_ratio=top_ratio)
 
 
 def select_valid(
@@ -82,14 +89,18 @@ def select_valid(
     valid: Tensor,
     forced: Tensor,
     *,
+    select: Callable[..., Tensor],
     threshold: float | Tensor,
     top_k: int | None = None,
     top_ratio: float | None = None,
 ) -> Tensor:
-    """`select_blocks` after the geometry is known: valid and forced are bool `[B, 1, Nq, Nk]`."""
+    """`select_blocks` after the geometry is known: valid and forced are bool `[B, 1, Nq, Nk]`.
+
+    `select` is the backend's, for a threshold; the ablations' rules sort.
+    """
     if top_k is not None:
         return reference.select_top(scores, valid, forced, count=torch.tensor(top_k, device=scores.device))
     if top_ratio is not None:
         count = (valid.sum(-1, keepdim=True) * top_ratio).ceil().to(torch.int64)
         return reference.select_top(scores, valid, forced, count=count)
-    return reference.select(scores, valid, forced, threshold=threshold)
+    return select(scores, valid, forced, threshold=threshold)

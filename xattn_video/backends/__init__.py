@@ -1,4 +1,4 @@
-"""Which implementation runs where. A backend is one pair of functions with the signatures of `reference.py`."""
+"""Which implementation runs where. A backend is three functions with the signatures of `reference.py`."""
 
 from __future__ import annotations
 
@@ -17,10 +17,11 @@ TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 class Backend(NamedTuple):
-    """The two device-specific stages of XAttention."""
+    """The device-specific parts of XAttention's three stages."""
 
     name: str
     antidiagonal_scores: Callable[..., Tensor]
+    select: Callable[..., Tensor]
     block_sparse_forward: Callable[..., tuple[Tensor, Tensor]]
 
 
@@ -79,17 +80,27 @@ def resolve(name: str, device: torch.device, dtype: torch.dtype) -> Backend:
     return _load(name)
 
 
-@cache
-def _load(name: str) -> Backend:
-    if name == "reference":
-        from .. import reference
+# Not functools.cache, which torch.compile warns about.
+_LOADED: dict[str, Backend] = {}
 
-        return Backend(name, reference.antidiagonal_scores, reference.block_sparse_forward)
+
+def _load(name: str) -> Backend:
+    if name not in _LOADED:
+        _LOADED[name] = _import(name)
+    return _LOADED[name]
+
+
+def _import(name: str) -> Backend:
+    from .. import reference
+
+    if name == "reference":
+        return Backend(name, reference.antidiagonal_scores, reference.select, reference.block_sparse_forward)
     if name == "cpu":
         from . import cpu
 
-        return Backend(name, cpu.antidiagonal_scores, cpu.block_sparse_forward)
+        return Backend(name, cpu.antidiagonal_scores, reference.select, cpu.block_sparse_forward)
     from ..kernels.antidiagonal_scores import antidiagonal_scores
+    from ..kernels.block_selection import select
     from ..kernels.block_sparse import block_sparse_forward
 
-    return Backend(name, antidiagonal_scores, block_sparse_forward)
+    return Backend(name, antidiagonal_scores, select, block_sparse_forward)

@@ -136,12 +136,13 @@ def select(
 ) -> torch.Tensor:
     """Smallest set of valid blocks that holds `threshold` of each row's mass (the paper's section 2.2).
 
-    scores float32 [B, H, Nq, Nk], not negative; valid and forced bool, broadcastable to it, forced a subset of valid;
-    threshold a number, or a tensor [H] or 0-d. Returns bool [B, H, Nq, Nk]: the set that reference.select gives.
+    scores [B, H, Nq, Nk], not negative, taken as float32; valid and forced bool, broadcastable to it, forced a
+    subset of valid; threshold a number, or a tensor [H] or 0-d. Returns bool [B, H, Nq, Nk]: the set that
+    reference.select gives.
     """
     heads = scores.shape[1]
     if isinstance(threshold, torch.Tensor):
         shares = threshold.to(device=scores.device, dtype=torch.float64).expand(heads).contiguous()
     else:
         shares = torch.full((heads,), threshold, dtype=torch.float64, device=scores.device)
-    return _block_selection(scores, valid, forced, shares)
+    return _block_selection(scores.float(), valid, forced, shares)
