@@ -9,12 +9,16 @@ DEMO_OUT ?= demo-out
 PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11 python; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 
-.PHONY: help demo test test-gpu lint bench bench-static clean
+LOWEST := .venv-lowest
+LOWEST_DIFFUSERS := 0.36.0
+
+.PHONY: help demo test test-gpu test-lowest lint bench bench-static clean
 
 help:
 	@echo "make demo          generate dense and sparse videos with a small model and compare them"
 	@echo "make test          run the tests (no GPU needed)"
 	@echo "make test-gpu      run the tests that need a GPU"
+	@echo "make test-lowest   run the diffusers tests with the oldest supported diffusers"
 	@echo "make lint          ruff and mypy"
 	@echo "make bench         time sparse against dense attention on this machine"
 	@echo "make bench-static  compile every kernel for every GPU target and print what the compiler made"
@@ -35,6 +39,18 @@ test: $(READY)
 test-gpu: $(READY)
 	$(BIN)/python -m pytest -m gpu
 
+# The oldest diffusers brings its own range of huggingface_hub, so the pins of what belongs together are left out.
+$(LOWEST)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(LOWEST)
+	grep -viE '^(diffusers|transformers|huggingface_hub|tokenizers|accelerate|peft|httpx|httpcore|h11|typer)' constraints.txt \
+		> $(LOWEST)/constraints.txt
+	$(LOWEST)/bin/python -m pip install --quiet --disable-pip-version-check \
+		--constraint $(LOWEST)/constraints.txt diffusers==$(LOWEST_DIFFUSERS) --editable '.[test]'
+	@touch $@
+
+test-lowest: $(LOWEST)/.installed
+	OMP_NUM_THREADS=1 $(LOWEST)/bin/python -m pytest -n $(TEST_WORKERS) tests/test_diffusers*.py tests/test_cli_generate.py
+
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -47,4 +63,4 @@ bench-static: $(READY)
 	$(BIN)/python -m eval.static_evidence
 
 clean:
-	rm -rf $(VENV) $(DEMO_OUT) .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(LOWEST) $(DEMO_OUT) .mypy_cache .pytest_cache .ruff_cache

@@ -109,7 +109,10 @@ def write_video(path: str | os.PathLike[str], frames: Frames, fps: float, *, los
                 code = process.wait()
             if code != 0:
                 raise VideoError(f"{path}: cannot write the video: {_first_message(log, path, partial)}")
-        os.replace(partial, path)
+        try:
+            os.replace(partial, path)
+        except OSError as error:
+            raise VideoError(f"{path}: cannot write the video: {error.strerror}") from None
     finally:
         partial.unlink(missing_ok=True)
     return info

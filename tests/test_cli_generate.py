@@ -297,7 +297,9 @@ def finished(folder: Path) -> dict[Path, int]:
 
 def stopped_after(number: signal.Signals, folder: Path, videos: int, *command: str) -> tuple[int, str]:
     """Run the command in a process of its own, signal it once `videos` are finished; exit code and stderr."""
-    code = "import sys; from pipelines.cli import main; sys.exit(main(sys.argv[1:]))"
+    # a process started from a shell's background job ignores Ctrl-C unless it is told not to
+    listen = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    code = f"{listen}; import sys; from pipelines.cli import main; sys.exit(main(sys.argv[1:]))"
     log = folder.parent.with_suffix(f".{number.name}")
     with log.open("w") as stderr:
         process = subprocess.Popen(

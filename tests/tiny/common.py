@@ -5,13 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, NoReturn
 
+import pytest
 import torch
 from torch import Tensor, nn
 
 # mends a torchvision that does not fit this torch, so that diffusers and transformers can be imported
 import xattn_video.integrations.diffusers  # noqa: F401  # isort: skip
 
+import diffusers
 from diffusers import DiffusionPipeline
 
 SHARPNESS = 2.0
@@ -48,6 +52,15 @@ class Family:
     # relative error between two ways to compute the same in float32
     tolerance: float = 1e-5
     notes: str = field(default="", compare=False)
+
+
+def newer_classes(*names: str) -> list[Any]:
+    """Classes that the oldest supported diffusers lacks; a missing one skips the test that builds with it."""
+    return [getattr(diffusers, name, None) or partial(_skip, name) for name in names]
+
+
+def _skip(name: str, *_: Any, **__: Any) -> NoReturn:
+    pytest.skip(f"diffusers {diffusers.__version__} has no {name}")
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from tests.tiny.common import Family, generators, seeded
+from tests.tiny.common import Family, generators, newer_classes, seeded
 from tests.tiny.wan_family import (
     FRAMES,
     TOKENS,
@@ -22,13 +22,13 @@ from tests.tiny.wan_family import (
 # after tests.tiny.common, which mends a torchvision that does not fit this torch
 from diffusers import (  # isort: skip
     DiffusionPipeline,
-    HeliosPipeline,
-    HeliosPyramidPipeline,
-    HeliosScheduler,
-    HeliosTransformer3DModel,
     SkyReelsV2DiffusionForcingPipeline,
     SkyReelsV2Pipeline,
     SkyReelsV2Transformer3DModel,
+)
+
+HeliosPipeline, HeliosPyramidPipeline, HeliosScheduler, HeliosTransformer3DModel = newer_classes(
+    "HeliosPipeline", "HeliosPyramidPipeline", "HeliosScheduler", "HeliosTransformer3DModel"
 )
 
 # ---- SkyReels-V2
