@@ -281,6 +281,16 @@ def test_short_sequences_and_gradients_are_dense_and_counted(model: Any) -> None
     assert summary["sparse_calls"] == 2
 
 
+def test_training_the_values_alone_is_counted_as_dense(model: Any) -> None:
+    processor = XAttnProcessor(**SETTINGS)
+    model.set_attn_processor(processor)
+    model.requires_grad_(False)
+    for block in model.blocks:
+        block.attn1.to_v.requires_grad_(True)
+    model(torch.randn(1, 16, 5, 14, 18), torch.tensor([900.0]), torch.randn(1, 20, TEXT_DIM))
+    assert processor.stats.summary()["dense_calls"] == {"autograd": 2}
+
+
 def test_statistics_add_up_and_start_over(model: Any) -> None:
     processor = XAttnProcessor(**{**SETTINGS, "warmup_steps": 2})
     model.set_attn_processor(processor)

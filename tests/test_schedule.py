@@ -62,6 +62,14 @@ def test_a_run_after_an_interrupted_one_starts_at_zero(stop_after: int) -> None:
     assert loop.run(torch.tensor([900.0, 600.0, 300.0])) == [0, 1, 2]
 
 
+@pytest.mark.parametrize("stop_after", [1, 2, 3])
+def test_a_shorter_run_after_an_interrupted_one_starts_at_zero(stop_after: int) -> None:
+    # video to video with strength 0.5, whose first timestep is below where the other run stopped
+    loop = bound_loop()
+    loop.run(torch.tensor([900.0, 850.0, 800.0, 700.0]), stop_after=stop_after)
+    assert loop.run(torch.tensor([900.0, 700.0, 500.0, 300.0])[2:]) == [0, 1]
+
+
 def test_video_in_sections_warms_up_in_each() -> None:
     loop = bound_loop()
     loop._current_timestep = None

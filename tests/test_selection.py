@@ -99,6 +99,8 @@ def test_top_k_and_top_ratio():
     ("arguments", "words"),
     [
         ({"threshold": 0.0}, "threshold must be in"),
+        ({"threshold": torch.tensor([0.9, float("nan")])}, r"threshold must be in \(0, 1\], got \[0.8999"),
+        ({"threshold": torch.tensor(1.5)}, "threshold must be in"),
         ({"threshold": torch.ones(5)}, "threshold must be a number or have shape"),
         ({"q_len": 500}, "q_len must fill 4 blocks"),
         ({"kv_len": 300}, "kv_len must fill 4 blocks"),

@@ -79,11 +79,16 @@ def check_dense_tokens(dense_tokens: tuple[int, int] | None, q_len: int, kv_len:
 
 def check_threshold(threshold: float | Tensor, heads: int) -> None:
     """Raise `ValueError` unless threshold is a number in (0, 1] or a tensor 0-d or `[heads]`."""
-    if isinstance(threshold, Tensor):
-        if threshold.ndim > 1 or (threshold.ndim == 1 and threshold.shape[0] not in (1, heads)):
-            raise ValueError(f"threshold must be a number or have shape ({heads},), got shape {tuple(threshold.shape)}")
-    elif not 0 < threshold <= 1:
-        raise ValueError(f"threshold must be in (0, 1], got {threshold}")
+    if not isinstance(threshold, Tensor):
+        if not 0 < threshold <= 1:
+            raise ValueError(f"threshold must be in (0, 1], got {threshold}")
+        return
+    if threshold.ndim > 1 or (threshold.ndim == 1 and threshold.shape[0] not in (1, heads)):
+        raise ValueError(f"threshold must be a number or have shape ({heads},), got shape {tuple(threshold.shape)}")
+    # Reading values of a device tensor would make the host wait for it.
+    readable = threshold.device.type == "cpu" and not torch.compiler.is_compiling()
+    if readable and not bool(((threshold > 0) & (threshold <= 1)).all()):
+        raise ValueError(f"threshold must be in (0, 1], got {threshold.tolist()}")
 
 
 def default_scale(scale: float | None, head_dim: int) -> float:

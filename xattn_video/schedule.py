@@ -54,7 +54,7 @@ class StepTracker:
     1. the `step_index` that a pipeline gives to `cache_context`;
     2. `_current_timestep` of a pipeline that this tracker is bound to. Another object (another value, for a plain
        number) is another step, since schedulers may repeat a value. A rise starts a new generation, and so does
-       the same value out of another schedule (a run that was interrupted in its first step);
+       another schedule (the run before was interrupted, and this one may start lower);
     3. the largest value of the `timestep` that the model is called with. Another value is another step, a rise
        starts a new generation. This reads one number from the device each forward.
 
@@ -89,7 +89,7 @@ class StepTracker:
             if current is None:
                 watch.seen = None
             elif not _same(current, watch.seen):
-                again = _schedule(current) != _schedule(watch.seen) and _largest(current) == self._value
+                again = _other_schedule(current, watch.seen, same_value=_largest(current) == self._value)
                 watch.seen, watch.argument = current, timestep
                 return self._advance(watch, _largest(current), changed=True, restart=again)
             elif self._source is watch and watch.belongs(timestep):
@@ -149,6 +149,24 @@ def _same(one: Any, other: Any) -> bool:
 def _schedule(timestep: Any) -> int | None:
     """What a timestep was cut from: the address of its storage, None where it is no tensor."""
     return timestep.untyped_storage().data_ptr() if isinstance(timestep, Tensor) else None
+
+
+def _other_schedule(current: Any, seen: Any, *, same_value: bool) -> bool:
+    """Whether `current` belongs to another run's schedule than `seen`, which a run that was interrupted left.
+
+    Timesteps that are cut from a tensor of several tell it by that tensor; one of its own storage can be a later
+    step of the same run, and tells it only where it repeats the value.
+    """
+    if _schedule(current) == _schedule(seen):
+        return False
+    return same_value or (_is_cut(current) and _is_cut(seen))
+
+
+def _is_cut(timestep: Any) -> bool:
+    """Whether the timestep is a part of a larger tensor."""
+    if not isinstance(timestep, Tensor):
+        return False
+    return timestep.untyped_storage().nbytes() > timestep.numel() * timestep.element_size()
 
 
 def _largest(timestep: Any) -> float:

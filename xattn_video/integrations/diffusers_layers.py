@@ -145,7 +145,9 @@ class SparseSelfAttention:
             reason, kv_lens = self._read_call(query, key, attn_mask, dropout_p)
         parallel = self._parallel_config
         if reason is None:
-            reason = dense_reason(query.transpose(1, 2), key.transpose(1, 2), self.config, causal=is_causal)
+            tensors = {"query": query, "key": key, "value": value}
+            swapped = {name: tensor.transpose(1, 2) for name, tensor in tensors.items()}
+            reason = dense_reason(**swapped, config=self.config, causal=is_causal)
             # each rank holds its share of the tokens here
             if reason == "min_tokens" and key.shape[1] * sequence_ranks(parallel) >= self.config.min_tokens:
                 reason = None
