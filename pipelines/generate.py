@@ -125,6 +125,10 @@ def _make_videos(plan: Plan, args: argparse.Namespace) -> list[Record]:
         compile_blocks=args.compile,
     )
     synchronize = torch.accelerator.synchronize if plan.device.type != "cpu" else lambda: None
+    # A model that cannot be sparse says so before hours of dense videos.
+    for config in dict.fromkeys(job.config for job in plan.pending if job.config is not None):
+        runner.attach(pipe, config)
+        runner.attach(pipe, None)
     common = _environment(plan, args)
     records = []
     with VideoProgress(len(plan.pending), synchronize) as progress:

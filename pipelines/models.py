@@ -232,7 +232,7 @@ def with_pipeline_defaults(model: Model) -> Defaults:
         height=default("height"),
         width=default("width"),
         num_frames=default("num_frames"),
-        fps=model.defaults.fps,
+        fps=round(default("frame_rate") or model.defaults.fps),
         steps=default("num_inference_steps"),
         guidance_scale=default("guidance_scale"),
     )
@@ -262,6 +262,7 @@ def _geometry(vae: dict[str, Any] | None, transformer: dict[str, Any] | None, mu
     """The geometry that two configs tell, or None where they do not: then the pipeline itself judges the size."""
     if vae is None or transformer is None:
         return None
+    vae, transformer = _completed(vae), _completed(transformer)
     time = vae.get("scale_factor_temporal", vae.get("temporal_compression_ratio"))
     space = vae.get("scale_factor_spatial", vae.get("spatial_compression_ratio"))
     patch = transformer.get("patch_size")
@@ -271,6 +272,18 @@ def _geometry(vae: dict[str, Any] | None, transformer: dict[str, Any] | None, mu
     if not all(isinstance(number, int) and number > 0 for number in numbers):
         return None
     return Geometry(vae_time=time, vae_space=space, patch=tuple(patch), multiple=multiple)
+
+
+def _completed(config: dict[str, Any]) -> dict[str, Any]:
+    """A configuration with the defaults of its class, which older checkpoints leave out of the file."""
+    cls = getattr(import_diffusers(), str(config.get("_class_name")), None)
+    parameters = inspect.signature(cls).parameters if isinstance(cls, type) else {}
+    defaults = {
+        name: parameter.default
+        for name, parameter in parameters.items()
+        if parameter.default is not inspect.Parameter.empty
+    }
+    return defaults | config
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +22,7 @@ if TYPE_CHECKING:
 
 # What makes a video what it is: a finished one is kept only if all of these are as they would be now.
 COMPARED = (
-    "prompt", "negative_prompt", "image", "model", "height", "width", "num_frames", "fps", "steps",
+    "prompt", "negative_prompt", "image_sha256", "model", "height", "width", "num_frames", "fps", "steps",
     "guidance_scale", "guidance_scale_2", "flow_shift", "dtype", "attention", "config",
 )  # fmt: skip
 
@@ -83,6 +85,8 @@ def make_plan(args: argparse.Namespace) -> Plan:
     for label, _ in configs:
         _check_folder(args.out, label)
     device = runner.resolve_device(args.device)
+    if args.offload != "none" and device.type == "cpu":
+        raise UserError(f"--offload {args.offload} moves weights off an accelerator; with --device cpu there is none")
     dtype = runner.resolve_dtype(args.dtype, device)
     runner.check_prompts(model, prompt_file.path, prompts, call_parameters(model))
     jobs = tuple(
@@ -183,7 +187,8 @@ def identity(plan: Plan, job: Job) -> Record:
     return {
         "prompt": job.prompt.text,
         "negative_prompt": job.prompt.negative_prompt,
-        "image": None if job.prompt.image is None else str(job.prompt.image),
+        "image": None if job.prompt.image is None else job.prompt.image.name,
+        "image_sha256": None if job.prompt.image is None else _digest(job.prompt.image),
         "model": plan.model.source,
         "height": settings.height,
         "width": settings.width,
@@ -197,6 +202,12 @@ def identity(plan: Plan, job: Job) -> Record:
         "attention": "dense" if job.config is None else "xattn",
         "config": None if job.config is None else job.config.to_dict(),
     }
+
+
+@cache
+def _digest(path: Path) -> str:
+    """A picture is known by its bytes: its path differs by where a run starts, and a file can be replaced."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _check_folder(out: Path, label: str) -> None:

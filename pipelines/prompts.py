@@ -111,8 +111,11 @@ def _read_lines(path: Path) -> list[tuple[int, str]]:
 def _parse_record(path: Path, number: int, line: str) -> dict[str, Any]:
     try:
         record = json.loads(line)
-    except (json.JSONDecodeError, RecursionError) as error:
-        reason = f"{error.msg}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else "nested too deep"
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, json.JSONDecodeError):
+            reason = f"{error.msg}, column {error.colno}"
+        else:
+            reason = "a number is too long" if isinstance(error, ValueError) else "nested too deep"
         raise UserError(f"{path}:{number}: not a JSON object: {reason}") from None
     if not isinstance(record, dict):
         raise UserError(f'{path}:{number}: each line must be a JSON object such as {{"prompt": "..."}}')

@@ -84,8 +84,6 @@ def load_pipeline(
     """
     import torch
 
-    if offload != "none" and device.type == "cpu":
-        raise UserError(f"--offload {offload} moves weights off an accelerator; with --device cpu there is none")
     dtypes: dict[str, torch.dtype] = {"default": getattr(torch, dtype)}
     if dtype != "float32":
         dtypes |= {part: getattr(torch, name) for part, name in model.dtypes.items()}
@@ -134,6 +132,9 @@ def make_frames(pipe: Any, prompt: Prompt, seed: int, settings: Settings) -> np.
     }
     if "guidance_scale" in parameters and settings.guidance_scale is not None:
         arguments["guidance_scale"] = settings.guidance_scale
+    if "frame_rate" in parameters:
+        # LTX is told the speed of the video.
+        arguments["frame_rate"] = settings.fps
     if settings.guidance_scale_2 is not None:
         arguments["guidance_scale_2"] = settings.guidance_scale_2
     if prompt.negative_prompt is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -87,6 +88,7 @@ def test_options_of_generate(model, prompts, tmp_path, xattn, options, message):
         ("empty.txt", b"", "empty.txt: no prompts"),
         ("latin.txt", b"ok\ncaf\xe9\n", "latin.txt:2: not UTF-8"),
         ("broken.jsonl", b'{"prompt": "a"}\n{"prompt": \n', "broken.jsonl:2: not a JSON object"),
+        ("long.jsonl", b'{"prompt": "a", "seed": ' + b"9" * 5000 + b"}\n", "long.jsonl:1: not a JSON object: a number"),
         ("twice.jsonl", b'{"prompt": "a", "id": "x"}\n{"prompt": "b", "id": "x"}\n', "twice.jsonl:2: id 'x'"),
         ("slash.jsonl", b'{"prompt": "a", "id": "../x"}\n', "slash.jsonl:1: `id` must be"),
         ("image.jsonl", b'{"prompt": "a", "image": "image.jsonl"}\n', "image.jsonl:1: has an image, but"),
@@ -147,6 +149,19 @@ def test_an_output_that_cannot_be_written(model, prompts, tmp_path, xattn):
 def test_an_output_without_permission(model, prompts, xattn):
     command = ("generate", "--model", model, "--prompts", prompts, *SIZE, "--out", "/proc/out")
     assert "--out: cannot write to /proc/out/xattn-s8-t0.90-w5: " in one_line(xattn, *command)
+
+
+def test_sizes_are_checked_where_the_vaes_config_leaves_out_its_factors(model, prompts, tmp_path, xattn):
+    """As the configurations of older checkpoints do: the factors are then those of the class."""
+    copy = tmp_path / "older"
+    shutil.copytree(model, copy)
+    path = copy / "vae/config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({name: value for name, value in config.items() if "scale_factor" not in name}))
+    command = ("generate", "--model", copy, "--prompts", prompts, "--out", tmp_path / "out", *SIZE)
+    assert "--height must be a multiple of 16" in one_line(xattn, *command, "--height", 100)
+    assert "nearest: 5" in one_line(xattn, *command, "--num-frames", 6)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_broken_manifest(model, prompts, tmp_path, xattn):

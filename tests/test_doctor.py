@@ -61,6 +61,9 @@ def test_the_range_is_that_of_pyproject():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     (requirement,) = [entry for entry in project["dependencies"] if entry.startswith("diffusers")]
     assert requirement == "diffusers>={},<{}".format(*doctor.DIFFUSERS_RANGE)
+    # which make test-lowest installs
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    assert f"LOWEST_DIFFUSERS := {doctor.DIFFUSERS_RANGE[0]}.0\n" in makefile
 
 
 def test_an_import_that_fails_is_reported_and_not_raised(tmp_path, monkeypatch):
