@@ -23,9 +23,12 @@ help:
 	@echo "make bench         time sparse against dense attention on this machine"
 	@echo "make bench-static  compile every kernel for every GPU target and print what the compiler made"
 
-$(READY): pyproject.toml constraints.txt
+.PHONY: new-enough
+new-enough:
 	@$(if $(PYTHON),$(PYTHON),false) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
 		{ echo "xattn-video needs Python 3.11 or newer; name one with: make PYTHON=/path/to/python3.11" >&2; exit 2; }
+
+$(READY): pyproject.toml constraints.txt | new-enough
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[test,lint]'
 	@touch $@
@@ -40,7 +43,7 @@ test-gpu: $(READY)
 	$(BIN)/python -m pytest -m gpu
 
 # The oldest diffusers brings its own range of huggingface_hub, so the pins of what belongs together are left out.
-$(LOWEST)/.installed: pyproject.toml constraints.txt
+$(LOWEST)/.installed: pyproject.toml constraints.txt | new-enough
 	$(PYTHON) -m venv $(LOWEST)
 	grep -viE '^(diffusers|transformers|huggingface_hub|tokenizers|accelerate|peft|httpx|httpcore|h11|typer)' constraints.txt \
 		> $(LOWEST)/constraints.txt
