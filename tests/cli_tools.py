@@ -58,6 +58,29 @@ def save_tiny_image_to_video(folder: Path) -> Path:
     return folder
 
 
+def save_tiny_cogvideox(folder: Path) -> Path:
+    """A whole pipeline of a model that computes its attention by itself."""
+    from tests.tiny.not_dispatching import HEADS
+
+    from diffusers import (  # isort: skip
+        AutoencoderKLCogVideoX,
+        CogVideoXDDIMScheduler,
+        CogVideoXPipeline,
+        CogVideoXTransformer3DModel,
+    )
+
+    CogVideoXPipeline(
+        tokenizer=tiny_tokenizer(),
+        text_encoder=tiny_text_encoder(),
+        vae=AutoencoderKLCogVideoX(
+            block_out_channels=(8, 8, 8, 8), latent_channels=4, layers_per_block=1, norm_num_groups=2
+        ),
+        transformer=CogVideoXTransformer3DModel(**HEADS, in_channels=4, out_channels=4, text_embed_dim=16),
+        scheduler=CogVideoXDDIMScheduler(),
+    ).save_pretrained(folder)
+    return folder
+
+
 def tiny_tokenizer() -> Any:
     """Bytes as tokens, with T5's special ones: every prompt has a spelling."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors

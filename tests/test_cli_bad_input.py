@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from pipelines.cli import COMMANDS
-from tests.cli_tools import SIZE, Run, save_tiny_wan, tool
+from tests.cli_tools import SIZE, Run, save_tiny_cogvideox, save_tiny_wan, tool
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -149,6 +149,17 @@ def test_an_output_that_cannot_be_written(model, prompts, tmp_path, xattn):
 def test_an_output_without_permission(model, prompts, xattn):
     command = ("generate", "--model", model, "--prompts", prompts, *SIZE, "--out", "/proc/out")
     assert "--out: cannot write to /proc/out/xattn-s8-t0.90-w5: " in one_line(xattn, *command)
+
+
+def test_a_model_that_cannot_be_sparse_is_refused_before_its_dense_videos(prompts, tmp_path, xattn):
+    save_tiny_cogvideox(tmp_path / "cog")
+    command = ("generate", "--model", tmp_path / "cog", "--prompts", prompts, "--out", tmp_path / "out", *SIZE)
+    refused = xattn(*command, "--attention", "both")
+    assert refused.code == 2
+    message = refused.err.splitlines()[-1]
+    assert message.startswith("xattn-video: error: --attention xattn: ")
+    assert "CogVideoX" in message
+    assert not list((tmp_path / "out").rglob("*.mp4"))
 
 
 def test_sizes_are_checked_where_the_vaes_config_leaves_out_its_factors(model, prompts, tmp_path, xattn):
