@@ -137,6 +137,7 @@ def _load_lpips() -> torch.nn.Module:
     try:
         mend_torchvision()
         import lpips
+    # A torch, torchvision and lpips that do not fit each other fail in many ways, and each leaves LPIPS out.
     except Exception as error:
         raise LpipsUnavailable(f"the lpips package cannot be imported: {_one_line(error)}") from error
     try:

@@ -65,10 +65,11 @@ def for_each(function: Callable[[Task, Scratch], None], tasks: Iterable[Task]) -
         with torch.inference_mode(inference), torch.no_grad():
             while True:
                 with lock:
-                    task = next(queue, lock)
-                if task is lock:
-                    return
-                function(task, scratch)  # type: ignore[arg-type]
+                    try:
+                        task = next(queue)
+                    except StopIteration:
+                        return
+                function(task, scratch)
 
     with ThreadPoolExecutor(threads, thread_name_prefix="xattn-cpu") as pool:
         for future in [pool.submit(work) for _ in range(threads)]:
