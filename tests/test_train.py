@@ -18,7 +18,7 @@ from pipelines.demo import text, train_latents, train_vae, world
 from pipelines.demo.train import assemble, save_pipeline, save_samples
 from pipelines.demo.train_attention import TrainingAttention, padding_bias
 from pipelines.demo.train_latents import ClipSize, clip_scene
-from pipelines.demo.train_loop import Plan, learning_rate_at, train
+from pipelines.demo.train_loop import Plan, schedule_at, train
 from pipelines.demo.train_transformer import FULL, PHASES, Phase, build_transformer, draw_batch, train_transformer
 from pipelines.models import import_diffusers
 
@@ -180,7 +180,7 @@ def test_training_learns(tmp_path: Path) -> None:
 
 def test_the_learning_rate_rises_stays_and_falls_to_nothing(tmp_path: Path) -> None:
     plan = Plan("toy", tmp_path, 1000, 1.0)
-    rates = [learning_rate_at(plan, step) for step in range(1000)]
+    rates = [schedule_at(plan, step) for step in range(1000)]
     assert rates[0] < 0.05
     assert rates[100] == rates[600] == 1.0
     assert 0 < rates[-1] < 0.01

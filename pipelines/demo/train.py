@@ -25,6 +25,7 @@ from pipelines.demo.train_transformer import (
     FLOW_SHIFT,
     FULL,
     LEARNING_RATE,
+    MATRIX_LEARNING_RATE,
     PHASES,
     Phase,
     train_transformer,
@@ -49,7 +50,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, help="folder of the run; an existing run goes on")
     parser.add_argument("--minutes", type=float, help="stop after this long, to be continued (default: no limit)")
     parser.add_argument("--vae-steps", type=int, default=1000, help="steps of the VAE (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=4000, help="steps of the transformer (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=3000, help="steps of the transformer (default: %(default)s)")
     parser.add_argument("--sample-minutes", type=float, default=10, help="minutes between sample pictures")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -96,7 +97,15 @@ def run(
             save_samples(out / f"samples-{step:06d}.png", assemble(vae, transformer), phase.size)
             sampled = time.monotonic()
 
-    plan = Plan("transformer", out, steps, LEARNING_RATE, deadline=deadline, checkpoint_seconds=checkpoint_seconds)
+    plan = Plan(
+        "transformer",
+        out,
+        steps,
+        LEARNING_RATE,
+        matrix_learning_rate=MATRIX_LEARNING_RATE,
+        deadline=deadline,
+        checkpoint_seconds=checkpoint_seconds,
+    )
     transformer, finished = train_transformer(
         plan, vae, device, seed, out / "latents", phases=phases, on_checkpoint=on_checkpoint
     )

@@ -34,7 +34,7 @@ class Plan:
 
     `name` is the log's and the checkpoint's; `steps` is the whole training, over all sittings; `deadline` is the
     `time.monotonic()` at which this sitting ends, or None. A checkpoint is written at the end and at least every
-    `checkpoint_seconds`, a line of the log every `log_steps`.
+    `checkpoint_seconds`, a line of the log every `log_steps`. `matrix_learning_rate` is Muon's, see `build_optimizers`.
     """
 
     name: str
@@ -42,6 +42,7 @@ class Plan:
     steps: int
     learning_rate: float
     weight_decay: float = 0.01
+    matrix_learning_rate: float | None = None
     deadline: float | None = None
     checkpoint_seconds: float = 300.0
     log_steps: int = 20
@@ -51,11 +52,33 @@ class Plan:
         return self.folder / f"{self.name}.safetensors"
 
 
-def learning_rate_at(plan: Plan, step: int) -> float:
-    """Linear warm-up, then constant, then linear to zero: a run can be made longer while it is constant."""
+def schedule_at(plan: Plan, step: int) -> float:
+    """The share of the learning rate: linear warm-up, constant, linear to zero. A run is fixed by its `steps`."""
     warmup = min(1.0, (step + 1) / _WARMUP_STEPS)
     cooldown = min(1.0, (plan.steps - step) / max(1.0, _COOLDOWN * plan.steps))
-    return plan.learning_rate * warmup * cooldown
+    return warmup * cooldown
+
+
+def build_optimizers(plan: Plan, model: torch.nn.Module) -> list[torch.optim.Optimizer]:
+    """AdamW; where the plan has a `matrix_learning_rate`, Muon for the matrices of `model.blocks` and AdamW else.
+
+    Raises:
+        RuntimeError: Muon is asked for and torch has none (before 2.9).
+    """
+    named = [(name, value) for name, value in model.named_parameters() if value.requires_grad]
+    matrices, others = [], [value for _, value in named]
+    if plan.matrix_learning_rate is not None:
+        if not hasattr(torch.optim, "Muon"):
+            raise RuntimeError(f"training needs torch 2.9 or newer for torch.optim.Muon, this is {torch.__version__}")
+        matrices = [value for name, value in named if name.startswith("blocks.") and value.ndim == 2]
+        others = [value for name, value in named if not (name.startswith("blocks.") and value.ndim == 2)]
+    adamw = torch.optim.AdamW(others, lr=plan.learning_rate, betas=(0.9, 0.98), weight_decay=plan.weight_decay)
+    if not matrices:
+        return [adamw]
+    muon = torch.optim.Muon(
+        matrices, lr=plan.matrix_learning_rate, weight_decay=plan.weight_decay, adjust_lr_fn="match_rms_adamw"
+    )
+    return [adamw, muon]
 
 
 def train(
@@ -74,11 +97,13 @@ def train(
         The steps done, over all sittings, and the averaged weights by parameter name.
     """
     parameters = [value for value in model.parameters() if value.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=plan.learning_rate, betas=(0.9, 0.98), weight_decay=plan.weight_decay)
+    optimizers = build_optimizers(plan, model)
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    rates = [group["lr"] for group in groups]
     average = {name: value.detach().clone() for name, value in model.named_parameters()}
     step, seconds = 0, 0.0
     if plan.checkpoint.exists():
-        step, seconds = _load(plan, model, average, optimizer)
+        step, seconds = _load(plan, model, average, optimizers)
         logger.info("%s: resuming at step %d of %d", plan.name, step, plan.steps)
     _truncate_log(plan, step)
     started = saved = time.monotonic()
@@ -87,13 +112,14 @@ def train(
     while step < plan.steps:
         if plan.deadline is not None and time.monotonic() >= plan.deadline:
             break
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate_at(plan, step)
+        for group, rate in zip(groups, rates, strict=True):
+            group["lr"] = rate * schedule_at(plan, step)
         values = loss_of(step)
         values["loss"].backward()
         torch.nn.utils.clip_grad_norm_(parameters, _GRADIENT_NORM)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         step += 1
         # The average forgets its random start quickly.
         decay = min(_EMA_DECAY, step / (step + 20))
@@ -103,15 +129,15 @@ def train(
             losses.setdefault(name, []).append(value.item())
         now = time.monotonic()
         if step % plan.log_steps == 0 or step == plan.steps:
-            _log(plan, step, losses, learning_rate_at(plan, step - 1), seconds + now - started)
+            _log(plan, step, losses, plan.learning_rate * schedule_at(plan, step - 1), seconds + now - started)
             losses = {}
         if now - saved >= plan.checkpoint_seconds:
-            _save(plan, model, average, optimizer, step, seconds + now - started)
+            _save(plan, model, average, optimizers, step, seconds + now - started)
             if on_checkpoint:
                 on_checkpoint(step, average)
             saved = time.monotonic()
     if not plan.checkpoint.exists() or step > _checkpoint_step(plan):
-        _save(plan, model, average, optimizer, step, seconds + time.monotonic() - started)
+        _save(plan, model, average, optimizers, step, seconds + time.monotonic() - started)
         if on_checkpoint:
             on_checkpoint(step, average)
     return step, average
@@ -129,23 +155,24 @@ def _save(
     plan: Plan,
     model: torch.nn.Module,
     average: dict[str, torch.Tensor],
-    optimizer: torch.optim.Optimizer,
+    optimizers: list[torch.optim.Optimizer],
     step: int,
     seconds: float,
 ) -> None:
     tensors = {f"model.{name}": value.detach() for name, value in model.named_parameters()}
     tensors |= {f"average.{name}": value for name, value in average.items()}
-    for index, values in optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer.{index}.{key}": value for key, value in values.items()}
+    for number, optimizer in enumerate(optimizers):
+        for index, values in optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{number}.{index}.{key}": value for key, value in values.items()}
     tensors = {name: value.contiguous().cpu() for name, value in tensors.items()}
     state = json.dumps({"step": step, "seconds": seconds})
     write_whole(plan.checkpoint, lambda path: save_file(tensors, path, metadata={"state": state}))
 
 
 def _load(
-    plan: Plan, model: torch.nn.Module, average: dict[str, torch.Tensor], optimizer: torch.optim.Optimizer
+    plan: Plan, model: torch.nn.Module, average: dict[str, torch.Tensor], optimizers: list[torch.optim.Optimizer]
 ) -> tuple[int, float]:
-    """Fill model, average and optimizer from the checkpoint; the steps and the seconds it stands for."""
+    """Fill model, average and optimizers from the checkpoint; the steps and the seconds it stands for."""
     with safe_open(plan.checkpoint, framework="pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         state = json.loads(file.metadata()["state"])
@@ -153,12 +180,13 @@ def _load(
         for name, parameter in model.named_parameters():
             parameter.copy_(tensors[f"model.{name}"])
             average[name].copy_(tensors[f"average.{name}"])
-    moments: dict[int, dict[str, torch.Tensor]] = {}
+    moments: list[dict[int, dict[str, torch.Tensor]]] = [{} for _ in optimizers]
     for name, value in tensors.items():
         if name.startswith("optimizer."):
-            _, index, key = name.split(".")
-            moments.setdefault(int(index), {})[key] = value
-    optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
+            _, number, index, key = name.split(".")
+            moments[int(number)].setdefault(int(index), {})[key] = value
+    for optimizer, state_of in zip(optimizers, moments, strict=True):
+        optimizer.load_state_dict({"state": state_of, "param_groups": optimizer.state_dict()["param_groups"]})
     return state["step"], state["seconds"]
 
 

@@ -17,7 +17,8 @@ from pipelines.demo.train_loop import Plan, train
 from pipelines.demo.train_vae import LATENT_CHANNELS
 from pipelines.models import import_diffusers
 
-LEARNING_RATE = 1e-3
+# AdamW's, and Muon's for the matrices of the blocks: after 120 steps the loss was 0.24, with AdamW alone 0.31.
+LEARNING_RATE, MATRIX_LEARNING_RATE = 1e-3, 4e-3
 # Sampling's shift of the noise levels at full size; smaller clips have fewer tokens to average noise over.
 FLOW_SHIFT = 4.0
 # The share of captions that are left empty, for guidance.
@@ -36,10 +37,10 @@ class Phase:
 
 FULL = ClipSize(33, 128)
 PHASES = (
-    Phase(0.40, ClipSize(5, 80), 24, 3072),
-    Phase(0.75, ClipSize(9, 96), 10, 2304),
-    Phase(0.94, ClipSize(17, 104), 4, 768),
-    Phase(1.00, FULL, 2, 256),
+    Phase(0.36, ClipSize(5, 80), 24, 3072),
+    Phase(0.67, ClipSize(9, 96), 10, 2304),
+    Phase(0.87, ClipSize(17, 104), 4, 768),
+    Phase(1.00, FULL, 2, 384),
 )
 
 
@@ -56,8 +57,8 @@ def build_transformer(seed: int = 0) -> Any:
             out_channels=LATENT_CHANNELS,
             text_dim=text.TEXT_DIM,
             freq_dim=128,
-            ffn_dim=768,
-            num_layers=6,
+            ffn_dim=1024,
+            num_layers=4,
         )
 
 
