@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import re
 from dataclasses import dataclass
 
 import numpy as np
@@ -37,6 +38,13 @@ BACKGROUNDS: dict[str, tuple[int, int, int]] = {
 SIZES: dict[str, float] = {"small": 19.0, "large": 27.0}
 SPEEDS = (1.2, 1.7)
 FPS = 8
+
+# What a prompt may say instead of this world's own words.
+_OTHER_WORDS = {
+    "motion": {"standing": "still", "does not move": "still"},
+    "background": {"gray": "grey"},
+    "size": {"little": "small", "big": "large"},
+}
 
 # Half the square's side, and the distance from centre to corner, in units of the size.
 _SQUARE, _CORNER = 0.9, 1.3
@@ -115,6 +123,28 @@ def caption(scene: Scene, seed: int) -> str:
     else:
         verb = (f"moving {scene.motion}", f"that moves {scene.motion}", f"going {scene.motion}")[rng.integers(3)]
     return (f"{thing} {verb} on {ground}", f"{thing} {verb}, {ground}", f"on {ground}, {thing} {verb}")[rng.integers(3)]
+
+
+def asked(prompt: str) -> dict[str, str]:
+    """What a prompt asks of a video of this world: for each attribute that it names, the word of the scene.
+
+    Whole words count, in any case. An attribute is left out if the prompt has no word for it, or two that differ
+    ("a red and a blue circle").
+    """
+    text = " ".join(re.findall(r"[^\W_]+", prompt.lower()))
+    wanted = {}
+    for name, words in _words().items():
+        meant = {meaning for word, meaning in words.items() if f" {word} " in f" {text} "}
+        if len(meant) == 1:
+            wanted[name] = meant.pop()
+    return wanted
+
+
+@functools.cache
+def _words() -> dict[str, dict[str, str]]:
+    """For each attribute, what a prompt may say, and the word of a scene that it means."""
+    own = {"colour": COLOURS, "shape": SHAPES, "motion": MOTIONS, "background": BACKGROUNDS, "size": SIZES}
+    return {name: {**{word: word for word in words}, **_OTHER_WORDS.get(name, {})} for name, words in own.items()}
 
 
 def render(scene: Scene, seed: int, *, frames: int = 33, height: int = 128, width: int = 128) -> np.ndarray:
