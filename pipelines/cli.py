@@ -29,6 +29,9 @@ COMMANDS = {
     "generate": Command("pipelines.generate", "make videos from a prompt file, dense, sparse or both"),
     "compare": Command("eval.compare", "compare sparse videos with dense ones: PSNR, SSIM, LPIPS"),
     "demo": Command("pipelines.demo.command", "the whole path on a small model, in minutes on a CPU"),
+    "judge": Command(
+        "pipelines.demo.judging", "read colour, shape, motion and background back from videos of the shapes world"
+    ),
     "doctor": Command("pipelines.doctor", "what works on this machine, and why not"),
     "bench": Command("eval.efficiency", "time sparse attention against dense, after a correctness gate"),
 }

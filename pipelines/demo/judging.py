@@ -1,0 +1,205 @@
+"""`xattn-video judge`: what the judge saw in each video of a folder, beside what its prompt asks for."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from collections.abc import Collection
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipelines.demo.world import asked
+from pipelines.errors import UserError
+from pipelines.manifest import NAME as MANIFEST
+from pipelines.manifest import Key, Record, read_manifest
+from pipelines.video_io import lossless_path, read_video
+
+if TYPE_CHECKING:
+    from pipelines.demo.judge import Verdict
+
+JUDGED_JSON = "judged.json"
+
+# A prompt need not name the size, so it is told but is no part of "all".
+_IN_ALL = ("colour", "shape", "motion", "background")
+_LONGEST_PROMPT = 64
+
+EXAMPLE = """\
+example:
+  xattn-video judge demo-out/dense demo-out/xattn-s8-t0.90-w2
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `xattn-video judge`."""
+    parser.add_argument(
+        "folders", nargs="+", type=Path, metavar="DIR", help=f"a folder of videos; {JUDGED_JSON} is written there"
+    )
+    parser.add_argument("--json", action="store_true", help="print what the files hold as the last line of stdout")
+
+
+def run(args: argparse.Namespace) -> int:
+    """`xattn-video judge`: a table and a file a folder; returns the exit code. Raises UserError."""
+    folders: list[Path] = list(dict.fromkeys(args.folders))
+    # All of them before the first video is decoded.
+    for folder in folders:
+        _videos(folder, None)
+        _check_writable(folder)
+    documents = []
+    for folder in folders:
+        document = judge_folder(folder)
+        _write(folder / JUDGED_JSON, json.dumps(document, indent=2, allow_nan=False) + "\n")
+        print(_table(document))
+        print(f"wrote {folder / JUDGED_JSON}\n")
+        documents.append(document)
+    if args.json:
+        print(json.dumps(documents, allow_nan=False))
+    return 0
+
+
+def judge_folder(folder: Path, *, keys: Collection[Key] | None = None, progress: bool = True) -> dict[str, Any]:
+    """Judge the videos of a folder, from their lossless copies where there are any.
+
+    Args:
+        folder: what `xattn-video generate` wrote.
+        keys: the (id, seed) of the videos that are wanted; None takes all of the manifest.
+        progress: show a bar on stderr, if that is a terminal.
+
+    Returns:
+        What judged.json holds, JSON-ready: `folder`, `totals` and `videos`.
+
+        `totals` has the numbers of `videos` and of those that are `counted` (their prompt asks for something), and
+        under `right`, for each attribute and for `all`, how many are `right` of how many were `asked` for it, and
+        the `share` (None if none was asked). A video is right on `all` if colour, shape, motion and background are
+        right as far as its prompt asks for them.
+
+        A row of `videos` has `id`, `seed`, `prompt`, `file`, `asked` (attribute to word), `seen` (the verdict's
+        fields), `saw` (the same in words) and `wrong` (the attributes that are asked for and not seen).
+
+    Raises:
+        UserError: the folder or its manifest is missing or empty, a video is missing, damaged or too small, or a
+            key is not in the manifest.
+    """
+    from tqdm import tqdm
+
+    videos = _videos(folder, keys)
+    # disable=None: no bar where stderr is a file.
+    bar = tqdm(videos, desc="judge", unit="video", leave=False, disable=None if progress else True)
+    rows = [_row(record, file) for record, file in bar]
+    return {"folder": str(folder), "totals": _totals(rows), "videos": rows}
+
+
+def saw(verdict: Verdict) -> str:
+    """A verdict in words: "red circle moving left on white", with "?" for what is nothing of this world."""
+    motion = {None: "?", "still": "standing still"}.get(verdict.motion, f"moving {verdict.motion}")
+    return f"{verdict.colour or '?'} {verdict.shape or '?'} {motion} on {verdict.background or '?'}"
+
+
+def _row(record: Record, file: Path) -> Record:
+    from pipelines.demo.judge import judge
+
+    try:
+        verdict = judge(read_video(file))
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(f"{file}: {error}") from error
+    prompt = str(record.get("prompt") or "")
+    wanted = asked(prompt)
+    return {
+        "id": record["id"],
+        "seed": record["seed"],
+        "prompt": prompt,
+        "file": file.name,
+        "asked": wanted,
+        "seen": verdict.to_dict(),
+        "saw": saw(verdict),
+        "wrong": [name for name, word in wanted.items() if getattr(verdict, name) != word],
+    }
+
+
+def _totals(rows: list[Record]) -> dict[str, Any]:
+    right = {}
+    for names in (*((name,) for name in _IN_ALL), _IN_ALL, ("size",)):
+        of = [row for row in rows if not row["asked"].keys().isdisjoint(names)]
+        count = sum(set(names).isdisjoint(row["wrong"]) for row in of)
+        title = "all" if names == _IN_ALL else names[0]
+        right[title] = {"right": count, "asked": len(of), "share": count / len(of) if of else None}
+    return {"videos": len(rows), "counted": sum(bool(row["asked"]) for row in rows), "right": right}
+
+
+def _table(document: dict[str, Any]) -> str:
+    """As printed: a row a video, the shares, and how many were not counted."""
+    lines = [("video", "prompt", "the judge saw", "result")]
+    for row in document["videos"]:
+        wrong = ", ".join(f"{name} (asked: {row['asked'][name]})" for name in row["wrong"])
+        if not row["asked"]:
+            wrong = "not counted"
+        lines.append((f"{row['id']}-s{row['seed']}", _shortened(row["prompt"]), row["saw"], wrong or "as asked"))
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
+    rule = "-" * max(map(len, text))
+    totals = document["totals"]
+    shares = [
+        f"{name} {total['share']:.1%} ({total['right']}/{total['asked']})"
+        for name, total in totals["right"].items()
+        if total["asked"]
+    ]
+    end = [f"right in {document['folder']}: {', '.join(shares) or 'nothing was asked for'}"]
+    if others := totals["videos"] - totals["counted"]:
+        end.append(f"not counted: {others} of {totals['videos']}, whose prompts name nothing of the shapes world")
+    return "\n".join([text[0], rule, *text[1:], rule, *end])
+
+
+def _shortened(text: str) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= _LONGEST_PROMPT else text[: _LONGEST_PROMPT - 3] + "..."
+
+
+def _videos(folder: Path, keys: Collection[Key] | None) -> list[tuple[Record, Path]]:
+    """The records and the files to judge, in the manifest's order; every file is there."""
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder")
+    if not (folder / MANIFEST).is_file():
+        raise UserError(f"{folder}: no {MANIFEST} in it; give a folder that `xattn-video generate` wrote")
+    records = read_manifest(folder)
+    if not records:
+        raise UserError(f"{folder / MANIFEST}: no finished video in it")
+    for id, seed in keys or ():
+        if (id, seed) not in records:
+            raise UserError(f"{folder / MANIFEST}: no video {id}-s{seed} in it")
+    return [(record, _file(folder, record)) for key, record in records.items() if keys is None or key in keys]
+
+
+def _file(folder: Path, record: Record) -> Path:
+    name = record.get("file")
+    if not isinstance(name, str):
+        raise UserError(f"{folder / MANIFEST}: {record['id']}-s{record['seed']} names no file")
+    # A record that names no copy (None) was made without one: a file of that name would be of another run.
+    copy = record.get("lossless_file", lossless_path(name).name)
+    file = folder / copy if copy and (folder / copy).is_file() else folder / name
+    if not file.is_file():
+        raise UserError(f"{file}: listed in the manifest, but missing; run generate again")
+    return file
+
+
+def _check_writable(folder: Path) -> None:
+    """Say so before the videos are decoded, not after."""
+    probe = folder / f".{JUDGED_JSON}.partial"
+    try:
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"{folder}: cannot write here: {error.strerror}") from error
+
+
+def _write(path: Path, text: str) -> None:
+    """The whole file or none: under a temporary name first."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot write: {error.strerror}") from error
+    finally:
+        partial.unlink(missing_ok=True)
