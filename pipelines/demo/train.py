@@ -166,6 +166,8 @@ def save_samples(path: Path, pipeline: Any, size: ClipSize = FULL) -> None:
     scenes = world.held_out_scenes()
     chosen = np.random.default_rng(0).choice(len(scenes), size=_SAMPLE_PROMPTS, replace=False)
     pipeline.set_progress_bar_config(disable=True)
+    # WanPipeline takes multiples of 16 only; a phase of the training need not be one.
+    side = size.side // 16 * 16
     rows, prompts = [], []
     for number, index in enumerate(chosen):
         prompts.append(world.caption(scenes[index], number))
@@ -173,8 +175,8 @@ def save_samples(path: Path, pipeline: Any, size: ClipSize = FULL) -> None:
         with torch.no_grad():
             video = pipeline(
                 prompts[-1],
-                height=size.side,
-                width=size.side,
+                height=side,
+                width=side,
                 num_frames=size.frames,
                 num_inference_steps=_SAMPLE_STEPS,
                 guidance_scale=1.0,

@@ -98,13 +98,14 @@ def train(
     """
     parameters = [value for value in model.parameters() if value.requires_grad]
     optimizers = build_optimizers(plan, model)
-    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
-    rates = [group["lr"] for group in groups]
     average = {name: value.detach().clone() for name, value in model.named_parameters()}
     step, seconds = 0, 0.0
     if plan.checkpoint.exists():
         step, seconds = _load(plan, model, average, optimizers)
         logger.info("%s: resuming at step %d of %d", plan.name, step, plan.steps)
+    # Loading a checkpoint makes new groups, with the rates that the optimizers were built with.
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    rates = [group["lr"] for group in groups]
     _truncate_log(plan, step)
     started = saved = time.monotonic()
     losses: dict[str, list[float]] = {}
