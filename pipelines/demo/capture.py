@@ -1,7 +1,7 @@
 """Writes queries, keys and values of the demo model's video self-attention, taken while it makes a video.
 
 They are what reaches the attention itself: projected, normalised and rotated. All heads of all layers and steps
-would be gigabytes; each entry is one head of one layer at one denoising step.
+would be half a gigabyte; each entry is one head of one layer at one denoising step.
 """
 
 from __future__ import annotations
