@@ -24,9 +24,9 @@ from typing import Any
 import numpy as np
 
 from eval.metrics import PSNR_CAP_DB, Lpips, LpipsUnavailable, mean_psnr, psnr, ssim
-from eval.pairs import Pair, find_pairs, shortened, video_name
+from eval.pairs import Pair, find_pairs, shortened
 from pipelines.errors import UserError
-from pipelines.manifest import Record
+from pipelines.manifest import Record, video_name
 from pipelines.video_io import iter_frames
 
 METRICS_CSV = "metrics.csv"

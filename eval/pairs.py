@@ -7,9 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipelines.errors import UserError
-from pipelines.manifest import NAME as MANIFEST
-from pipelines.manifest import Key, Record, read_manifest
-from pipelines.video_io import lossless_path
+from pipelines.manifest import Key, Record, check_exists, finished_videos, lossless_copy, video_file, video_name
 
 # The two sides of a pair may differ in their attention only.
 _SAME_FIELDS = (
@@ -48,7 +46,7 @@ def find_pairs(
         UserError: a folder, manifest or file is missing or empty, a video has no partner, or a pair differs in
             prompt or settings.
     """
-    dense, sparse = _read(dense_dir), _read(sparse_dir)
+    dense, sparse = finished_videos(dense_dir), finished_videos(sparse_dir)
     only_dense = [video_name(key) for key in dense if key not in sparse]
     only_sparse = [video_name(key) for key in sparse if key not in dense]
     keys = [key for key in dense if key in sparse]
@@ -62,25 +60,9 @@ def find_pairs(
     return pairs, {"dense_only": only_dense, "sparse_only": only_sparse}
 
 
-def video_name(key: Key) -> str:
-    """How a video is called in tables and messages: `<id>-s<seed>`."""
-    return f"{key[0]}-s{key[1]}"
-
-
 def shortened(text: str, length: int = 40) -> str:
     """`text`, cut to `length` characters."""
     return text if len(text) <= length else text[: length - 3] + "..."
-
-
-def _read(folder: Path) -> dict[Key, Record]:
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder")
-    if not (folder / MANIFEST).is_file():
-        raise UserError(f"{folder}: no {MANIFEST} in it; give a folder that `xattn-video generate` wrote")
-    records = read_manifest(folder)
-    if not records:
-        raise UserError(f"{folder / MANIFEST}: no finished video in it")
-    return records
 
 
 def _pair(key: Key, dense_dir: Path, dense: Record, sparse_dir: Path, sparse: Record) -> Pair:
@@ -91,29 +73,15 @@ def _pair(key: Key, dense_dir: Path, dense: Record, sparse_dir: Path, sparse: Re
                 f"{shortened(repr(sparse[field]))} in {sparse_dir}"
             )
     sides = ((dense_dir, dense), (sparse_dir, sparse))
-    copies = [_lossless_copy(folder, record) for folder, record in sides]
+    copies = [lossless_copy(folder, record) for folder, record in sides]
     source = "mp4" if None in copies else "lossless"
     dense_file, sparse_file = (
-        copy if copy and source == "lossless" else _video_file(folder, record)
+        copy if copy and source == "lossless" else video_file(folder, record)
         for copy, (folder, record) in zip(copies, sides, strict=True)
     )
-    for file in (dense_file, sparse_file):
-        if not file.is_file():
-            raise UserError(f"{file}: listed in the manifest, but missing; run generate again")
+    check_exists(dense_file)
+    check_exists(sparse_file)
     return Pair(key, dense, sparse, dense_file, sparse_file, source, one_sided=copies.count(None) == 1)
-
-
-def _video_file(folder: Path, record: Record) -> Path:
-    file = record.get("file")
-    if not isinstance(file, str):
-        raise UserError(f"{folder / MANIFEST}: {video_name((record['id'], record['seed']))} names no file")
-    return folder / file
-
-
-def _lossless_copy(folder: Path, record: Record) -> Path | None:
-    """The copy that the record names (`lossless_file`, None if made without one), if it is there."""
-    name = record.get("lossless_file", lossless_path(_video_file(folder, record)).name)
-    return folder / name if name and (folder / name).is_file() else None
 
 
 def _listed(names: Sequence[str]) -> str:

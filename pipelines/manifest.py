@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.errors import UserError
+from pipelines.video_io import lossless_path
 
 NAME = "manifest.jsonl"
 
@@ -34,6 +35,51 @@ def read_manifest(folder: Path) -> dict[Key, Record]:
                 raise UserError(f"{path}:{number}: not a manifest line; mend or remove it, or use another --out")
             records[record["id"], record["seed"]] = record
     return records
+
+
+def finished_videos(folder: Path) -> dict[Key, Record]:
+    """`read_manifest` of a folder that must hold videos.
+
+    Raises:
+        UserError: no such folder, no manifest in it, or none of its videos is finished.
+    """
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder")
+    if not (folder / NAME).is_file():
+        raise UserError(f"{folder}: no {NAME} in it; give a folder that `xattn-video generate` wrote")
+    records = read_manifest(folder)
+    if not records:
+        raise UserError(f"{folder / NAME}: no finished video in it")
+    return records
+
+
+def video_name(key: Key) -> str:
+    """How a video is called in tables and messages: `<id>-s<seed>`."""
+    return f"{key[0]}-s{key[1]}"
+
+
+def video_file(folder: Path, record: Record) -> Path:
+    """The mp4 file of a record.
+
+    Raises:
+        UserError: the record names no file.
+    """
+    file = record.get("file")
+    if not isinstance(file, str):
+        raise UserError(f"{folder / NAME}: {video_name((record['id'], record['seed']))} names no file")
+    return folder / file
+
+
+def lossless_copy(folder: Path, record: Record) -> Path | None:
+    """The copy that the record names (`lossless_file`, None if made without one), if it is there."""
+    name = record.get("lossless_file", lossless_path(video_file(folder, record)).name)
+    return folder / name if name and (folder / name).is_file() else None
+
+
+def check_exists(file: Path) -> None:
+    """Raise UserError for a file of the manifest that is gone."""
+    if not file.is_file():
+        raise UserError(f"{file}: listed in the manifest, but missing; run generate again")
 
 
 def append_record(folder: Path, record: Record) -> None:

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 from pipelines.demo.world import asked
 from pipelines.errors import UserError
 from pipelines.manifest import NAME as MANIFEST
-from pipelines.manifest import Key, Record, read_manifest
-from pipelines.video_io import lossless_path, read_video
+from pipelines.manifest import Key, Record, check_exists, finished_videos, lossless_copy, video_file, video_name
+from pipelines.video_io import read_video
 
 if TYPE_CHECKING:
     from pipelines.demo.judge import Verdict
@@ -26,7 +26,7 @@ _LONGEST_PROMPT = 64
 
 EXAMPLE = """\
 example:
-  xattn-video judge demo-out/dense demo-out/xattn-s8-t0.90-w2
+  xattn-video judge demo-out/dense demo-out/xattn-s8-t0.90-w5
 """
 
 
@@ -135,7 +135,7 @@ def _table(document: dict[str, Any]) -> str:
         wrong = ", ".join(f"{name} (asked: {row['asked'][name]})" for name in row["wrong"])
         if not row["asked"]:
             wrong = "not counted"
-        lines.append((f"{row['id']}-s{row['seed']}", _shortened(row["prompt"]), row["saw"], wrong or "as asked"))
+        lines.append((video_name((row["id"], row["seed"])), _shortened(row["prompt"]), row["saw"], wrong or "as asked"))
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
     rule = "-" * max(map(len, text))
@@ -158,28 +158,16 @@ def _shortened(text: str) -> str:
 
 def _videos(folder: Path, keys: Collection[Key] | None) -> list[tuple[Record, Path]]:
     """The records and the files to judge, in the manifest's order; every file is there."""
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder")
-    if not (folder / MANIFEST).is_file():
-        raise UserError(f"{folder}: no {MANIFEST} in it; give a folder that `xattn-video generate` wrote")
-    records = read_manifest(folder)
-    if not records:
-        raise UserError(f"{folder / MANIFEST}: no finished video in it")
-    for id, seed in keys or ():
-        if (id, seed) not in records:
-            raise UserError(f"{folder / MANIFEST}: no video {id}-s{seed} in it")
+    records = finished_videos(folder)
+    for key in keys or ():
+        if key not in records:
+            raise UserError(f"{folder / MANIFEST}: no video {video_name(key)} in it")
     return [(record, _file(folder, record)) for key, record in records.items() if keys is None or key in keys]
 
 
 def _file(folder: Path, record: Record) -> Path:
-    name = record.get("file")
-    if not isinstance(name, str):
-        raise UserError(f"{folder / MANIFEST}: {record['id']}-s{record['seed']} names no file")
-    # A record that names no copy (None) was made without one: a file of that name would be of another run.
-    copy = record.get("lossless_file", lossless_path(name).name)
-    file = folder / copy if copy and (folder / copy).is_file() else folder / name
-    if not file.is_file():
-        raise UserError(f"{file}: listed in the manifest, but missing; run generate again")
+    file = lossless_copy(folder, record) or video_file(folder, record)
+    check_exists(file)
     return file
 
 
