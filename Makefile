@@ -30,7 +30,7 @@ new-enough:
 
 $(READY): pyproject.toml constraints.txt | new-enough
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[test,lint]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[test,lint,plot]'
 	@touch $@
 
 demo: $(READY)

@@ -28,6 +28,7 @@ from pipelines.demo.train_transformer import (
     MATRIX_LEARNING_RATE,
     PHASES,
     Phase,
+    build_transformer,
     train_transformer,
 )
 from pipelines.demo.train_vae import LEARNING_RATE as VAE_LEARNING_RATE
@@ -50,9 +51,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, help="folder of the run; an existing run goes on")
     parser.add_argument("--minutes", type=float, help="stop after this long, to be continued (default: no limit)")
     parser.add_argument("--vae-steps", type=int, default=1000, help="steps of the VAE (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=3000, help="steps of the transformer (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=12000, help="steps of the transformer (default: %(default)s)")
     parser.add_argument("--sample-minutes", type=float, default=10, help="minutes between sample pictures")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--start",
+        type=Path,
+        metavar="PIPELINE",
+        help="folder of a pipeline to begin with, its VAE is kept",
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
@@ -63,6 +70,7 @@ def main(arguments: list[str] | None = None) -> int:
         minutes=options.minutes,
         sample_minutes=options.sample_minutes,
         seed=options.seed,
+        start=options.start,
         device=torch.device(options.device),
     )
     return 0 if done else 3
@@ -76,16 +84,23 @@ def run(
     minutes: float | None = None,
     sample_minutes: float = 10.0,
     seed: int = 0,
+    start: Path | None = None,
     device: torch.device | None = None,
     phases: tuple[Phase, ...] = PHASES,
     checkpoint_seconds: float = 300.0,
 ) -> bool:
-    """Train, or go on training, in the folder `out`; True once all steps are done and `out/pipeline` is final."""
+    """Train, or go on training, in the folder `out`; True once all steps are done and `out/pipeline` is final.
+
+    With `start`, a pipeline's folder, its VAE is kept and its transformer is what the training begins with.
+    """
     deadline = None if minutes is None else time.monotonic() + 60 * minutes
     device = device or torch.device("cpu")
     out.mkdir(parents=True, exist_ok=True)
     plan = Plan("vae", out, vae_steps, VAE_LEARNING_RATE, deadline=deadline, checkpoint_seconds=checkpoint_seconds)
-    vae = _finished_vae(plan, device, seed)
+    diffusers = import_diffusers()
+    vae = (
+        _finished_vae(plan, device, seed) if start is None else _load(diffusers.AutoencoderKLWan, start / "vae", device)
+    )
     if vae is None:
         return False
     sampled = time.monotonic()
@@ -106,8 +121,14 @@ def run(
         deadline=deadline,
         checkpoint_seconds=checkpoint_seconds,
     )
+
+    def build(seed: int) -> Any:
+        if start is None:
+            return build_transformer(seed)
+        return diffusers.WanTransformer3DModel.from_pretrained(start / "transformer", torch_dtype=torch.float32)
+
     transformer, finished = train_transformer(
-        plan, vae, device, seed, out / "latents", phases=phases, on_checkpoint=on_checkpoint
+        plan, vae, device, seed, out / "latents", phases=phases, build=build, on_checkpoint=on_checkpoint
     )
     pipeline = assemble(vae, transformer)
     if finished:
@@ -193,9 +214,8 @@ def save_samples(path: Path, pipeline: Any, size: ClipSize = FULL) -> None:
 def _finished_vae(plan: Plan, device: torch.device, seed: int) -> Any | None:
     """The trained VAE, from `vae` in the run's folder or by training it; None if time ran out before the end."""
     folder = plan.folder / "vae"
-    diffusers = import_diffusers()
     if folder.exists():
-        return diffusers.AutoencoderKLWan.from_pretrained(folder).to(device).eval().requires_grad_(False)
+        return _load(import_diffusers().AutoencoderKLWan, folder, device)
     vae, steps = train_vae(plan, device, seed)
     if steps < plan.steps:
         return None
@@ -208,6 +228,10 @@ def _finished_vae(plan: Plan, device: torch.device, seed: int) -> Any | None:
     vae.save_pretrained(partial)
     os.replace(partial, folder)
     return vae
+
+
+def _load(cls: type, folder: Path, device: torch.device) -> Any:
+    return cls.from_pretrained(folder, torch_dtype=torch.float32).to(device).eval().requires_grad_(False)
 
 
 if __name__ == "__main__":
