@@ -164,6 +164,7 @@ class Runner:
         from xattn_video.blocks import mask_to_lists
 
         self._indices, self._counts = mask_to_lists(self.block_mask)
+        self._lse = torch.empty(self.query.shape[:3], device=self.query.device)
         self._options = {
             "block_size": self.block_size,
             "causal": self.causal,
@@ -172,29 +173,23 @@ class Runner:
             "kv_lens": None,
         }
 
-    def launch(self, config: LaunchConfig) -> Tensor:
-        """Scores, or the attention output, of a launch with that configuration; NaN where nothing was written."""
+    def empty(self) -> Tensor:
+        """What a launch fills, full of NaN: scores, or the attention output."""
+        if self.kernel == "antidiagonal_scores":
+            return torch.full(self.block_mask.shape, torch.nan, device=self.query.device)
+        return torch.full_like(self.query, torch.nan)
+
+    def launch(self, config: LaunchConfig, output: Tensor) -> None:
+        """Fill what `empty` gave by one launch with that configuration."""
         from xattn_video.kernels.antidiagonal_scores import launch_antidiagonal_scores
         from xattn_video.kernels.block_sparse import launch_block_sparse
 
+        options = {**self._options, "config": config}
         if self.kernel == "antidiagonal_scores":
-            scores = torch.full(self.block_mask.shape, torch.nan, device=self.query.device)
-            launch_antidiagonal_scores(self.query, self.key, scores, stride=self.stride, config=config, **self._options)
-            return scores
-        output = torch.full_like(self.query, torch.nan)
-        lse = torch.empty(self.query.shape[:3], device=self.query.device)
-        launch_block_sparse(
-            self.query,
-            self.key,
-            self.value,
-            output,
-            lse,
-            self._indices,
-            self._counts,
-            config=config,
-            **self._options,
-        )
-        return output
+            launch_antidiagonal_scores(self.query, self.key, output, stride=self.stride, **options)
+            return
+        inputs = (self.query, self.key, self.value)
+        launch_block_sparse(*inputs, output, self._lse, self._indices, self._counts, **options)
 
     def reference(self) -> Tensor:
         """The same in float64."""
@@ -230,7 +225,9 @@ def checker(runners: Iterable[Runner]) -> Callable[[LaunchConfig], str | None]:
 
     def check(config: LaunchConfig) -> str | None:
         for runner, truth, allowed in judged:
-            error = ((runner.launch(config).double() - truth).norm() / truth.norm()).item()
+            output = runner.empty()
+            runner.launch(config, output)
+            error = ((output.double() - truth).norm() / truth.norm()).item()
             # written so that NaN is wrong too
             if not error <= allowed:
                 return f"wrong result: off float64 by {error:.2e}, allowed {allowed:.2e}"
@@ -242,13 +239,15 @@ def checker(runners: Iterable[Runner]) -> Callable[[LaunchConfig], str | None]:
 def timer(runner: Runner, rounds: int) -> Callable[[LaunchConfig], float]:
     """Median milliseconds of a launch on this problem, compiled before."""
 
+    output = runner.empty()
+
     def measure(config: LaunchConfig) -> float:
-        runner.launch(config)
+        runner.launch(config, output)
         times = []
         for _ in range(rounds):
             torch.cuda.synchronize(runner.query.device)
             begin = time.perf_counter()
-            runner.launch(config)
+            runner.launch(config, output)
             torch.cuda.synchronize(runner.query.device)
             times.append(time.perf_counter() - begin)
         return statistics.median(times) * 1e3
@@ -256,12 +255,13 @@ def timer(runner: Runner, rounds: int) -> Callable[[LaunchConfig], float]:
     return measure
 
 
-def large_runner(kernel: str, dtype: torch.dtype, head_dim: int, tokens: int, heads: int) -> Runner:
+def large_runner(
+    kernel: str, dtype: torch.dtype, head_dim: int, tokens: int, heads: int, device: torch.device
+) -> Runner:
     """A video-like problem with the blocks that XAttention keeps of it."""
     from eval.bench_cases import Case, make_inputs
     from xattn_video import score_blocks, select_blocks
 
-    device = torch.device("cuda", torch.cuda.current_device())
     names = {value: name for name, value in DTYPES.items()}
     case = Case("tune", max(1, tokens // 1024), 32, 32, 0, heads, head_dim, names[dtype])
     query, key, value = make_inputs(case, 0.7, device)
@@ -365,7 +365,7 @@ def _tune(
     packaged = launch_tables.packaged_table(launch_tables.device_class(device))
     configs = candidates(kernel, bits, head_dim, launch_tables.lookup(packaged, kernel, bits, head_dim))
     check = checker([small_runner(kernel, dtype, head_dim, causal, device) for causal in (False, True)])
-    measure = timer(large_runner(kernel, dtype, head_dim, tokens, heads), rounds)
+    measure = timer(large_runner(kernel, dtype, head_dim, tokens, heads, device), rounds)
     numbers = iter(range(1, len(configs) + 1))
 
     def announced(config: LaunchConfig) -> str | None:

@@ -170,14 +170,28 @@ for kernel in tune.KERNELS:
     runner = tune.small_runner(kernel, torch.bfloat16, 32, kernel == "block_sparse", torch.device("cpu"))
     check = tune.checker([runner])
     assert check(own) is None, check(own)
-    output = runner.launch(own)
-    for wrong in (output.index_fill(2, torch.tensor([3]), torch.nan), output.flip(1), output * 1.05):
-        runner.launch = lambda config: wrong
+    right = runner.empty()
+    runner.launch(own, right)
+    for wrong in (right.index_fill(2, torch.tensor([3]), torch.nan), right.flip(1), right * 1.05):
+        runner.launch = lambda config, output: output.copy_(wrong)
         assert check(own).startswith("wrong result: off float64 by"), check(own)
+    # A launch that writes nothing leaves NaN.
+    runner.launch = lambda config, output: None
+    assert check(own).startswith("wrong result: off float64 by nan"), check(own)
+
+    waits = []
+    torch.cuda.synchronize = waits.append
+    runner = tune.large_runner(kernel, torch.float32, 16, 1024, 1, torch.device("cpu"))
+    assert runner.query.shape == (1, 1, 1024, 16)
+    assert 0 < runner.block_mask.float().mean() < 1
+    # Milliseconds: the interpreter takes more than one.
+    assert tune.timer(runner, 1)(launch_tables.find_config(kernel, torch.float32, 16)) > 1
+    # Before and after the launch.
+    assert len(waits) == 2
 """
 
 
-def test_checks_pass_right_launches_and_see_wrong_ones(tmp_path):
+def test_checks_pass_right_launches_and_see_wrong_ones_and_launches_are_timed(tmp_path):
     """The kernels run in Triton's interpreter, in a process of its own."""
     pytest.importorskip("triton", reason="Triton is for Linux only")
     environment = {**os.environ, "TRITON_INTERPRET": "1", "TRITON_CACHE_DIR": str(tmp_path)}
