@@ -1,10 +1,13 @@
 """Time sparse attention against dense on this machine, after a correctness gate: `python -m eval.efficiency`.
 
-    gate: small problem against float64, threshold 1 against SDPA on the timed one
+    gate: a small problem in float64; of the timed one threshold 1 against SDPA, and every kernel on rows in float64
       ->  rounds of (every dense kernel, score, select, attend, whole call), interleaved
       ->  a row a shape: times, density, speed-up beside the ideal one `1 / (density + 1 / (2 * stride))`
 
-Ratios are taken inside one run. The last line of stdout is JSON; `--record` also appends it to a ledger.
+Ratios are taken inside one run. Effective TFLOP/s count the operations that the result needs, whatever a kernel does:
+dense `4 * heads * tokens^2 * head_dim` (half of it if causal), score `1 / (2 * stride)` of that, attend `density` of
+it, total the sum of both; selection multiplies nothing. The last line of stdout is JSON; `--record` also appends it to
+a ledger, and `--plot` draws it.
 """
 
 from __future__ import annotations
@@ -16,24 +19,26 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from eval import bench_plots
+from eval.bench_cases import DTYPES, INPUTS, Case, chosen_cases, make_inputs
+from eval.bench_tables import format_stages, format_table
+from eval.dense_kernels import Problem, attend_blocks, dense_candidates, judge, sparse_candidates
 from pipelines.environment import device_name, source_commit, versions
 from pipelines.errors import UserError
 from xattn_video import XAttnConfig, block_sparse_attention, score_blocks, select_blocks, xattention
 from xattn_video.attention import dense_attention
 from xattn_video.blocks import valid_blocks
-from xattn_video.synthetic import causal_text_like_qkv, video_like_qkv
+from xattn_video.synthetic import causal_text_like_qkv
 
 LEDGER = Path(__file__).resolve().parent / "results" / "efficiency.jsonl"
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # The inputs at which the default shape keeps about 0.17 of its blocks.
 DEFAULT_LOCALITY = 0.78
 
@@ -41,36 +46,13 @@ EXAMPLE = """\
 example:
   xattn-video bench
   xattn-video bench --tokens 8192 16384 --head-dim 128 --dtype bf16
-  xattn-video bench --full --record
+  xattn-video bench --inputs demo
+  xattn-video bench --full --record --plot plots
+
+a row is timed only if its results are right; a kernel that is missing, raises or is wrong is listed with the reason.
+effective TFLOP/s: dense 4*heads*tokens^2*head_dim operations (half if causal), score 1/(2*stride) of it,
+attend density of it, total the sum of both.
 """
-
-
-@dataclass(frozen=True)
-class Case:
-    """One attention shape: the video in latent tokens, then text; or a causal sequence of `tokens`."""
-
-    name: str
-    frames: int
-    height: int
-    width: int
-    text_tokens: int
-    heads: int
-    head_dim: int
-    dtype: str
-    causal: bool = False
-
-    @property
-    def tokens(self) -> int:
-        return self.frames * self.height * self.width + self.text_tokens
-
-
-# ALGORITHM section 6.
-GPU_CASES = (
-    Case("wan-1.3b-480p", 21, 30, 52, 0, 12, 128, "bf16"),
-    Case("wan-14b-720p", 21, 45, 80, 0, 40, 128, "bf16"),
-    Case("hunyuan-video-720p", 33, 45, 80, 256, 24, 128, "bf16"),
-)
-GPU_FULL_TOKENS = (8192, 32768, 131072, 262144)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -80,7 +62,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--heads", type=int, help="attention heads (default 4)")
     parser.add_argument("--head-dim", type=int, nargs="+", help="head dimensions (default 64)")
     parser.add_argument("--dtype", nargs="+", choices=sorted(DTYPES), help="data types (default: fp32 on a CPU)")
-    parser.add_argument("--causal", action="store_true", help="causal attention over text-like inputs")
+    parser.add_argument(
+        "--inputs",
+        choices=INPUTS,
+        help="what attention is computed on: video-like (default), tensors that the demo model computed while it made "
+        "a video (bf16, one head each), or text-like (implies --causal)",
+    )
+    parser.add_argument("--causal", action="store_true", help="causal attention, over text-like inputs by default")
     parser.add_argument("--stride", type=int, default=8)
     parser.add_argument("--block-size", type=int, default=128)
     parser.add_argument("--threshold", type=float, default=0.9)
@@ -93,6 +81,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rounds", type=int, default=5, help="interleaved repetitions (default 5)")
     parser.add_argument("--full", action="store_true", help="all lengths, head dimensions and types of this device")
     parser.add_argument("--record", action="store_true", help=f"append the rows to eval/results/{LEDGER.name}")
+    parser.add_argument(
+        "--plot",
+        type=Path,
+        metavar="DIR",
+        help="write speedup.png (over length, beside the ideal) and stages.png (where the time goes) there; "
+        "needs matplotlib",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -106,7 +101,9 @@ def run(args: argparse.Namespace) -> int:
         config = XAttnConfig(stride=args.stride, block_size=args.block_size, threshold=args.threshold, min_tokens=0)
     except ValueError as error:
         raise UserError(str(error)) from error
-    cases = _cases(args, device)
+    if args.plot is not None:
+        bench_plots.check(args.plot)
+    cases = chosen_cases(args, device)
     source = {
         "device": device_name(device),
         "versions": versions(("xattn-video", "torch", "triton")),
@@ -115,26 +112,33 @@ def run(args: argparse.Namespace) -> int:
     }
     print(f"{source['device']}, torch {torch.__version__}, {config.label()}, locality {args.locality}")
     rows, failures = [], []
-    for dtype in dict.fromkeys(case.dtype for case in cases):
-        failures += _gate_small(device, DTYPES[dtype], config, args.causal)
+    for dtype, causal in dict.fromkeys((case.dtype, case.causal) for case in cases):
+        failures += _gate_small(device, DTYPES[dtype], config, causal)
     for case in cases:
         if failures:
             break
         print(f"{case.name}: making inputs", file=sys.stderr)
-        query, key, value = _inputs(case, args.locality, device)
+        query, key, value = make_inputs(case, args.locality, device)
         failures += _gate_timed(case, query, key, value, config)
         if not failures:
-            rows.append(asdict(case) | {"tokens": case.tokens} | _measure(case, query, key, value, config, args.rounds))
-            rows[-1] |= {"config": config.to_dict(), "locality": args.locality} | source
+            measured, failures = _measure(case, query, key, value, config, args.rounds)
+        if not failures:
+            locality = None if case.inputs == "demo" else args.locality
+            setting = {"config": config.to_dict(), "locality": locality}
+            rows.append(asdict(case) | {"tokens": case.tokens} | measured | setting | source)
         del query, key, value
     if rows:
-        print(_table(rows))
+        print(format_table(rows))
+        print(format_stages(rows))
     for failure in failures:
         print(f"wrong result, nothing timed from here on: {failure}")
     if args.record and rows and not failures:
         LEDGER.parent.mkdir(parents=True, exist_ok=True)
         with LEDGER.open("a", encoding="utf-8") as ledger:
             ledger.writelines(json.dumps(row) + "\n" for row in rows)
+    if args.plot is not None and rows and not failures:
+        for path in bench_plots.write(rows, args.plot):
+            print(f"wrote {path}")
     print(json.dumps({"ok": not failures, "failures": failures, "rows": rows}))
     return 1 if failures else 0
 
@@ -147,49 +151,6 @@ def _device(name: str) -> torch.device:
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch finds no GPU here")
     return torch.device(name)
-
-
-def _cases(args: argparse.Namespace, device: torch.device) -> list[Case]:
-    """What the arguments ask for; without any, the device's own shapes."""
-    chosen = (args.tokens, args.heads, args.head_dim, args.dtype)
-    gpu = device.type == "cuda"
-    if gpu and all(value is None for value in chosen) and not args.causal:
-        cases = list(GPU_CASES)
-        if args.full:
-            cases += [_sized(tokens, 24, 128, "bf16", True) for tokens in GPU_FULL_TOKENS]
-        return cases
-    full_tokens = GPU_FULL_TOKENS if gpu else (7168, 8192, 16384)
-    tokens = args.tokens or (full_tokens if args.full else full_tokens[:1])
-    head_dims = args.head_dim or ((64, 128) if args.full else (64,))
-    dtypes = args.dtype or (("bf16",) if gpu else ("fp32", "bf16") if args.full else ("fp32",))
-    heads = 4 if args.heads is None else args.heads
-    for name, values, least in (("--tokens", tokens, 128), ("--heads", [heads], 1), ("--head-dim", head_dims, 8)):
-        for value in values:
-            if value < least:
-                raise UserError(f"{name} must be {least} or more, got {value}")
-    return [_sized(n, heads, dim, dtype, args.causal) for n in tokens for dim in head_dims for dtype in dtypes]
-
-
-def _sized(tokens: int, heads: int, head_dim: int, dtype: str, causal: bool) -> Case:
-    """A video of about 1,024 tokens a frame; what does not fill its last row is text."""
-    frames = max(1, round(tokens / 1024))
-    width = min(32, tokens // frames)
-    height = tokens // frames // width
-    name = f"{'causal' if causal else 'video'}-{tokens}"
-    return Case(name, frames, height, width, tokens - frames * height * width, heads, head_dim, dtype, causal)
-
-
-def _inputs(case: Case, locality: float, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    dtype = DTYPES[case.dtype]
-    if case.causal:
-        parts = causal_text_like_qkv(1, case.heads, case.tokens, case.head_dim, locality=locality, dtype=dtype)
-    else:
-        video = (case.frames, case.height, case.width)
-        parts = video_like_qkv(
-            1, case.heads, *video, case.head_dim, locality=locality, dtype=dtype, text_tokens=case.text_tokens
-        )
-    query, key, value = (part.to(device) for part in parts)
-    return query, key, value
 
 
 # --- correctness --------------------------------------------------------------------------------------------
@@ -248,43 +209,34 @@ def _error(output: Tensor, truth: Tensor) -> float:
 # --- timing -------------------------------------------------------------------------------------------------
 
 
-def _dense_kernels(case: Case, query: Tensor, key: Tensor, value: Tensor) -> dict[str, Callable[[], Any]]:
-    """Every dense kernel that takes this call here, by name."""
-    attend = partial(dense_attention, query, key, value, causal=case.causal)
-    if query.device.type == "cpu":
-        return {"sdpa": attend}
-
-    def limited(backend: SDPBackend) -> Any:
-        with sdpa_kernel([backend]):
-            return attend()
-
-    kernels = {}
-    for name in ("flash", "cudnn", "efficient"):
-        kernel = partial(limited, SDPBackend[f"{name.upper()}_ATTENTION"])
-        try:
-            kernel()
-        except RuntimeError as error:
-            print(f"sdpa-{name} does not run here: {str(error).splitlines()[0]}", file=sys.stderr)
-        else:
-            kernels[f"sdpa-{name}"] = kernel
-    return kernels or {"sdpa": attend}
-
-
-def _measure(case: Case, query: Tensor, key: Tensor, value: Tensor, config: XAttnConfig, rounds: int) -> dict[str, Any]:
-    """Times in milliseconds (median and best of the rounds), density and speed-ups."""
+def _measure(
+    case: Case, query: Tensor, key: Tensor, value: Tensor, config: XAttnConfig, rounds: int
+) -> tuple[dict[str, Any], list[str]]:
+    """Times in milliseconds (median and best of the rounds), density, speed-ups; or what is wrong."""
     length, device = case.tokens, query.device
     settings: dict[str, Any] = {"block_size": config.block_size, "causal": case.causal}
     score = partial(score_blocks, query, key, stride=config.stride, **settings)
     scores = score()
     select = partial(select_blocks, scores, threshold=config.threshold, q_len=length, kv_len=length, **settings)
     block_mask = select()
-    attend = partial(block_sparse_attention, query, key, value, block_mask, **settings)
-    call = partial(xattention, query, key, value, config, causal=case.causal)
-    dense = _dense_kernels(case, query, key, value)
     valid = valid_blocks(1, length, length, device=device, **settings)
     density = block_mask.sum().item() / (valid.sum().item() * case.heads)
+    whole = Problem(query, key, value, case.causal)
+    sparse = Problem(query, key, value, case.causal, block_mask, config.block_size)
 
-    stages = {**dense, "score": score, "select": select, "attend": attend, "total": call}
+    own = judge({"attend": partial(attend_blocks, sparse)}, sparse)
+    dense = judge(dense_candidates(whole), whole)
+    other = judge(sparse_candidates(sparse), sparse)
+    failures = [f"{case.name}: {name}: {reason}" for name, reason in own.refused.items()]
+    if not dense.kernels:
+        failures += [
+            f"{case.name}: no dense kernel to compare with; {name}: {why}" for name, why in dense.refused.items()
+        ]
+    if failures:
+        return {}, failures
+
+    call = partial(xattention, query, key, value, config, causal=case.causal)
+    stages = {**dense.kernels, **other.kernels, "score": score, "select": select, **own.kernels, "total": call}
     seconds: dict[str, list[float]] = {name: [] for name in stages}
     for function in stages.values():
         function()
@@ -292,24 +244,43 @@ def _measure(case: Case, query: Tensor, key: Tensor, value: Tensor, config: XAtt
         print(f"{case.name} {case.dtype} D {case.head_dim}: round {done + 1} of {rounds}", file=sys.stderr)
         for name, function in stages.items():
             seconds[name].append(_seconds(function, device))
+    peak = {name: _peak_extra_mb(function, device) for name, function in stages.items()}
+    return summarize(case, config, density, seconds, tuple(dense.kernels)) | {
+        "not_timed": dense.refused | other.refused,
+        "peak_extra_mb": peak if device.type == "cuda" else None,
+        "rounds": rounds,
+    }, []
 
+
+def summarize(
+    case: Case, config: XAttnConfig, density: float, seconds: dict[str, list[float]], dense: tuple[str, ...]
+) -> dict[str, Any]:
+    """What follows from the times of each round.
+
+    Args:
+        density: kept blocks / valid blocks.
+        seconds: of each kernel and stage (`score`, `select`, `attend`, `total`), one a round.
+        dense: which of them are dense kernels.
+    """
     median = {name: statistics.median(times) * 1e3 for name, times in seconds.items()}
     best = {name: min(times) * 1e3 for name, times in seconds.items()}
     fastest = min(dense, key=lambda name: best[name])
-    ideal = 1 / (density + 1 / (2 * config.stride))
-    flop = 4 * length * length * case.head_dim * case.heads / (2 if case.causal else 1)
+    estimate = 1 / (2 * config.stride)
+    ideal = 1 / (density + estimate)
+    speedup = best[fastest] / best["total"]
+    shares = dict.fromkeys(seconds, density) | dict.fromkeys(dense, 1.0)
+    shares |= {"score": estimate, "total": density + estimate}
+    flop = 4 * case.tokens**2 * case.head_dim * case.heads / (2 if case.causal else 1)
     return {
         "density": density,
         "dense_kernel": fastest,
         "median_ms": median,
         "best_ms": best,
-        "speedup": best[fastest] / best["total"],
+        "speedup": speedup,
         "speedup_of_medians": median[fastest] / median["total"],
         "ideal_speedup": ideal,
-        "dense_tflops": flop / best[fastest] / 1e9,
-        "attend_tflops": density * flop / best["attend"] / 1e9,
-        "peak_extra_mb": _peak_extra_mb(call, device),
-        "rounds": rounds,
+        "reached": speedup / ideal,
+        "tflops": {name: shares[name] * flop / time / 1e9 for name, time in best.items() if name != "select"},
     }
 
 
@@ -336,34 +307,6 @@ def _peak_extra_mb(function: Callable[[], Any], device: torch.device) -> float |
     function()
     _wait_for(device)
     return (torch.cuda.max_memory_allocated(device) - before) / 1e6
-
-
-def _table(rows: list[dict[str, Any]]) -> str:
-    """Best times, one line a row."""
-    header = (
-        "shape", "heads", "D", "dtype", "density", "dense ms", "score", "select", "attend", "total",
-        "speed-up", "of medians", "ideal", "reached",
-    )  # fmt: skip
-    lines = [header]
-    for row in rows:
-        best = row["best_ms"]
-        times = [best[row["dense_kernel"]], *(best[name] for name in ("score", "select", "attend", "total"))]
-        lines.append(
-            (
-                row["name"],
-                str(row["heads"]),
-                str(row["head_dim"]),
-                row["dtype"],
-                f"{row['density']:.3f}",
-                *(f"{value:.1f}" for value in times),
-                f"{row['speedup']:.2f}x",
-                f"{row['speedup_of_medians']:.2f}x",
-                f"{row['ideal_speedup']:.2f}x",
-                f"{row['speedup'] / row['ideal_speedup']:.2f}",
-            )
-        )
-    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
-    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines)
 
 
 def main() -> int:

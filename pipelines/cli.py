@@ -34,6 +34,7 @@ COMMANDS = {
     ),
     "doctor": Command("pipelines.doctor", "what works on this machine, and why not"),
     "bench": Command("eval.efficiency", "time sparse attention against dense, after a correctness gate"),
+    "tune": Command("eval.tune", "measure the kernels' launch configurations on this GPU and keep the best"),
 }
 
 EXAMPLE = """\

@@ -37,7 +37,7 @@ def test_json_has_versions_devices_and_checks(xattn):
     assert {check["name"] for check in report["checks"]} >= {"torchvision", "diffusers", "ffmpeg", "lpips", "ftfy"}
     cpu = report["devices"][0]
     assert (cpu["device"], cpu["auto"]) == ("cpu", "cpu")
-    assert cpu["backends"]["cpu"] is cpu["backends"]["reference"] is None
+    assert cpu["backends"]["cpu"] is cpu["backends"]["reference"] is cpu["backends"]["flex"] is None
     assert "GPU" in cpu["backends"]["triton"]
     if not torch.cuda.is_available():
         assert "CUDA" in report["devices"][-1]["reason"]
@@ -47,6 +47,7 @@ def test_a_device_without_a_fast_backend_says_dense_and_why():
     device = doctor._device("mps", "Apple")
     assert device["auto"].startswith("dense attention only (triton: it needs an NVIDIA or AMD GPU")
     assert device["backends"]["cpu"] == "it runs on a CPU, not on mps"
+    assert device["backends"]["flex"] == "it runs on a CPU and on an NVIDIA or AMD GPU, not on mps"
 
 
 def test_a_diffusers_out_of_range_is_broken_with_its_mend(xattn, monkeypatch):

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
+import importlib
 import json
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
-from eval import efficiency
+from eval import bench_cases, bench_plots, demo_tensors, efficiency
+from eval.bench_cases import Case
+from eval.demo_tensors import DemoTensors
 from pipelines.cli import main
+from xattn_video import XAttnConfig
 
 ARGUMENTS = ["bench", "--device", "cpu", "--tokens", "1100", "--heads", "2", "--rounds", "1"]
 
@@ -33,7 +41,8 @@ def test_bench_prints_a_table_and_ends_in_json(
         assert row["device"]
         assert row["versions"]["torch"] == torch.__version__
         assert row["config"]["threshold"] == 0.9
-    assert sum(line.strip().startswith("video-1100") for line in lines) == 2
+    # A line in the first table, and one for each kernel and stage in the second.
+    assert sum(line.strip().startswith("video-1100") for line in lines) == 2 + 2 * 5
 
     assert main([*ARGUMENTS, "--causal", "--record"]) == 0
     capsys.readouterr()
@@ -71,6 +80,7 @@ def test_nothing_is_timed_or_recorded_when_the_result_is_wrong(
         (["--stride", "3"], "stride"),
         (["--threshold", "0"], "threshold"),
         (["--device", "tpu"], "--device"),
+        (["--inputs", "demo"], "--tokens does not go with --inputs demo"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_two(
@@ -80,3 +90,169 @@ def test_bad_input_is_one_line_and_exit_code_two(
     error = capsys.readouterr().err.strip()
     assert named in error
     assert "\n" not in error
+
+
+def test_the_numbers_of_a_row_follow_from_its_times() -> None:
+    case = Case("video-1000", 10, 10, 10, 0, 3, 64, "fp32")
+    config = XAttnConfig(stride=16)
+    seconds = {
+        "sdpa": [0.4, 0.5, 0.9],
+        "flex": [0.3, 0.6, 0.9],
+        "flex-sparse": [0.05, 0.05, 0.06],
+        "score": [0.01, 0.02, 0.03],
+        "select": [0.001, 0.002, 0.003],
+        "attend": [0.08, 0.09, 0.1],
+        "total": [0.1, 0.11, 0.2],
+    }
+    row = efficiency.summarize(case, config, 0.25, seconds, ("sdpa", "flex"))
+    # A sparse kernel is no dense one, however fast it is.
+    assert row["dense_kernel"] == "flex"
+    assert row["speedup"] == pytest.approx(row["best_ms"]["flex"] / row["best_ms"]["total"]) == pytest.approx(3.0)
+    assert row["speedup_of_medians"] == pytest.approx(600 / 110)
+    assert row["ideal_speedup"] == pytest.approx(1 / (0.25 + 1 / 32))
+    assert row["reached"] == pytest.approx(row["speedup"] / row["ideal_speedup"])
+    operations = 4 * 1000 * 1000 * 64 * 3
+    expected = {
+        "sdpa": operations / 0.4,
+        "flex": operations / 0.3,
+        "flex-sparse": 0.25 * operations / 0.05,
+        "score": operations / 32 / 0.01,
+        "attend": 0.25 * operations / 0.08,
+        "total": (0.25 + 1 / 32) * operations / 0.1,
+    }
+    assert row["tflops"] == pytest.approx({name: value / 1e12 for name, value in expected.items()})
+    causal = efficiency.summarize(dataclasses.replace(case, causal=True), config, 0.25, seconds, ("sdpa", "flex"))
+    assert causal["tflops"]["sdpa"] == pytest.approx(row["tflops"]["sdpa"] / 2)
+
+
+def test_a_kernel_that_is_wrong_or_raises_is_listed_and_not_timed(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = {"wrong": 0, "nan": 0}
+    right = efficiency.dense_candidates
+
+    def with_bad_ones(problem: efficiency.Problem) -> dict[str, Callable[[], Tensor]]:
+        found = right(problem)
+
+        def off(name: str, factor: float) -> Tensor:
+            calls[name] += 1
+            return found["sdpa"]() * factor
+
+        def raising() -> Tensor:
+            raise RuntimeError("no kernel image\nis available")
+
+        def missing() -> Tensor:
+            return importlib.import_module("a_package_that_is_not_here").attend()
+
+        bad = {"wrong": partial(off, "wrong", 1.01), "nan": partial(off, "nan", float("nan"))}
+        return found | bad | {"raising": raising, "missing": missing}
+
+    monkeypatch.setattr(efficiency, "dense_candidates", with_bad_ones)
+    assert main(ARGUMENTS) == 0
+    lines = capsys.readouterr().out.splitlines()
+    (row,) = json.loads(lines[-1])["rows"]
+    assert set(row["median_ms"]) == {"sdpa", "score", "select", "attend", "total"}
+    assert set(row["not_timed"]) == {"wrong", "nan", "raising", "missing"}
+    assert row["not_timed"]["wrong"].startswith("wrong result: off float64 by 1.00e-02")
+    assert row["not_timed"]["raising"] == "RuntimeError: no kernel image is available"
+    assert row["not_timed"]["missing"] == "not installed: a_package_that_is_not_here"
+    # Once for the judgement, never for a time.
+    assert calls == {"wrong": 1, "nan": 1}
+    assert "not timed: raising: RuntimeError: no kernel image is available" in lines
+
+
+def test_attention_that_is_wrong_on_the_timed_problem_ends_the_bench(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = efficiency.attend_blocks
+    monkeypatch.setattr(efficiency, "attend_blocks", lambda problem: right(problem) * 1.001)
+    assert main(ARGUMENTS) == 1
+    report = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert report["rows"] == []
+    assert "video-1100: attend: wrong result" in report["failures"][0]
+
+
+def test_both_pictures_are_written_and_show_the_rows(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="pictures need matplotlib")
+    folder = tmp_path / "new" / "plots"
+    arguments = ["bench", "--device", "cpu", "--tokens", "600", "1100", "--heads", "2", "--rounds", "1"]
+    assert main([*arguments, "--plot", str(folder)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    rows = json.loads(lines[-1])["rows"]
+    for name in ("speedup.png", "stages.png"):
+        assert (folder / name).read_bytes().startswith(b"\x89PNG")
+        assert f"wrote {folder / name}" in lines
+    (axes,) = bench_plots.speedup_figure(rows).axes
+    measured, ideal = axes.get_lines()[:2]
+    assert list(measured.get_xdata()) == list(ideal.get_xdata()) == [600, 1100]
+    assert list(measured.get_ydata()) == [row["speedup"] for row in rows]
+    assert list(ideal.get_ydata()) == [row["ideal_speedup"] for row in rows]
+    (axes,) = bench_plots.breakdown_figure(rows).axes
+    ends = [0.0] * len(rows)
+    for bars, stage in zip(axes.containers, ("score", "select", "attend"), strict=True):
+        widths = [bar.get_width() for bar in bars]
+        assert widths == pytest.approx([row["best_ms"][stage] / row["best_ms"]["sdpa"] for row in rows])
+        assert [bar.get_x() for bar in bars] == pytest.approx(ends)
+        ends = [end + width for end, width in zip(ends, widths, strict=True)]
+
+
+def test_plots_without_matplotlib_or_a_folder_are_refused_before_anything_is_timed(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(efficiency, "_measure", lambda *_: pytest.fail("timed"))
+    monkeypatch.setattr(bench_plots.importlib.util, "find_spec", lambda name: None)
+    assert main([*ARGUMENTS, "--plot", str(tmp_path / "plots")]) == 2
+    assert "--plot needs matplotlib; install it with: pip install 'xattn-video[plot]'" in capsys.readouterr().err
+    monkeypatch.setattr(bench_plots.importlib.util, "find_spec", lambda name: name)
+    assert main([*ARGUMENTS, "--plot", str(tmp_path / "file")]) == 2
+    assert "--plot: cannot make the folder" in capsys.readouterr().err
+
+
+def test_text_inputs_are_causal(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*ARGUMENTS, "--inputs", "text"]) == 0
+    (row,) = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
+    assert (row["name"], row["inputs"], row["causal"]) == ("causal-1100", "text", True)
+
+
+def test_demo_inputs_are_the_saved_tensors(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(0)
+
+    def entry(name: str) -> DemoTensors:
+        parts = [torch.randn(1, 1, 720, 24, generator=generator).bfloat16() for _ in range(3)]
+        return DemoTensors(name, 1, 0, 9, *parts, grid=(5, 12, 12))
+
+    entries = [entry("layer1.head0.step09"), entry("layer3.head1.step02")]
+    monkeypatch.setattr(demo_tensors, "load_demo_qkv", lambda: entries)
+    assert main(["bench", "--device", "cpu", "--rounds", "1", "--inputs", "demo"]) == 0
+    rows = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
+    assert [row["name"] for row in rows] == ["demo-layer1.head0.step09", "demo-layer3.head1.step02"]
+    for row in rows:
+        assert (row["tokens"], row["heads"], row["head_dim"], row["dtype"]) == (720, 1, 24, "bf16")
+        assert row["locality"] is None
+    case = Case("demo-layer3.head1.step02", 5, 12, 12, 0, 1, 24, "bf16", inputs="demo")
+    query, key, value = bench_cases.make_inputs(case, 0.5, torch.device("cpu"))
+    for got, expected in ((query, entries[1].query), (key, entries[1].key), (value, entries[1].value)):
+        assert torch.equal(got, expected)
+
+
+def test_demo_inputs_that_are_not_there_are_one_line(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(demo_tensors, "DEMO_QKV", tmp_path / "none.safetensors")
+    assert main(["bench", "--device", "cpu", "--inputs", "demo"]) == 2
+    assert "none.safetensors: no such file" in capsys.readouterr().err
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA or ROCm device")
+def test_every_kernel_on_a_gpu_is_timed_or_has_its_reason(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["bench", "--device", "cuda", "--tokens", "4096", "--head-dim", "128", "--rounds", "1"]
+    for inputs in ("video", "text"):
+        assert main([*arguments, "--inputs", inputs]) == 0
+        (row,) = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
+        named = set(row["median_ms"]) | set(row["not_timed"])
+        assert named >= {"sdpa", "sdpa-flash", "sdpa-cudnn", "sdpa-efficient", "flex", "flex-sparse", "flashinfer"}
+        assert named >= {"flash-attn-2", "flash-attn-3", "flash-attn-4"}
+        assert {"flex", "flex-sparse"} <= set(row["median_ms"]), row["not_timed"]
+        assert set(row["peak_extra_mb"]) == set(row["median_ms"])

@@ -15,7 +15,8 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 # after the skips: these import triton
 from eval import static_evidence  # noqa: E402
 from eval.static_evidence import Case  # noqa: E402
-from xattn_video.kernels.launch import launch_config, load_table  # noqa: E402
+from xattn_video.kernels.launch import launch_config  # noqa: E402
+from xattn_video.kernels.launch_tables import shipped_table  # noqa: E402
 
 CASES = list(static_evidence.default_cases())
 
@@ -48,7 +49,7 @@ def test_every_table_entry_is_compiled():
     }
     listed = {
         (kernel, id(entry))
-        for kernel, classes in load_table("default").items()
+        for kernel, classes in shipped_table("default").items()
         for entries in classes.values()
         for entry in entries.values()
     }

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 SELECTIONS = ("threshold", "top_k", "top_ratio")
-BACKENDS = ("auto", "reference", "cpu", "triton")
+BACKENDS = ("auto", "reference", "cpu", "triton", "flex")
 
 # The settings under which the paper reports each model family (its section 4.1).
 PRESETS: dict[str, dict[str, Any]] = {
@@ -35,7 +35,8 @@ class XAttnConfig:
         selection: `"threshold"`, or for ablations `"top_k"` (needs `top_k`) or `"top_ratio"` (needs `top_ratio`).
         top_k: key blocks kept a query block.
         top_ratio: share of the valid key blocks kept a query block, in (0, 1].
-        backend: `"auto"` (Triton on a GPU, the CPU path on a CPU), `"triton"`, `"cpu"` or `"reference"`.
+        backend: `"auto"` (Triton on a GPU, the CPU path on a CPU), `"triton"`, `"cpu"`, `"flex"` (torch's
+            FlexAttention attends, the device's own backend scores and selects) or `"reference"`.
 
     Raises:
         ValueError: a setting is out of its range; the message names it.

@@ -33,6 +33,8 @@ def unavailable_reason(name: str, device: torch.device, dtype: torch.dtype = tor
         return None if device.type == "cpu" else f"it runs on a CPU, not on {device.type}"
     if name == "triton":
         return _triton_unavailable_reason(device, dtype)
+    if name == "flex":
+        return _flex_unavailable_reason(device, dtype)
     raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {name!r}")
 
 
@@ -47,6 +49,13 @@ def _triton_unavailable_reason(device: torch.device, dtype: torch.dtype) -> str 
     if device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
         return "it needs an NVIDIA GPU of compute capability 8.0 or newer"
     return None
+
+
+def _flex_unavailable_reason(device: torch.device, dtype: torch.dtype) -> str | None:
+    if device.type not in ("cpu", "cuda"):
+        return f"it runs on a CPU and on an NVIDIA or AMD GPU, not on {device.type}"
+    # Compiled by Triton, and scores and selection are the Triton backend's.
+    return None if device.type == "cpu" else _triton_unavailable_reason(device, dtype)
 
 
 @cache
@@ -72,25 +81,26 @@ def resolve(name: str, device: torch.device, dtype: torch.dtype) -> Backend:
             raise ValueError(
                 f"no fast backend runs {dtype} on {device.type}; backend='reference' does, for short sequences"
             )
-        return _load(chosen)
+        return _load(chosen, device)
     reason = unavailable_reason(name, device, dtype)
     if reason is not None:
         usable = [other for other in BACKENDS if other != "auto" and unavailable_reason(other, device, dtype) is None]
         raise ValueError(f"backend {name!r} cannot run here: {reason}; usable: {', '.join(usable)}")
-    return _load(name)
+    return _load(name, device)
 
 
 # Not functools.cache, which torch.compile warns about.
-_LOADED: dict[str, Backend] = {}
+_LOADED: dict[tuple[str, str], Backend] = {}
 
 
-def _load(name: str) -> Backend:
-    if name not in _LOADED:
-        _LOADED[name] = _import(name)
-    return _LOADED[name]
+def _load(name: str, device: torch.device) -> Backend:
+    key = (name, device.type)
+    if key not in _LOADED:
+        _LOADED[key] = _import(name, device)
+    return _LOADED[key]
 
 
-def _import(name: str) -> Backend:
+def _import(name: str, device: torch.device) -> Backend:
     from .. import reference
 
     if name == "reference":
@@ -99,6 +109,11 @@ def _import(name: str) -> Backend:
         from . import cpu
 
         return Backend(name, cpu.antidiagonal_scores, reference.select, cpu.block_sparse_forward)
+    if name == "flex":
+        from . import flex
+
+        own = _import("cpu" if device.type == "cpu" else "triton", device)
+        return own._replace(name=name, block_sparse_forward=flex.block_sparse_forward)
     from ..kernels.antidiagonal_scores import antidiagonal_scores
     from ..kernels.block_selection import select
     from ..kernels.block_sparse import block_sparse_forward

@@ -221,7 +221,7 @@ def scores_arguments(
 ) -> tuple[tuple[int, int], dict[str, Any]]:
     """Grid and keyword arguments of the kernel, launch options included; query and key have a dense last dimension."""
     batch, query_heads, q_len, head_dim = query.shape
-    config = config or launch_config("antidiagonal_scores", query.dtype, head_dim)
+    config = config or launch_config("antidiagonal_scores", query.dtype, head_dim, query.device)
     groups = block_size // stride
     # a tile holds whole blocks
     block_r, block_c = max(config["BLOCK_R"], groups), max(config["BLOCK_C"], groups)

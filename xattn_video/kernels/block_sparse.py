@@ -240,7 +240,7 @@ def block_sparse_arguments(
 ) -> tuple[tuple[int, int], dict[str, Any]]:
     """Grid and keyword arguments of the kernel, launch options included; the tensors have a dense last dimension."""
     batch, query_heads, q_len, head_dim = query.shape
-    config = config or launch_config("block_sparse", query.dtype, head_dim)
+    config = config or launch_config("block_sparse", query.dtype, head_dim, query.device)
     # a tile lies inside one block
     block_m, block_n = min(config["BLOCK_M"], block_size), min(config["BLOCK_N"], block_size)
     grid = (triton.cdiv(q_len, block_m), batch * query_heads)

@@ -1,18 +1,14 @@
-"""Launch configurations (data, not code) and the small host-side helpers that every launcher shares."""
+"""The small host-side helpers that every launcher shares; launch configurations are data, see launch_tables.py."""
 
 from __future__ import annotations
 
 import contextlib
-import functools
-import json
-from collections.abc import Mapping
-from importlib import resources
 from typing import Any
 
 import torch
 from triton.runtime.interpreter import InterpretedFunction
 
-LaunchConfig = Mapping[str, int]
+from .launch_tables import LaunchConfig, find_config
 
 # natural logarithm of 2, and its inverse: the kernels work in powers of two
 LN2 = 0.6931471805599453
@@ -23,13 +19,6 @@ COMPILE_OPTIONS = {"enable_fp_fusion": True}
 
 SUPPORTED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MAX_HEAD_DIM = 256
-
-
-@functools.cache
-def load_table(name: str) -> dict[str, Any]:
-    """Read launch_configs/<name>.json: {kernel: {"16-bit" | "32-bit": {largest head_dim: configuration}}}."""
-    file = resources.files(__package__).joinpath("launch_configs", f"{name}.json")
-    return json.loads(file.read_text(encoding="utf-8"))
 
 
 def check_supported(dtype: torch.dtype, head_dim: int) -> None:
@@ -43,10 +32,12 @@ def check_supported(dtype: torch.dtype, head_dim: int) -> None:
         )
 
 
-def launch_config(kernel: str, dtype: torch.dtype, head_dim: int, table: str = "default") -> LaunchConfig:
-    """Tile sizes, warps and stages of a kernel: the entry of the smallest listed head_dim that is large enough."""
-    rows = load_table(table)[kernel]["32-bit" if dtype == torch.float32 else "16-bit"]
-    return rows[str(min(int(limit) for limit in rows if int(limit) >= head_dim))]
+def launch_config(kernel: str, dtype: torch.dtype, head_dim: int, device: torch.device | None = None) -> LaunchConfig:
+    """Tile sizes, warps and stages of a kernel on that device; None is the table that suits every GPU.
+
+    Raises ValueError for a malformed table.
+    """
+    return find_config(kernel, dtype, head_dim, device)
 
 
 def is_interpreted(kernel: object) -> bool:

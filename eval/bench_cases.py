@@ -1,0 +1,119 @@
+"""The attention calls that the bench times: their shapes, and the queries, keys and values put into them."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pipelines.errors import UserError
+from xattn_video.synthetic import causal_text_like_qkv, video_like_qkv
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+INPUTS = ("video", "demo", "text")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One attention shape: the video in latent tokens, then text; or a causal sequence of `tokens`.
+
+    `inputs` is what fills it: `video` and `text` are generated, `demo` is the demo model's tensors of that name.
+    """
+
+    name: str
+    frames: int
+    height: int
+    width: int
+    text_tokens: int
+    heads: int
+    head_dim: int
+    dtype: str
+    causal: bool = False
+    inputs: str = "video"
+
+    @property
+    def tokens(self) -> int:
+        return self.frames * self.height * self.width + self.text_tokens
+
+
+# ALGORITHM section 6.
+GPU_CASES = (
+    Case("wan-1.3b-480p", 21, 30, 52, 0, 12, 128, "bf16"),
+    Case("wan-14b-720p", 21, 45, 80, 0, 40, 128, "bf16"),
+    Case("hunyuan-video-720p", 33, 45, 80, 256, 24, 128, "bf16"),
+)
+GPU_FULL_TOKENS = (8192, 32768, 131072, 262144)
+CPU_FULL_TOKENS = (7168, 8192, 16384)
+
+
+def chosen_cases(args: argparse.Namespace, device: torch.device) -> list[Case]:
+    """What the arguments ask for; without any, the device's own shapes. Raises `UserError` for what does not go."""
+    inputs = args.inputs or ("text" if args.causal else "video")
+    causal = args.causal or inputs == "text"
+    if inputs == "demo":
+        return _demo_cases(args)
+    chosen = (args.tokens, args.heads, args.head_dim, args.dtype)
+    gpu = device.type == "cuda"
+    if gpu and all(value is None for value in chosen) and not causal:
+        cases = list(GPU_CASES)
+        if args.full:
+            cases += [_sized(tokens, 24, 128, "bf16", True, "text") for tokens in GPU_FULL_TOKENS]
+        return cases
+    full_tokens = GPU_FULL_TOKENS if gpu else CPU_FULL_TOKENS
+    tokens = args.tokens or (full_tokens if args.full else full_tokens[:1])
+    head_dims = args.head_dim or ((64, 128) if args.full else (64,))
+    dtypes = args.dtype or (("bf16",) if gpu else ("fp32", "bf16") if args.full else ("fp32",))
+    heads = 4 if args.heads is None else args.heads
+    for name, values, least in (("--tokens", tokens, 128), ("--heads", [heads], 1), ("--head-dim", head_dims, 8)):
+        for value in values:
+            if value < least:
+                raise UserError(f"{name} must be {least} or more, got {value}")
+    return [_sized(n, heads, dim, dtype, causal, inputs) for n in tokens for dim in head_dims for dtype in dtypes]
+
+
+def _sized(tokens: int, heads: int, head_dim: int, dtype: str, causal: bool, inputs: str) -> Case:
+    """A video of about 1,024 tokens a frame; what does not fill its last row is text."""
+    frames = max(1, round(tokens / 1024))
+    width = min(32, tokens // frames)
+    height = tokens // frames // width
+    name = f"{'causal' if causal else 'video'}-{tokens}"
+    return Case(name, frames, height, width, tokens - frames * height * width, heads, head_dim, dtype, causal, inputs)
+
+
+def _demo_cases(args: argparse.Namespace) -> list[Case]:
+    given = {"--tokens": args.tokens, "--heads": args.heads, "--head-dim": args.head_dim, "--causal": args.causal}
+    for option, value in given.items():
+        if value:
+            raise UserError(f"{option} does not go with --inputs demo, whose tensors have a shape of their own")
+    from eval.demo_tensors import load_demo_qkv
+
+    try:
+        entries = load_demo_qkv()
+    except (FileNotFoundError, ValueError) as error:
+        raise UserError(f"--inputs demo: {error}") from error
+    return [
+        Case(f"demo-{entry.name}", *entry.grid, 0, 1, entry.query.shape[3], dtype, inputs="demo")
+        for entry in entries
+        for dtype in args.dtype or ("bf16",)
+    ]
+
+
+def make_inputs(case: Case, locality: float, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Query, key and value `[1, heads, tokens, head_dim]` on the device; `locality` is for generated ones."""
+    dtype = DTYPES[case.dtype]
+    if case.inputs == "demo":
+        from eval.demo_tensors import load_demo_qkv
+
+        (entry,) = (entry for entry in load_demo_qkv() if f"demo-{entry.name}" == case.name)
+        parts = (entry.query, entry.key, entry.value)
+    elif case.inputs == "text":
+        parts = causal_text_like_qkv(1, case.heads, case.tokens, case.head_dim, locality=locality, dtype=dtype)
+    else:
+        video = (case.frames, case.height, case.width)
+        parts = video_like_qkv(
+            1, case.heads, *video, case.head_dim, locality=locality, dtype=dtype, text_tokens=case.text_tokens
+        )
+    query, key, value = (part.to(device, dtype) for part in parts)
+    return query, key, value

@@ -1,0 +1,96 @@
+"""The kernels that the bench compares with are called as their packages want it, and judged before they are timed."""
+
+from __future__ import annotations
+
+import sys
+import types
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from eval import dense_kernels
+from eval.dense_kernels import Problem
+
+NAMES = {"flash-attn-2": "flash_attn", "flash-attn-3": "flash_attn_interface", "flash-attn-4": "flash_attn.cute"}
+
+
+def problem(causal: bool, length: int = 200) -> Problem:
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(2, heads, length, 32, generator=generator) for heads in (4, 2, 2))
+    return Problem(query, key, value, causal)
+
+
+def gpu_candidates(case: Problem, monkeypatch: pytest.MonkeyPatch) -> dict[str, dense_kernels.Kernel]:
+    """The candidates that a GPU gets, on tensors of the CPU."""
+    with monkeypatch.context() as patch:
+        patch.setattr(Tensor, "device", property(lambda self: types.SimpleNamespace(type="cuda")))
+        return dense_kernels.dense_candidates(case)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("name", [*NAMES, "flashinfer"])
+def test_packages_get_the_layout_they_take(name, causal, monkeypatch):
+    def flash_attn_func(query: Tensor, key: Tensor, value: Tensor, *, causal: bool) -> Any:
+        parts = (part.transpose(1, 2) for part in (query, key, value))
+        output = scaled_dot_product_attention(*parts, is_causal=causal, enable_gqa=True).transpose(1, 2)
+        return (output, None) if name == "flash-attn-4" else output
+
+    def single_prefill_with_kv_cache(query: Tensor, key: Tensor, value: Tensor, *, causal: bool) -> Tensor:
+        assert query.ndim == 3
+        return flash_attn_func(query[None], key[None], value[None], causal=causal)[0]
+
+    module: Any = types.ModuleType(name)
+    module.flash_attn_func, module.single_prefill_with_kv_cache = flash_attn_func, single_prefill_with_kv_cache
+    monkeypatch.setitem(sys.modules, NAMES.get(name, name), module)
+    case = problem(causal)
+    judged = dense_kernels.judge({name: gpu_candidates(case, monkeypatch)[name]}, case)
+    assert judged.refused == {}
+    assert set(judged.kernels) == {name}
+
+
+def test_what_is_not_installed_says_so(monkeypatch):
+    case = problem(False)
+    found = gpu_candidates(case, monkeypatch)
+    # Compiling FlexAttention takes its time: it has a test of its own.
+    del found["flex"]
+    judged = dense_kernels.judge(found, case)
+    assert set(found) == set(judged.kernels) | set(judged.refused)
+    for name, package in {**NAMES, "flashinfer": "flashinfer"}.items():
+        assert judged.refused[name] == f"not installed: {package.split('.')[0]}"
+    assert "sdpa" in judged.kernels
+
+
+def test_the_causal_mask_of_flex_attention_is_the_triangle_of_blocks_and_tokens():
+    mask = dense_kernels._causal_mask(500, torch.device("cpu"))
+    assert torch.equal(mask.to_dense()[0, 0].bool(), torch.ones(4, 4).tril().bool())
+    assert mask.full_kv_num_blocks.tolist() == [[[0, 1, 2, 3]]]
+    tokens = torch.arange(500)
+    assert torch.equal(mask.mask_mod(0, 3, tokens[:, None], tokens), torch.ones(500, 500).tril().bool())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("causal", [False, True])
+def test_flex_attention_compiled(causal, monkeypatch):
+    case = problem(causal)
+    flex = gpu_candidates(case, monkeypatch)["flex"]
+    with torch.no_grad():
+        judged = dense_kernels.judge({"flex": flex}, case)
+    assert judged.refused == {}
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_a_wrong_block_is_seen(causal):
+    case = problem(causal, 600)
+    block_mask = torch.rand(2, 4, 5, 5, generator=torch.Generator().manual_seed(1)) < 0.6
+    block_mask |= torch.eye(5, dtype=torch.bool)
+    sparse = Problem(case.query, case.key, case.value, causal, block_mask)
+    other = block_mask.clone()
+    other[1, 2, 3, 1] ^= True
+    wrong = Problem(case.query, case.key, case.value, causal, other)
+    candidates = {"own": lambda: dense_kernels.attend_blocks(sparse), "off": lambda: dense_kernels.attend_blocks(wrong)}
+    judged = dense_kernels.judge(candidates, sparse)
+    assert set(judged.kernels) == {"own"}
+    assert judged.refused["off"].startswith("wrong result: off float64 by")

@@ -1,0 +1,211 @@
+"""`xattn-video tune`, as far as no GPU is needed: what is tried, what wins, what is written, and that checks check."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from eval import tune
+from eval.tune import Trial
+from pipelines.cli import main
+from xattn_video.kernels import launch_tables
+
+ROOT = Path(__file__).resolve().parent.parent
+CONFIG = {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 2}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_without_a_gpu_it_is_one_line_and_exit_code_two(capsys):
+    assert main(["tune"]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err == "xattn-video: error: tune measures on a GPU, and torch sees none here\n"
+
+
+@pytest.mark.parametrize("bits", ["16-bit", "32-bit"])
+@pytest.mark.parametrize("head_dim", [64, 80, 128, 256])
+@pytest.mark.parametrize("kernel", tune.KERNELS)
+def test_candidates_are_the_own_one_and_others_that_fit_the_table(kernel, head_dim, bits):
+    own = launch_tables.lookup(launch_tables.packaged_table("default"), kernel, bits, head_dim)
+    found = tune.candidates(kernel, bits, head_dim, own)
+    assert found[0] == own
+    assert len(found) > 4
+    assert len({tuple(sorted(config.items())) for config in found}) == len(found)
+    for config in found:
+        launch_tables.format_table({kernel: {bits: {str(head_dim): config}}}, {})
+    for config in found[1:]:
+        assert tune.accumulators(kernel, config, head_dim) <= tune.MOST_ACCUMULATORS
+
+
+def test_a_candidate_keeps_what_only_the_own_configuration_has():
+    found = tune.candidates("block_sparse", "16-bit", 128, {**CONFIG, "DESCRIPTORS": 1})
+    assert all(config["DESCRIPTORS"] == 1 for config in found)
+
+
+def test_an_unknown_kernel_is_a_value_error():
+    with pytest.raises(ValueError, match="kernel must be one of antidiagonal_scores, block_sparse, got 'x'"):
+        tune.candidates("x", "16-bit", 128, CONFIG)
+
+
+def with_stages(stages: int) -> dict[str, int]:
+    return {**CONFIG, "num_stages": stages}
+
+
+def test_what_is_wrong_or_raises_is_never_timed():
+    timed = []
+
+    def check(config: Any) -> str | None:
+        if config["num_stages"] == 3:
+            raise RuntimeError("out of resource: shared memory\nRequired: 294912")
+        return "wrong result: off" if config["num_stages"] == 4 else None
+
+    def measure(config: Any) -> float:
+        timed.append(config["num_stages"])
+        return 10.0 / config["num_stages"]
+
+    trials = tune.run_trials([with_stages(stages) for stages in (2, 3, 4, 5)], check, measure)
+    assert timed == [2, 5]
+    assert [trial.milliseconds for trial in trials] == [5.0, None, None, 2.0]
+    assert trials[1].reason == "RuntimeError: out of resource: shared memory Required: 294912"
+    best = tune.choose(trials)
+    assert best is trials[3]
+    summary = tune.summarize(trials, best)
+    assert summary["gain"] == pytest.approx(2.5)
+    assert summary["left_out"] == {"RuntimeError": 1, "wrong result": 1}
+    line = tune.format_row(summary)
+    assert line.startswith("5.000 -> 2.000 ms, 2.50x, with BLOCK_M=128 BLOCK_N=64 num_warps=8 num_stages=5; 4 tried")
+
+
+def test_noise_is_no_gain_and_a_package_configuration_that_fails_is_said():
+    trials = [Trial(CONFIG, 1.0), Trial(with_stages(3), 0.99), Trial(with_stages(4), None, "wrong")]
+    assert tune.choose(trials) is trials[0]
+    assert tune.format_row(tune.summarize(trials, trials[0])).startswith("1.000 ms, the package's own stays; 3 tried")
+    with pytest.raises(ValueError, match="the package's own configuration fails here: wrong"):
+        tune.choose(trials[::-1])
+
+
+def test_the_users_table_keeps_what_was_not_measured():
+    before = {"block_sparse": {"16-bit": {"64": with_stages(3), "128": with_stages(4)}}}
+    after = tune.updated(
+        before, {("block_sparse", "16-bit", 128): None, ("block_sparse", "32-bit", 64): with_stages(1)}
+    )
+    assert after["block_sparse"]["16-bit"] == {"64": with_stages(3)}
+    assert after["block_sparse"]["32-bit"] == {"64": with_stages(1)}
+    assert "128" in before["block_sparse"]["16-bit"]
+
+
+@pytest.fixture
+def pretended_gpu(tmp_path, monkeypatch):
+    """A GPU of the class sm_90 as far as `run` asks, and trials whose times are made up."""
+    monkeypatch.setenv(launch_tables.FOLDER_VARIABLE, str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(launch_tables, "device_class", lambda device: "sm_90")
+    monkeypatch.setattr(tune, "device_name", lambda device: "a GPU")
+    times = {"antidiagonal_scores": (4.0, 4.0), "block_sparse": (4.0, 2.0)}
+
+    def made_up(kernel: str, *_: Any) -> list[Trial]:
+        return [Trial(CONFIG, times[kernel][0]), Trial(with_stages(4), times[kernel][1])]
+
+    monkeypatch.setattr(tune, "_tune", made_up)
+    launch_tables.forget_tables()
+    yield tmp_path / "sm_90.json"
+    launch_tables.forget_tables()
+
+
+def test_what_gains_is_written_and_read_by_the_next_launch(pretended_gpu, capsys):
+    assert main(["tune", "--dtype", "bf16", "fp16"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    report = json.loads(lines[-1])
+    # bf16 and fp16 share an entry.
+    assert [(row["kernel"], row["dtype"], row["gain"]) for row in report["rows"]] == [
+        ("antidiagonal_scores", "bf16", 1.0),
+        ("block_sparse", "bf16", 2.0),
+    ]
+    assert f"wrote {pretended_gpu}" in lines
+    written = json.loads(pretended_gpu.read_text())
+    assert written["about"]["device"] == "a GPU"
+    assert set(written) == {"about", "block_sparse"}
+    found = launch_tables.find_config("block_sparse", torch.float16, 128, torch.device("cuda", 0))
+    assert found == with_stages(4)
+    assert main(["tune"]) == 0
+    assert f"nothing to change in {pretended_gpu}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--head-dim", "4"], "--head-dim must be 8 or more and 256 or less, got 4"),
+        (["--head-dim", "512"], "--head-dim must be 8 or more and 256 or less, got 512"),
+        (["--tokens", "100"], "--tokens must be 2048 or more, got 100"),
+        (["--rounds", "0"], "--rounds must be 1 or more, got 0"),
+    ],
+)
+def test_bad_input_is_refused(arguments, words, pretended_gpu, capsys):
+    assert main(["tune", *arguments]) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_a_malformed_table_is_refused_before_anything_is_measured(pretended_gpu, monkeypatch, capsys):
+    pretended_gpu.write_text("{}}")
+    monkeypatch.setattr(tune, "_tune", lambda *_: pytest.fail("measured"))
+    assert main(["tune"]) == 2
+    assert "sm_90.json: not JSON" in capsys.readouterr().err
+
+
+CHECKS = """
+import torch
+from eval import tune
+from xattn_video.kernels import launch_tables
+
+for kernel in tune.KERNELS:
+    own = launch_tables.find_config(kernel, torch.bfloat16, 32)
+    runner = tune.small_runner(kernel, torch.bfloat16, 32, kernel == "block_sparse", torch.device("cpu"))
+    check = tune.checker([runner])
+    assert check(own) is None, check(own)
+    right = runner.empty()
+    runner.launch(own, right)
+    for wrong in (right.index_fill(2, torch.tensor([3]), torch.nan), right.flip(1), right * 1.05):
+        runner.launch = lambda config, output: output.copy_(wrong)
+        assert check(own).startswith("wrong result: off float64 by"), check(own)
+    # A launch that writes nothing leaves NaN.
+    runner.launch = lambda config, output: None
+    assert check(own).startswith("wrong result: off float64 by nan"), check(own)
+
+    waits = []
+    torch.cuda.synchronize = waits.append
+    runner = tune.large_runner(kernel, torch.float32, 16, 1024, 1, torch.device("cpu"))
+    assert runner.query.shape == (1, 1, 1024, 16)
+    assert 0 < runner.block_mask.float().mean() < 1
+    # Milliseconds: the interpreter takes more than one.
+    assert tune.timer(runner, 1)(launch_tables.find_config(kernel, torch.float32, 16)) > 1
+    # Before and after the launch.
+    assert len(waits) == 2
+"""
+
+
+def test_checks_pass_right_launches_and_see_wrong_ones_and_launches_are_timed(tmp_path):
+    """The kernels run in Triton's interpreter, in a process of its own."""
+    pytest.importorskip("triton", reason="Triton is for Linux only")
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "TRITON_CACHE_DIR": str(tmp_path)}
+    command = [sys.executable, "-c", CHECKS]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, timeout=250)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA or ROCm device")
+def test_it_measures_on_a_gpu(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv(launch_tables.FOLDER_VARIABLE, str(tmp_path))
+    monkeypatch.setattr(tune, "candidates", lambda kernel, bits, head_dim, own: [own, {**own, "num_stages": 1}])
+    assert main(["tune", "--tokens", "4096", "--heads", "2", "--rounds", "3"]) == 0
+    report = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert [row["kernel"] for row in report["rows"]] == list(tune.KERNELS)
+    assert all(row["own"]["ms"] > 0 for row in report["rows"])

@@ -1,0 +1,197 @@
+"""The `flex` backend: torch's FlexAttention over the kept blocks. The device's own backend scores and selects.
+
+On a GPU FlexAttention is compiled, once for each dtype, head count and head dimension; the first call waits for that.
+On a CPU it runs uncompiled and holds every logit in memory at once: right for a check, not for work.
+It has been in torch since 2.5. What changed since 2.6 is met here: from 2.8 on it takes head dimensions that are no
+power of two; from 2.9 on `return_aux` asks for the log-sum-exp, and lists for a backward pass can be left out.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention import flex_attention as torch_flex
+from torch.nn.attention.flex_attention import BlockMask
+
+from ..blocks import mask_to_lists, num_blocks, query_key_range
+
+_ANY_HEAD_DIM = tuple(int(number) for number in torch.__version__.split(".")[:2]) >= (2, 8)
+_HAS_AUX = hasattr(torch_flex, "AuxRequest")
+_MIN_GPU_HEAD_DIM = 16
+# FlexAttention's own tiles divide this.
+_GPU_BLOCK_SIZE = 128
+
+
+def check_supported(device: torch.device, head_dim: int, block_size: int) -> None:
+    """Raise `ValueError` for a head dimension or block size that FlexAttention cannot take on this device."""
+    if not _ANY_HEAD_DIM and head_dim & (head_dim - 1):
+        raise ValueError(
+            f"head_dim must be a power of two for the flex backend with torch {torch.__version__} (any from 2.8 on), "
+            f"got {head_dim}"
+        )
+    if device.type == "cpu":
+        return
+    if head_dim < _MIN_GPU_HEAD_DIM:
+        raise ValueError(f"head_dim must be at least {_MIN_GPU_HEAD_DIM} for the flex backend on a GPU, got {head_dim}")
+    if block_size % _GPU_BLOCK_SIZE:
+        raise ValueError(
+            f"block_size must be a multiple of {_GPU_BLOCK_SIZE} for the flex backend on a GPU, whose tiles are "
+            f"that large, got {block_size}; use backend='triton'"
+        )
+
+
+def make_block_mask(
+    block_mask: Tensor,
+    q_len: int,
+    kv_len: int,
+    *,
+    block_size: int,
+    causal: bool,
+    kv_start: Tensor | None,
+    kv_lens: Tensor | None,
+) -> BlockMask:
+    """FlexAttention's mask of the kept blocks, made of their lists; no `[Sq, Sk]` mask is built.
+
+    Args:
+        block_mask: bool `[B, H, Nq, Nk]`.
+        q_len, kv_len: tokens.
+        block_size, causal, kv_start, kv_lens: as in `block_sparse_attention`.
+
+    Returns:
+        a mask whose whole lists name the kept blocks that are visible to the last pair, and whose partial lists name
+        those that the key range, the diagonal or the end of the keys cuts: only in these are tokens masked.
+    """
+    batch = block_mask.shape[0]
+    first, end = query_key_range(
+        q_len, kv_len, causal=causal, kv_start=kv_start, kv_lens=kv_lens, device=block_mask.device
+    )
+    begin = torch.arange(num_blocks(kv_len, block_size), device=block_mask.device) * block_size
+    # Of the queries of a block the first one sees the fewest keys.
+    whole = (first[:, ::block_size, None] <= begin) & (begin + block_size <= end[:, ::block_size, None])
+    indices, counts = mask_to_lists(block_mask & ~whole[:, None])
+    whole_indices, whole_counts = mask_to_lists(block_mask & whole[:, None])
+    first = first.expand(batch, -1).to(torch.int32).contiguous()
+    end = end.expand(batch, -1).to(torch.int32).contiguous()
+
+    def visible(item: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        # The lists say which blocks are visited; uncompiled FlexAttention visits all, so this says it again.
+        kept = block_mask[item, head, query // block_size, key // block_size]
+        return kept & (key >= first[item, query]) & (key < end[item, query])
+
+    options: dict[str, Any] = {"compute_q_blocks": False} if _HAS_AUX else {}
+    return BlockMask.from_kv_blocks(
+        counts,
+        indices,
+        whole_counts,
+        whole_indices,
+        BLOCK_SIZE=block_size,
+        mask_mod=visible,
+        seq_lengths=(q_len, kv_len),
+        **options,
+    )
+
+
+def block_sparse_forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    block_mask: Tensor,
+    *,
+    block_size: int,
+    causal: bool,
+    scale: float,
+    kv_start: Tensor | None,
+    kv_lens: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Attention over the kept blocks, as `reference.block_sparse_forward`: output and natural log-sum-exp.
+
+    Raises `ValueError` for a head dimension or block size that FlexAttention cannot take.
+    """
+    check_supported(query.device, query.shape[3], block_size)
+    return _flex_attend(query, key, value, block_mask, block_size, causal, scale, kv_start, kv_lens)
+
+
+@torch.library.custom_op("xattn_video::flex_attend", mutates_args=())
+def _flex_attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    block_mask: Tensor,
+    block_size: int,
+    causal: bool,
+    scale: float,
+    kv_start: Tensor | None,
+    kv_lens: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    q_len, kv_len = query.shape[2], key.shape[2]
+    if kv_start is not None or kv_lens is not None:
+        # A masked probability is 0, and 0 times whatever lies in the padding must be 0 too.
+        start, stop = query_key_range(1, kv_len, causal=False, kv_start=kv_start, kv_lens=kv_lens, device=query.device)
+        position = torch.arange(kv_len, device=query.device)
+        valid = (position >= start) & (position < stop)
+        value = value.masked_fill(~valid[:, None, :, None], 0)
+    bounds: dict[str, Any] = {"causal": causal, "kv_start": kv_start, "kv_lens": kv_lens}
+    mask = make_block_mask(block_mask, q_len, kv_len, block_size=block_size, **bounds)
+    parts = [part if part.stride(-1) == 1 else part.contiguous() for part in (query, key, value)]
+    with torch.no_grad():
+        output, lse = _compiled(query, key, block_size, scale)(*parts, mask, scale)
+    empty, empty_lse = _empty_outputs(query)
+    output = output if output.stride() == empty.stride() else empty.copy_(output)
+    return output, lse.to(empty_lse.dtype).contiguous()
+
+
+@_flex_attend.register_fake
+def _(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    block_mask: Tensor,
+    block_size: int,
+    causal: bool,
+    scale: float,
+    kv_start: Tensor | None,
+    kv_lens: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    return _empty_outputs(query)
+
+
+def _empty_outputs(query: Tensor) -> tuple[Tensor, Tensor]:
+    """Output in query's layout, and log-sum-exp in float32 (float64 for float64 inputs)."""
+    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+    return torch.empty_like(query), torch.empty(query.shape[:3], dtype=dtype, device=query.device)
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, mask: BlockMask, scale: float) -> tuple[Tensor, Tensor]:
+    wanted: dict[str, Any] = {"return_aux": torch_flex.AuxRequest(lse=True)} if _HAS_AUX else {"return_lse": True}
+    output, extra = torch_flex.flex_attention(
+        query,
+        key,
+        value,
+        block_mask=mask,
+        scale=scale,
+        enable_gqa=query.shape[1] != key.shape[1],
+        # Short queries would go to a decoding kernel with block rules of its own.
+        kernel_options={"FORCE_USE_FLEX_ATTENTION": True},
+        **wanted,
+    )
+    return output, extra.lse if _HAS_AUX else extra
+
+
+_COMPILED: dict[tuple[Any, ...], Callable[..., tuple[Tensor, Tensor]]] = {}
+
+
+def _compiled(query: Tensor, key: Tensor, block_size: int, scale: float) -> Callable[..., tuple[Tensor, Tensor]]:
+    """`_attend`, compiled for everything but the lengths of the sequences.
+
+    Each has code of its own: torch counts recompilations by code, and past a few it gives up.
+    """
+    fixed = (query.device, query.dtype, query.shape[0], query.shape[1], key.shape[1], query.shape[3], block_size, scale)
+    if fixed not in _COMPILED:
+        own = types.FunctionType(_attend.__code__.replace(), globals(), "_attend")
+        backend = "eager" if query.device.type == "cpu" else "inductor"
+        _COMPILED[fixed] = torch.compile(own, backend=backend, fullgraph=True)
+    return _COMPILED[fixed]
