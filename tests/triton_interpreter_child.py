@@ -51,7 +51,7 @@ STRIPS = [
     Problem(lengths=(420, 1100), heads=(2, 1), head_dim=16, block_size=16),
     Problem(lengths=(420, 700), heads=(2, 1), head_dim=24, causal=True, content="video", dtype=FP16),
     Problem(lengths=(500, 430), batch=2, causal=True, kv_start=(0, 150), kv_lens=(430, 380), block_size=64, dtype=BF16),
-    Problem(lengths=(270, 530), batch=2, head_dim=16, stride=4, block_size=64, kv_start=(140, 0), kv_lens=(400, 0)),
+    Problem(lengths=(270, 530), batch=2, head_dim=16, stride=4, block_size=64, kv_start=(140, 6), kv_lens=(400, 6)),
     Problem(lengths=(600, 600), head_dim=16, stride=16, block_size=128, causal=True, content="video"),
 ]
 
