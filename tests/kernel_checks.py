@@ -80,6 +80,11 @@ class Problem:
             "kv_lens": self.bound("kv_lens", device),
         }
 
+    def unwritten_scores(self, device: str) -> Tensor:
+        """NaN [B, Hq, Nq, Nk]."""
+        blocks = (num_blocks(length, self.block_size) for length in self.lengths)
+        return torch.full((self.batch, self.heads[0], *blocks), torch.nan, device=device)
+
     def valid_keys(self) -> Tensor:
         """Bool [B, Sk]."""
         position = torch.arange(self.lengths[1])
@@ -167,12 +172,32 @@ def eager_scores(problem: Problem, query: Tensor, key: Tensor) -> Tensor:
 def check_scores(problem: Problem, device: str) -> None:
     """Scores against float64, every element written, and rows that sum to their number of real query groups."""
     query, key, _ = problem.tensors(device)
-    options = problem.options(device)
-    blocks = tuple(num_blocks(length, problem.block_size) for length in problem.lengths)
-    scores = torch.full((problem.batch, problem.heads[0], *blocks), torch.nan, device=device)
-    scores_kernel.launch_antidiagonal_scores(query, key, scores, stride=problem.stride, **options)
-    assert not scores.isnan().any(), "elements were not written"
+    scores = problem.unwritten_scores(device)
+    scores_kernel.launch_antidiagonal_scores(query, key, scores, stride=problem.stride, **problem.options(device))
+    _judge_scores(problem, query, key, scores)
 
+
+def check_scratch(problem: Problem, device: str, config: dict[str, int], programs: int) -> None:
+    """Fewer programs than strips: scratch is used again, none is read unwritten, and it does not grow with Sq."""
+    query, key, _ = problem.tensors(device)
+    scores = problem.unwritten_scores(device)
+    options = {**problem.options(device), "stride": problem.stride, "config": config, "programs": programs}
+    grid, arguments = scores_kernel.scores_arguments(query, key, scores, **options)
+    strips = num_blocks(problem.lengths[0], config["BLOCK_R"] * problem.stride) * problem.batch * problem.heads[0]
+    assert grid == (programs,)
+    assert strips > programs
+    longer = torch.cat([query, query, query], dim=2)
+    _, longer_arguments = scores_kernel.scores_arguments(longer, key, scores, **options)
+    for name in ("sums_ptr", "maxima_ptr"):
+        assert arguments[name].shape == longer_arguments[name].shape
+        arguments[name].fill_(torch.nan)
+    scores_kernel._antidiagonal_scores_kernel[grid](**arguments)
+    _judge_scores(problem, query, key, scores)
+
+
+def _judge_scores(problem: Problem, query: Tensor, key: Tensor, scores: Tensor) -> None:
+    assert not scores.isnan().any(), "elements were not written"
+    options = problem.options(str(query.device))
     wanted = reference.antidiagonal_scores(query.double(), key.double(), stride=problem.stride, **options)
     allowed = relative_error(eager_scores(problem, query, key), wanted) + 2 * torch.finfo(torch.float32).eps
     assert relative_error(scores, wanted) <= allowed, (relative_error(scores, wanted), allowed)

@@ -57,6 +57,23 @@ def test_every_table_entry_is_compiled():
     assert len(CASES) * len(static_evidence.TARGETS) <= 60
 
 
+@pytest.mark.parametrize("head_dim", [40, 72])
+def test_scoring_loads_rows_that_are_not_a_multiple_of_16(head_dim):
+    """Strides of 40 or 72 elements are known to be multiples of 16 bytes: vector loads, pipelined, nothing spilled."""
+    evidence = static_evidence.gather(Case("antidiagonal_scores", "bf16", head_dim), "sm_80")
+    assert evidence.async_copies > 0
+    assert (evidence.spills, evidence.local_loads_in_loop) == (0, 0)
+
+
+@pytest.mark.parametrize(("stride", "block_size"), [(16, 128), (16, 64)])
+def test_scoring_fills_matrix_tiles_where_blocks_have_few_rows(stride, block_size):
+    """8 or 4 rows a query block: a program takes several blocks, and Hopper's 64-row instruction stays in use."""
+    case = Case("antidiagonal_scores", "bf16", 128, stride=stride, block_size=block_size)
+    evidence = static_evidence.gather(case, "sm_90")
+    assert evidence.matrix_instructions > 0
+    assert evidence.complaints() == []
+
+
 def test_specialisation_is_the_launchs():
     """Pointers and strides are known to be divisible by 16 and unit integers are constants, as in a launch."""
     kernel, arguments = Case("block_sparse", "bf16", 128).kernel_and_arguments()

@@ -78,6 +78,19 @@ test_same_bits_twice_on_a_gpu = gpu_test("check_same_twice")
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA or ROCm device")
+@pytest.mark.parametrize("number", range(27))
+def test_scores_use_scratch_again_on_a_gpu(number):
+    """Two programs for many strips: a missing barrier would let threads read or overwrite each other's sums."""
+    from tests import kernel_checks
+    from xattn_video.kernels.launch import launch_config
+
+    problem = list(gpu_problems())[number]
+    config = launch_config("antidiagonal_scores", problem.dtype, problem.head_dim)
+    kernel_checks.check_scratch(problem, "cuda", config, 2)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA or ROCm device")
 @pytest.mark.parametrize("kind", ["even", "sharp", "ties", "zero"])
 def test_selection_on_a_gpu(kind):
     from tests import kernel_checks

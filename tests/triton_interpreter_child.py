@@ -10,6 +10,8 @@ import torch
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs TRITON_INTERPRET=1 before the kernels are imported", allow_module_level=True)
 
+from triton.runtime.interpreter import InterpreterBuilder
+
 from tests import kernel_checks
 from tests.kernel_checks import Problem
 from xattn_video.kernels import antidiagonal_scores as scores_kernel
@@ -40,6 +42,39 @@ def test_scores(problem):
 def test_scores_for_every_stride(stride, block_size):
     problem = Problem(lengths=(299, 270), heads=(1, 1), stride=stride, block_size=block_size, causal=True)
     kernel_checks.check_scores(problem, "cpu")
+
+
+# small tiles: several a strip, whole ones and cut ones, and the last one beyond the last key block
+TILES = {"BLOCK_R": 16, "BLOCK_C": 16, "BLOCK_K": 16, "num_warps": 4, "num_stages": 1}
+WIDE_TILES = {**TILES, "BLOCK_R": 64, "BLOCK_C": 32}
+STRIPS = [
+    Problem(lengths=(420, 1100), heads=(2, 1), head_dim=16, block_size=16),
+    Problem(lengths=(420, 700), heads=(2, 1), head_dim=24, causal=True, content="video", dtype=FP16),
+    Problem(lengths=(500, 430), batch=2, causal=True, kv_start=(0, 150), kv_lens=(430, 380), block_size=64, dtype=BF16),
+    Problem(lengths=(270, 530), batch=2, head_dim=16, stride=4, block_size=64, kv_start=(140, 6), kv_lens=(400, 6)),
+    Problem(lengths=(600, 600), head_dim=16, stride=16, block_size=128, causal=True, content="video"),
+]
+
+
+@pytest.mark.parametrize(("tiles", "programs"), [(TILES, 1), (TILES, 3), (WIDE_TILES, 1)], ids=["16-1", "16-3", "64-1"])
+@pytest.mark.parametrize("problem", STRIPS, ids=str)
+def test_scores_use_scratch_again(problem, tiles, programs):
+    kernel_checks.check_scratch(problem, "cpu", tiles, programs)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_scores_multiply_each_tile_once(causal, monkeypatch):
+    """One product a visible tile and step of the stride groups, the rest of the work does not need any."""
+    multiplied = []
+    dot = InterpreterBuilder.create_dot
+    monkeypatch.setattr(InterpreterBuilder, "create_dot", lambda *args: multiplied.append(args[1]) or dot(*args))
+    problem = Problem(lengths=(512, 512), heads=(1, 1), head_dim=16, causal=causal)
+    query, key, _ = problem.tensors("cpu")
+    scores = problem.unwritten_scores("cpu")
+    options = {**problem.options("cpu"), "stride": problem.stride, "config": TILES}
+    scores_kernel.launch_antidiagonal_scores(query, key, scores, **options)
+    visible_tiles = 4 * (4 + 1) // 2 if causal else 4 * 4
+    assert len(multiplied) == visible_tiles * problem.stride
 
 
 @pytest.mark.parametrize("problem", SHARED, ids=str)

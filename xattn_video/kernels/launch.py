@@ -53,3 +53,11 @@ def unit_inner_stride(tensor: torch.Tensor) -> torch.Tensor:
 def device_guard(tensor: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
     """Make the tensor's GPU the current one: Triton launches on the current device, wherever the tensors are."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+
+
+def processors(device: torch.device) -> int:
+    """How many programs a kernel needs that share out the work among themselves: one a multiprocessor of the GPU.
+
+    In the interpreter a small number, so that programs have more than one share there too.
+    """
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
