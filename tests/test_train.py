@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from pipelines.demo import text, train_latents, train_vae, world
-from pipelines.demo.train import assemble, save_pipeline, save_samples
+from pipelines.demo.train import assemble, main, run, save_pipeline, save_samples
 from pipelines.demo.train_attention import TrainingAttention, padding_bias
 from pipelines.demo.train_latents import ClipSize, clip_scene
 from pipelines.demo.train_loop import Plan, schedule_at, train
@@ -257,6 +257,25 @@ def test_the_vae_starts_as_a_resampler_of_colours(vae: Any) -> None:
 def test_pixels_survive_the_way_to_a_tensor_and_back() -> None:
     video = np.random.default_rng(0).integers(0, 256, (2, 3, 8, 10, 3), dtype=np.uint8)
     np.testing.assert_array_equal(train_vae.to_uint8(train_vae.to_tensor(video)), video)
+
+
+def test_training_begins_with_a_given_pipeline(vae: Any, tmp_path: Path) -> None:
+    transformer = tiny_transformer(5)
+    save_pipeline(assemble(vae, transformer), tmp_path / "first")
+    # Out of time at once: what comes out is what went in.
+    assert not run(tmp_path / "out", steps=2, vae_steps=1, minutes=0.0, start=tmp_path / "first", phases=TINY)
+    cls = import_diffusers().WanPipeline
+    first, second = (cls.from_pretrained(folder) for folder in (tmp_path / "first", tmp_path / "out" / "pipeline"))
+    for part in ("transformer", "vae"):
+        assert_same(weights(getattr(first, part)), weights(getattr(second, part)))
+
+
+def test_a_start_that_is_no_pipeline_is_one_line(tmp_path: Path, capsys: Any) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["--out", str(tmp_path / "out"), "--start", str(tmp_path)])
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.splitlines()[-1].endswith("not a pipeline's folder, it has no model_index.json")
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_saved_pipeline_loads_by_its_name_alone_and_draws(vae: Any, tmp_path: Path) -> None:

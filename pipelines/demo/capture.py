@@ -248,10 +248,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = _Parser(
         prog="python -m pipelines.demo.capture",
         description=__doc__,
-        epilog="example: python -m pipelines.demo.capture --model demo --out demo_qkv.safetensors",
+        epilog="example: python -m pipelines.demo.capture --model pipelines/demo/weights --out demo_qkv.safetensors",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--model", required=True, help="a Wan text-to-video model: demo, or a local folder")
+    parser.add_argument("--model", required=True, help="a Wan text-to-video model: a name or a local folder")
     parser.add_argument("--out", required=True, type=Path, metavar="FILE", help="the .safetensors file to write")
     parser.add_argument("--steps", type=_whole_number, default=STEPS, help="denoising steps (default: %(default)s)")
     parser.add_argument("--prompt", default=PROMPT, help="default: %(default)s")

@@ -54,14 +54,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=12000, help="steps of the transformer (default: %(default)s)")
     parser.add_argument("--sample-minutes", type=float, default=10, help="minutes between sample pictures")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--start",
-        type=Path,
-        metavar="PIPELINE",
-        help="folder of a pipeline to begin with, its VAE is kept",
-    )
+    parser.add_argument("--start", type=Path, metavar="DIR", help="a pipeline to begin with; its VAE is kept")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args(arguments)
+    if options.start and not (options.start / "model_index.json").is_file():
+        parser.error(f"--start {options.start}: not a pipeline's folder, it has no model_index.json")
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     done = run(
         options.out,
@@ -98,9 +95,10 @@ def run(
     out.mkdir(parents=True, exist_ok=True)
     plan = Plan("vae", out, vae_steps, VAE_LEARNING_RATE, deadline=deadline, checkpoint_seconds=checkpoint_seconds)
     diffusers = import_diffusers()
-    vae = (
-        _finished_vae(plan, device, seed) if start is None else _load(diffusers.AutoencoderKLWan, start / "vae", device)
-    )
+    if start is None:
+        vae = _finished_vae(plan, device, seed)
+    else:
+        vae = _load(diffusers.AutoencoderKLWan, start / "vae", device)
     if vae is None:
         return False
     sampled = time.monotonic()

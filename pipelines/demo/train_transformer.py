@@ -17,7 +17,8 @@ from pipelines.demo.train_loop import Plan, train
 from pipelines.demo.train_vae import LATENT_CHANNELS
 from pipelines.models import import_diffusers
 
-# AdamW's, and Muon's for the matrices of the blocks: after 120 steps the loss was 0.24, with AdamW alone 0.31.
+# AdamW's, and Muon's for the matrices of the blocks. After 120 steps of 24 clips the loss was 0.24 (with a rate of
+# 4e-3), with AdamW alone 0.31.
 LEARNING_RATE, MATRIX_LEARNING_RATE = 1e-3, 3e-3
 # Sampling's shift of the noise levels at full size; smaller clips have fewer tokens to average noise over.
 FLOW_SHIFT = 4.0
