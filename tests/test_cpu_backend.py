@@ -205,11 +205,12 @@ def test_operations_inside_a_task_are_serial_and_an_error_arrives(two_threads: N
         cpu_workers.for_each(fail, range(4))
 
 
+@pytest.mark.parametrize("backend", ["cpu", "flex"])
 @pytest.mark.parametrize("causal", [False, True])
-def test_compiles_into_one_graph(causal: bool) -> None:
+def test_compiles_into_one_graph(causal: bool, backend: str) -> None:
     query, key, value = causal_text_like_qkv(1, 2, 1200, 32)
     kv_lens = torch.tensor([1180], dtype=torch.int32)
-    config = XAttnConfig(backend="cpu", min_tokens=0)
+    config = XAttnConfig(backend=backend, min_tokens=0)
 
     def call(query: Tensor, key: Tensor, value: Tensor, kv_lens: Tensor) -> Tensor:
         output = xattention(query, key, value, config, causal=causal, kv_lens=kv_lens)

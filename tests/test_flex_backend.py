@@ -151,21 +151,6 @@ def test_compiled_flex_attention_visits_the_listed_blocks_and_no_others(causal):
     torch.testing.assert_close(output.double(), truth, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("causal", [False, True])
-def test_compiles_into_one_graph(causal):
-    query, key, value = causal_text_like_qkv(1, 2, 300, 32)
-    kv_lens = torch.tensor([280], dtype=torch.int32)
-    config = XAttnConfig(backend="flex", min_tokens=0)
-
-    def call(query: Tensor, key: Tensor, value: Tensor, kv_lens: Tensor) -> Tensor:
-        output = xattention(query, key, value, config, causal=causal, kv_lens=kv_lens)
-        assert isinstance(output, Tensor)
-        return output + 1
-
-    compiled = torch.compile(call, backend="eager", fullgraph=True)
-    torch.testing.assert_close(compiled(query, key, value, kv_lens), call(query, key, value, kv_lens))
-
-
 def test_operator_and_its_fake_agree():
     (query, key, value), block_mask = problem(2, heads=(4, 2), lengths=(70, 90), head_dim=24, dtype=torch.float32)
     kv_lens = torch.tensor([80, 90], dtype=torch.int32)

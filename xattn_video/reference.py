@@ -15,7 +15,8 @@ from torch.nn.functional import pad
 from .blocks import num_blocks, query_key_range
 
 
-def _compute_dtype(tensor: Tensor) -> torch.dtype:
+def compute_dtype(tensor: Tensor) -> torch.dtype:
+    """What a backend computes in, and the dtype of scores and log-sum-exps: float32, or float64 for float64."""
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
@@ -61,7 +62,7 @@ def antidiagonal_scores(
         `[B, Hq, Nq, Nk]`, float64 for float64 inputs, else float32. A row sums to the number of query groups in
         it that hold a query which sees a key.
     """
-    dtype = _compute_dtype(query)
+    dtype = compute_dtype(query)
     first, end, key_valid = _token_masks(query, key, causal, kv_start, kv_lens)
     query_valid = first < end
     queries = query.to(dtype).masked_fill(~query_valid[:, None, :, None], 0)
@@ -162,7 +163,7 @@ def block_sparse_forward(
         output `[B, Hq, Sq, D]` in query's dtype and the natural log-sum-exp `[B, Hq, Sq]` in float32 (float64 for
         float64 inputs); 0 and -inf for a query that sees no kept key.
     """
-    dtype = _compute_dtype(query)
+    dtype = compute_dtype(query)
     repeats = query.shape[1] // key.shape[1]
     first, end, key_valid = _token_masks(query, key, causal, kv_start, kv_lens)
     position = torch.arange(key.shape[2], device=query.device)

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from ..blocks import num_blocks, valid_blocks
+from ..reference import compute_dtype
 from .cpu_attend import attend_item
 from .cpu_scores import score_item
-from .cpu_tensors import compute_dtype, geometries
+from .cpu_tensors import geometries
 
 
 def antidiagonal_scores(

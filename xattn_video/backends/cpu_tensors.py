@@ -44,10 +44,6 @@ def geometries(
     ]
 
 
-def compute_dtype(tensor: Tensor) -> torch.dtype:
-    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
-
-
 def product(left: Tensor, right: Tensor) -> Tensor:
     """`left @ right.T` for `[M, K]` and `[N, K]`."""
     # oneDNN uses the widest vectors of every x86 CPU, torch.mm's library only those of Intel's.

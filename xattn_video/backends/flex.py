@@ -18,6 +18,7 @@ from torch.nn.attention import flex_attention as torch_flex
 from torch.nn.attention.flex_attention import BlockMask
 
 from ..blocks import mask_to_lists, num_blocks, query_key_range
+from ..reference import compute_dtype
 
 _ANY_HEAD_DIM = tuple(int(number) for number in torch.__version__.split(".")[:2]) >= (2, 8)
 _HAS_AUX = hasattr(torch_flex, "AuxRequest")
@@ -160,9 +161,8 @@ def _(
 
 
 def _empty_outputs(query: Tensor) -> tuple[Tensor, Tensor]:
-    """Output in query's layout, and log-sum-exp in float32 (float64 for float64 inputs)."""
-    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
-    return torch.empty_like(query), torch.empty(query.shape[:3], dtype=dtype, device=query.device)
+    """Output in query's layout, and the log-sum-exp."""
+    return torch.empty_like(query), query.new_empty(query.shape[:3], dtype=compute_dtype(query))
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, mask: BlockMask, scale: float) -> tuple[Tensor, Tensor]:
