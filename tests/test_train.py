@@ -19,7 +19,15 @@ from pipelines.demo.train import assemble, main, run, save_pipeline, save_sample
 from pipelines.demo.train_attention import TrainingAttention, padding_bias
 from pipelines.demo.train_latents import ClipSize, clip_scene
 from pipelines.demo.train_loop import Plan, schedule_at, train
-from pipelines.demo.train_transformer import FULL, PHASES, Phase, build_transformer, draw_batch, train_transformer
+from pipelines.demo.train_transformer import (
+    CONTINUED_PHASES,
+    FULL,
+    PHASES,
+    Phase,
+    build_transformer,
+    draw_batch,
+    train_transformer,
+)
 from pipelines.models import import_diffusers
 
 TINY = (Phase(0.5, ClipSize(1, 80), 3, 5), Phase(1.0, ClipSize(5, 80), 2, 3))
@@ -56,11 +64,12 @@ def vae() -> Any:
     return train_vae.build_vae().eval().requires_grad_(False)
 
 
-def test_no_held_out_scene_is_in_a_batch_of_the_transformer() -> None:
+@pytest.mark.parametrize("phases", [PHASES, CONTINUED_PHASES])
+def test_no_held_out_scene_is_in_a_batch_of_the_transformer(phases: tuple[Phase, ...]) -> None:
     held_out = {(s.colour, s.shape, s.motion, s.background) for s in world.held_out_scenes()}
     sizes, seen = set(), set()
-    for step in range(0, 400, 3):
-        batch = draw_batch(0, step, 400)
+    for step in range(0, 2000, 3):
+        batch = draw_batch(0, step, 2000, phases)
         sizes.add(batch.phase.size)
         assert len(batch.captions) == len(batch.clips) == len(batch.sigmas) == batch.phase.batch
         assert ((batch.sigmas > 0) & (batch.sigmas < 1)).all()
@@ -70,8 +79,8 @@ def test_no_held_out_scene_is_in_a_batch_of_the_transformer() -> None:
             assert named not in held_out
             seen.add(scene)
             assert words == "" or {scene.colour, scene.shape, scene.background} <= set(words.replace(",", "").split())
-    assert sizes == {phase.size for phase in PHASES}
-    assert len(seen) > 500
+    assert sizes == {phase.size for phase in phases}
+    assert len(seen) > 400
 
 
 def test_nothing_held_out_is_ever_rendered_for_training(
@@ -97,7 +106,7 @@ def test_clips_go_through_every_training_scene() -> None:
 def test_the_full_size_has_4096_tokens_or_more_and_the_model_four_heads_of_64() -> None:
     config = build_transformer().config
     assert FULL.tokens >= 4096
-    assert PHASES[-1].size == FULL
+    assert PHASES[-1].size == CONTINUED_PHASES[-1].size == FULL
     assert (config.num_attention_heads, config.attention_head_dim) >= (4, 64)
     assert config.num_layers >= 4
 
@@ -268,6 +277,19 @@ def test_training_begins_with_a_given_pipeline(vae: Any, tmp_path: Path) -> None
     first, second = (cls.from_pretrained(folder) for folder in (tmp_path / "first", tmp_path / "out" / "pipeline"))
     for part in ("transformer", "vae"):
         assert_same(weights(getattr(first, part)), weights(getattr(second, part)))
+
+
+def test_from_a_given_pipeline_all_training_is_at_full_size(vae: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    save_pipeline(assemble(vae, tiny_transformer(5)), tmp_path / "first")
+    asked = []
+
+    def no_training(*_: Any, phases: tuple[Phase, ...], **__: Any) -> tuple[Any, int]:
+        asked.append(phases)
+        return tiny_transformer(5), 0
+
+    monkeypatch.setattr("pipelines.demo.train.train_transformer", no_training)
+    run(tmp_path / "out", steps=2, vae_steps=1, start=tmp_path / "first")
+    assert [phase.size for phase in asked[0]] == [FULL]
 
 
 def test_a_start_that_is_no_pipeline_is_one_line(tmp_path: Path, capsys: Any) -> None:

@@ -22,6 +22,7 @@ from pipelines.demo import text, world
 from pipelines.demo.train_latents import ClipSize
 from pipelines.demo.train_loop import Plan, write_whole
 from pipelines.demo.train_transformer import (
+    CONTINUED_PHASES,
     FLOW_SHIFT,
     FULL,
     LEARNING_RATE,
@@ -54,7 +55,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=12000, help="steps of the transformer (default: %(default)s)")
     parser.add_argument("--sample-minutes", type=float, default=10, help="minutes between sample pictures")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--start", type=Path, metavar="DIR", help="a pipeline to begin with; its VAE is kept")
+    parser.add_argument("--start", type=Path, metavar="DIR", help="a pipeline to go on from; its VAE is kept")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args(arguments)
     if options.start and not (options.start / "model_index.json").is_file():
@@ -83,13 +84,15 @@ def run(
     seed: int = 0,
     start: Path | None = None,
     device: torch.device | None = None,
-    phases: tuple[Phase, ...] = PHASES,
+    phases: tuple[Phase, ...] | None = None,
     checkpoint_seconds: float = 300.0,
 ) -> bool:
     """Train, or go on training, in the folder `out`; True once all steps are done and `out/pipeline` is final.
 
-    With `start`, a pipeline's folder, its VAE is kept and its transformer is what the training begins with.
+    With `start`, a pipeline's folder, its VAE is kept and its transformer is what the training begins with; the
+    phases are then `CONTINUED_PHASES`, else `PHASES`.
     """
+    phases = phases or (PHASES if start is None else CONTINUED_PHASES)
     deadline = None if minutes is None else time.monotonic() + 60 * minutes
     device = device or torch.device("cpu")
     out.mkdir(parents=True, exist_ok=True)

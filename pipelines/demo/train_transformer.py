@@ -45,6 +45,9 @@ PHASES = (
     Phase(0.95, ClipSize(17, 104), 2, 768),
     Phase(1.00, FULL, 1, 384),
 )
+# For a model that PHASES has trained: it draws shapes, but in videos of full length they jump, as only there it meets
+# positions so far apart in time. A shape's way over 33 frames needs a picture of nearly full size.
+CONTINUED_PHASES = (Phase(1.00, FULL, 1, 768),)
 
 
 def build_transformer(seed: int = 0) -> Any:

@@ -207,7 +207,7 @@ def _path(scene: Scene, seed: int, frames: int, height: int, width: int) -> tupl
         if high < low:
             raise ValueError(
                 f"a picture of {width} x {height} is too small for {frames} frames of a {scene.size} shape: "
-                f"it needs {2 * reach + abs(way):.0f} pixels"
+                f"it needs {np.ceil(2 * reach + abs(way)):.0f} pixels"
             )
         start = low + share * (high - low)
         centres.append((start + direction * speed * np.arange(frames)).astype(np.float32))
