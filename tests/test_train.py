@@ -279,17 +279,21 @@ def test_training_begins_with_a_given_pipeline(vae: Any, tmp_path: Path) -> None
         assert_same(weights(getattr(first, part)), weights(getattr(second, part)))
 
 
-def test_from_a_given_pipeline_all_training_is_at_full_size(vae: Any, tmp_path: Path, monkeypatch: Any) -> None:
+def test_from_a_given_pipeline_all_training_is_at_full_size_and_ever_gentler(
+    vae: Any, tmp_path: Path, monkeypatch: Any
+) -> None:
     save_pipeline(assemble(vae, tiny_transformer(5)), tmp_path / "first")
     asked = []
 
-    def no_training(*_: Any, phases: tuple[Phase, ...], **__: Any) -> tuple[Any, int]:
-        asked.append(phases)
+    def no_training(plan: Plan, *_: Any, phases: tuple[Phase, ...], **__: Any) -> tuple[Any, int]:
+        asked.append((plan, phases))
         return tiny_transformer(5), 0
 
     monkeypatch.setattr("pipelines.demo.train.train_transformer", no_training)
-    run(tmp_path / "out", steps=2, vae_steps=1, start=tmp_path / "first")
-    assert [phase.size for phase in asked[0]] == [FULL]
+    run(tmp_path / "out", steps=4000, vae_steps=1, start=tmp_path / "first")
+    plan, phases = asked[0]
+    assert [phase.size for phase in phases] == [FULL]
+    assert [schedule_at(plan, step) for step in (1000, 2000, 3000)] == [0.75, 0.5, 0.25]
 
 
 def test_a_start_that_is_no_pipeline_is_one_line(tmp_path: Path, capsys: Any) -> None:

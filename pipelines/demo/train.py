@@ -20,7 +20,7 @@ import torch
 
 from pipelines.demo import text, world
 from pipelines.demo.train_latents import ClipSize
-from pipelines.demo.train_loop import Plan, write_whole
+from pipelines.demo.train_loop import COOLDOWN, Plan, write_whole
 from pipelines.demo.train_transformer import (
     CONTINUED_PHASES,
     FLOW_SHIFT,
@@ -119,6 +119,8 @@ def run(
         steps,
         LEARNING_RATE,
         matrix_learning_rate=MATRIX_LEARNING_RATE,
+        # What given weights know must not be lost: the rates fall from the first step on.
+        cooldown=COOLDOWN if start is None else 1.0,
         deadline=deadline,
         checkpoint_seconds=checkpoint_seconds,
     )

@@ -22,8 +22,7 @@ from safetensors.torch import save_file
 logger = logging.getLogger(__name__)
 
 _WARMUP_STEPS = 50
-# The last part of a training, over which the learning rate falls to zero.
-_COOLDOWN = 0.35
+COOLDOWN = 0.35
 _EMA_DECAY = 0.998
 _GRADIENT_NORM = 1.0
 
@@ -34,7 +33,8 @@ class Plan:
 
     `name` is the log's and the checkpoint's; `steps` is the whole training, over all sittings; `deadline` is the
     `time.monotonic()` at which this sitting ends, or None. A checkpoint is written at the end and at least every
-    `checkpoint_seconds`, a line of the log every `log_steps`. `matrix_learning_rate` is Muon's, see `build_optimizers`.
+    `checkpoint_seconds`, a line of the log every `log_steps`. `matrix_learning_rate` is Muon's, see `build_optimizers`;
+    `cooldown` is the last share of the steps, over which the learning rates fall to zero.
     """
 
     name: str
@@ -43,6 +43,7 @@ class Plan:
     learning_rate: float
     weight_decay: float = 0.01
     matrix_learning_rate: float | None = None
+    cooldown: float = COOLDOWN
     deadline: float | None = None
     checkpoint_seconds: float = 300.0
     log_steps: int = 20
@@ -55,7 +56,7 @@ class Plan:
 def schedule_at(plan: Plan, step: int) -> float:
     """The share of the learning rate: linear warm-up, constant, linear to zero. A run is fixed by its `steps`."""
     warmup = min(1.0, (step + 1) / _WARMUP_STEPS)
-    cooldown = min(1.0, (plan.steps - step) / max(1.0, _COOLDOWN * plan.steps))
+    cooldown = min(1.0, (plan.steps - step) / max(1.0, plan.cooldown * plan.steps))
     return warmup * cooldown
 
 
