@@ -23,6 +23,7 @@ from pipelines.demo.train_latents import ClipSize
 from pipelines.demo.train_loop import COOLDOWN, Plan, write_whole
 from pipelines.demo.train_transformer import (
     CONTINUED_PHASES,
+    CONTINUED_RATE,
     FLOW_SHIFT,
     FULL,
     LEARNING_RATE,
@@ -117,8 +118,8 @@ def run(
         "transformer",
         out,
         steps,
-        LEARNING_RATE,
-        matrix_learning_rate=MATRIX_LEARNING_RATE,
+        LEARNING_RATE * (1.0 if start is None else CONTINUED_RATE),
+        matrix_learning_rate=MATRIX_LEARNING_RATE * (1.0 if start is None else CONTINUED_RATE),
         # What given weights know must not be lost: the rates fall from the first step on.
         cooldown=COOLDOWN if start is None else 1.0,
         deadline=deadline,

@@ -45,9 +45,14 @@ PHASES = (
     Phase(0.95, ClipSize(17, 104), 2, 768),
     Phase(1.00, FULL, 1, 384),
 )
-# For a model that PHASES has trained: it draws shapes, but in videos of full length they jump, as only there it meets
-# positions so far apart in time. A shape's way over 33 frames needs a picture of nearly full size.
-CONTINUED_PHASES = (Phase(1.00, FULL, 1, 768),)
+# For a model that PHASES has taught to draw: mostly clips that are long enough to move and cheap enough to see many.
+# Full size alone, one clip a step, is too slow a teacher of motion.
+CONTINUED_PHASES = (
+    Phase(0.66, ClipSize(17, 104), 3, 1536),
+    Phase(1.00, FULL, 1, 768),
+)
+# Of the learning rates, for weights that know something already.
+CONTINUED_RATE = 0.5
 
 
 def build_transformer(seed: int = 0) -> Any:
