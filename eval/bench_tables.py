@@ -30,7 +30,7 @@ def format_table(rows: list[dict[str, Any]]) -> str:
             )
         )
     reasons = dict.fromkeys(f"not timed: {name}: {why}" for row in rows for name, why in row["not_timed"].items())
-    return "\n".join([_aligned(lines), *reasons])
+    return "\n".join([aligned(lines), *reasons])
 
 
 def format_stages(rows: list[dict[str, Any]]) -> str:
@@ -52,13 +52,14 @@ def format_stages(rows: list[dict[str, Any]]) -> str:
                     f"{peaks[name]:.0f}" if name in peaks else "-",
                 )
             )
-    return _aligned(lines)
+    return aligned(lines)
 
 
 def _shape(row: dict[str, Any]) -> tuple[str, ...]:
     return row["name"], str(row["heads"]), str(row["head_dim"]), row["dtype"]
 
 
-def _aligned(lines: list[tuple[str, ...]]) -> str:
+def aligned(lines: list[tuple[str, ...]]) -> str:
+    """Lines of cells as text, every column as wide as its widest cell."""
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
     return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines)
