@@ -20,6 +20,8 @@ from xattn_video import score_blocks, select_blocks
 from xattn_video.blocks import valid_blocks
 from xattn_video.reference import select, select_top
 
+# A smaller difference in recalled mass counts as none.
+SAME_RECALL = 0.001
 # Steps that halve the range of shares until no share of fewer than a million blocks is missed.
 _BISECTIONS = 20
 
@@ -124,19 +126,21 @@ def measure_scorers(
     return rows
 
 
-def better_for_less(scorers: list[dict[str, Any]], stride: int) -> list[dict[str, Any]]:
-    """What recalls more than the antidiagonal of this stride and costs no more: the best stride of each scorer.
+def as_good_for_less(scorers: list[dict[str, Any]], stride: int) -> list[dict[str, Any]]:
+    """What recalls as much mass as the antidiagonal of this stride (or `SAME_RECALL` less) and costs no more.
 
     Args:
         scorers: as `measure_scorers` gives them.
+
+    Returns:
+        `scorer`, `stride`, `cost` and `recall` of the cheapest of each scorer, the cheapest scorer first.
     """
     (own,) = (row for row in scorers if (row["scorer"], row["stride"]) == ("antidiagonal", stride))
-    best: dict[str, dict[str, Any]] = {}
-    for row in scorers:
-        name = row["scorer"]
-        if row["cost"] <= own["cost"] and row["recall"] > max(own["recall"], best.get(name, own)["recall"]):
-            best[name] = {field: row[field] for field in ("scorer", "stride", "cost", "recall")}
-    return sorted(best.values(), key=lambda row: -row["recall"])
+    cheapest: dict[str, dict[str, Any]] = {}
+    for row in sorted(scorers, key=lambda row: row["cost"]):
+        if row is not own and row["cost"] <= own["cost"] and row["recall"] >= own["recall"] - SAME_RECALL:
+            cheapest.setdefault(row["scorer"], {field: row[field] for field in ("scorer", "stride", "cost", "recall")})
+    return list(cheapest.values())
 
 
 def _mean(values: Tensor) -> float | None:
@@ -152,8 +156,8 @@ def measure_rules(problem: Problem, stride: int, thresholds: Sequence[float]) ->
     density, its two neighbours are mixed in the shares that have it.
 
     Returns:
-        a dict a threshold: `threshold`, `density`, `recall` by rule, and `top_k` and `top_ratio`, the numbers that
-        reach the density.
+        a dict a threshold: `threshold`, `density`, `recall` by rule, and `top_k` (mixed in the same shares, so mostly
+        not whole) and `top_ratio` (at which the kept blocks step across the density).
     """
     scores = problem.antidiagonal(stride)
     rows = []

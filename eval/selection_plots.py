@@ -35,9 +35,10 @@ def write(rows: list[dict[str, Any]], path: Path) -> None:
         for axes, metric, label in ((recall, "recall", "mass recalled at the oracle's density"), (auc, "auc", "AUC")):
             _over_cost(axes, row["scorers"], metric)
             axes.set(ylabel=label, title=f"{row['inputs']}, {row['tokens']} tokens, threshold {row['threshold']:g}")
-        for rule in ("threshold", "top_k", "top_ratio"):
+        # Without causality two of them are one: the dashed line lets the other be seen.
+        for rule, line in (("threshold", "-"), ("top_k", "-"), ("top_ratio", "--")):
             points = sorted((point["density"], point["recall"][rule]) for point in row["rules"])
-            rules.plot(*zip(*points, strict=True), marker="o", label=rule)
+            rules.plot(*zip(*points, strict=True), marker="o", linestyle=line, label=rule)
         rules.set(xlabel="density", ylabel="mass recalled", title=f"selection by antidiagonals, stride {row['stride']}")
         rules.legend(fontsize="small")
     figure.savefig(path, dpi=150)

@@ -23,10 +23,9 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from eval import selection_plots
-from eval.demo_tensors import DEMO_QKV, load_demo_qkv
+from eval import demo_tensors, selection_plots
 from eval.paper_tables import compare_orders
-from eval.selection_measures import Problem, better_for_less, measure_rules, measure_scorers, measure_thresholds
+from eval.selection_measures import Problem, as_good_for_less, measure_rules, measure_scorers, measure_thresholds
 from eval.selection_tables import format_input, format_legend
 from pipelines.environment import device_name, source_commit, versions
 from pipelines.errors import UserError
@@ -97,9 +96,11 @@ def run(args: argparse.Namespace) -> int:
         selection_plots.check(args.plot)
     skipped = {}
     chosen = tuple(dict.fromkeys(args.inputs or INPUTS))
-    if args.inputs is None and not DEMO_QKV.is_file():
+    if args.inputs is None and not demo_tensors.DEMO_QKV.is_file():
         chosen = tuple(name for name in INPUTS if name != "demo")
-        skipped["demo"] = f"no file {DEMO_QKV.name} in this installation; python -m pipelines.demo.capture makes it"
+        skipped["demo"] = (
+            f"no file {demo_tensors.DEMO_QKV.name} in this installation; python -m pipelines.demo.capture makes it"
+        )
     if chosen == ("demo",):
         for name in _GENERATED:
             if getattr(args, name) is not None:
@@ -138,7 +139,7 @@ def _checked(args: argparse.Namespace) -> dict[str, Any]:
     try:
         check_geometry(args.stride, args.block_size)
     except ValueError as error:
-        raise UserError(f"--{str(error).replace('block_size', 'block-size', 1)}") from error
+        raise UserError(f"--{str(error).replace('block_size', 'block-size')}") from error
     if args.block_size < 2:
         raise UserError(f"--block-size must be 2 or more, got {args.block_size}")
     for name, least in (("tokens", 2 * args.block_size), ("heads", 1), ("samples", 1)):
@@ -165,7 +166,7 @@ def _made_inputs(
 
 def _demo_inputs() -> tuple[dict[str, Any], Tensor, Tensor]:
     try:
-        entries = load_demo_qkv()
+        entries = demo_tensors.load_demo_qkv()
     except (FileNotFoundError, ValueError) as error:
         raise UserError(f"--inputs demo: {error}") from error
     query, key = (torch.cat([getattr(entry, part) for entry in entries], 1).float() for part in ("query", "key"))
@@ -213,8 +214,8 @@ def _measure(query: Tensor, key: Tensor, shape: dict[str, Any], args: argparse.N
         "thresholds": measure_thresholds(problem, args.stride, sorted({*THRESHOLDS, args.threshold})),
     }
     settings = {"stride": args.stride, "block_size": args.block_size, "threshold": args.threshold}
-    better = better_for_less(tables["scorers"], args.stride)
-    return settings | tables | {"better_for_less": better, "orders": compare_orders(**tables)}
+    as_good = as_good_for_less(tables["scorers"], args.stride)
+    return settings | tables | {"as_good_for_less": as_good, "orders": compare_orders(**tables)}
 
 
 def _progress(name: str, line: str) -> None:

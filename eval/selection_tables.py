@@ -7,6 +7,7 @@ from typing import Any
 from eval.bench_tables import aligned
 from eval.block_scorers import EXACT, SCORERS
 from eval.paper_tables import load_paper_tables
+from eval.selection_measures import SAME_RECALL
 
 Row = dict[str, Any]
 
@@ -50,15 +51,18 @@ def format_input(row: Row) -> str:
         + ", ".join(
             f"{model} {value / 100:.3f}" for model, value in tables["density_percent_at_threshold_0.9"].items()
         ),
-        _better(row["better_for_less"], stride),
+        _as_good(row["as_good_for_less"], stride),
         *_orders(row["orders"]),
     ]
     return "\n".join(parts)
 
 
-def _better(found: list[Row], stride: int) -> str:
+def _as_good(found: list[Row], stride: int) -> str:
     texts = [f"{row['scorer']} of stride {row['stride']} ({row['recall']:.4f} at {row['cost']:.4f})" for row in found]
-    return f"recalls more than the antidiagonal of stride {stride} at no more cost: {', '.join(texts) or 'nothing'}"
+    return (
+        f"recalls as much as the antidiagonal of stride {stride} (within {SAME_RECALL:g}) at no more cost: "
+        f"{', '.join(texts) or 'nothing'}"
+    )
 
 
 def _orders(orders: list[Row]) -> list[str]:
@@ -126,11 +130,11 @@ def _their_top_k(rule: dict[str, Any]) -> str:
 
 
 def _rules(rules: list[Row]) -> str:
-    lines = [("threshold", "density", "by threshold", "by top-k", "by top-ratio", "k", "ratio")]
+    lines = [("threshold", "density", "by threshold", "by top-k", "by top-ratio", "k")]
     for row in rules:
         recall = [_number(row["recall"][rule], 4) for rule in ("threshold", "top_k", "top_ratio")]
         density = _number(row["density"])
-        lines.append((f"{row['threshold']:g}", density, *recall, f"{row['top_k']:.1f}", _number(row["top_ratio"])))
+        lines.append((f"{row['threshold']:g}", density, *recall, f"{row['top_k']:.1f}"))
     return aligned(lines)
 
 
