@@ -27,13 +27,13 @@ def broken_order(theirs: Mapping[Name, float], ours: Mapping[Name, float | None]
 
     Only entries that both have are compared; entries that they put level may stand either way.
     """
-    shared = {name: value for name, value in theirs.items() if ours.get(name) is not None}
+    shared = {name: (value, own) for name, value in theirs.items() if (own := ours.get(name)) is not None}
     broken = []
-    for upper, high in shared.items():
-        for lower, low in shared.items():
-            neighbours = high > low and not any(low < value < high for value in shared.values())
-            if neighbours and not ours[upper] > ours[lower]:  # type: ignore[operator]
-                broken.append(f"{upper} ({ours[upper]:.4f}) is not above {lower} ({ours[lower]:.4f})")
+    for upper, (high, upper_own) in shared.items():
+        for lower, (low, lower_own) in shared.items():
+            neighbours = high > low and not any(low < value < high for value, _ in shared.values())
+            if neighbours and upper_own <= lower_own:
+                broken.append(f"{upper} ({upper_own:.4f}) is not above {lower} ({lower_own:.4f})")
     return broken
 
 

@@ -56,7 +56,12 @@ class Problem:
     def keeps(self, scores: Tensor, **rule: Any) -> Tensor:
         """What the project keeps by these scores."""
         length = self.query.shape[2]
-        sizes = {"q_len": length, "kv_len": length, "block_size": self.block_size, "causal": self.causal}
+        sizes: dict[str, Any] = {
+            "q_len": length,
+            "kv_len": length,
+            "block_size": self.block_size,
+            "causal": self.causal,
+        }
         return select_blocks(scores, **sizes, **rule)
 
     def density(self, kept: Tensor) -> float:

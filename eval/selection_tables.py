@@ -83,7 +83,9 @@ def _number(value: float | None, digits: int = 3) -> str:
 
 
 def _importance(scorers: list[Row], stride: int, theirs: dict[str, dict[str, float]]) -> str:
-    lines = [("scorer", "cost", "Spearman", "theirs", "AUC", "theirs", "recall", "recall of the worst head")]
+    lines: list[tuple[str, ...]] = [
+        ("scorer", "cost", "Spearman", "theirs", "AUC", "theirs", "recall", "recall of the worst head")
+    ]
     for row in scorers:
         if row["stride"] in (stride, None):
             published = theirs.get(row["scorer"], {})
@@ -108,7 +110,7 @@ def _strides(scorers: list[Row], theirs: dict[str, list[float]]) -> str:
     recall = {(row["scorer"], row["stride"]): row["recall"] for row in scorers}
     accuracy = dict(zip(theirs["stride"], theirs["accuracy"], strict=True))
     overhead = dict(zip(theirs["stride"], theirs["overhead_percent"], strict=True))
-    lines = [("stride", *names, "1/2S", "their overhead", "their accuracy")]
+    lines: list[tuple[str, ...]] = [("stride", *names, "1/2S", "their overhead", "their accuracy")]
     for stride in sorted({row["stride"] for row in scorers if row["stride"]}):
         lines.append(
             (
@@ -130,7 +132,7 @@ def _their_top_k(rule: dict[str, Any]) -> str:
 
 
 def _rules(rules: list[Row]) -> str:
-    lines = [("threshold", "density", "by threshold", "by top-k", "by top-ratio", "k")]
+    lines: list[tuple[str, ...]] = [("threshold", "density", "by threshold", "by top-k", "by top-ratio", "k")]
     for row in rules:
         recall = [_number(row["recall"][rule], 4) for rule in ("threshold", "top_k", "top_ratio")]
         density = _number(row["density"])
@@ -141,7 +143,9 @@ def _rules(rules: list[Row]) -> str:
 def _thresholds(thresholds: list[Row], theirs: dict[str, list[float]]) -> str:
     density = dict(zip(theirs["threshold"], theirs["density_percent"], strict=True))
     accuracy = dict(zip(theirs["threshold"], theirs["accuracy"], strict=True))
-    lines = [("threshold", "density", "recall", "density the oracle needs", "their density", "their accuracy")]
+    lines: list[tuple[str, ...]] = [
+        ("threshold", "density", "recall", "density the oracle needs", "their density", "their accuracy")
+    ]
     for row in thresholds:
         threshold = row["threshold"]
         lines.append(

@@ -268,7 +268,7 @@ def test_rules_are_compared_at_one_density() -> None:
     blocks = scores.shape[-1]
     for row, threshold in zip(rows, (0.5, 0.8, 1.0), strict=True):
         kept = case.keeps(scores, threshold=threshold)
-        assert row["density"] == kept.float().mean().item()
+        assert row["density"] == kept.double().mean().item()
         assert row["recall"]["threshold"] == pytest.approx((case.mass * kept).sum(-1).mean().item(), rel=1e-5)
         # no block is forced and rows are equally long: k blocks a row for the mean k of the threshold, by hand
         mean = row["density"] * blocks
