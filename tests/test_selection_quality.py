@@ -359,6 +359,8 @@ def test_an_order_breaks_where_neighbours_are_the_other_way_round() -> None:
     theirs = {"a": 3.0, "b": 2.0, "c": 2.0, "d": 1.0, "e": 0.5}
     assert broken_order(theirs, {"a": 9, "b": 5, "c": 4, "d": 3, "e": None}) == []
     assert broken_order(theirs, {"a": 9, "b": 4, "c": 5, "d": 4, "x": 1}) == ["b (4.0000) is not above d (4.0000)"]
+    # that a is not above d either goes without saying
+    assert broken_order(theirs, {"a": 1, "b": 5, "d": 4}) == ["a (1.0000) is not above b (5.0000)"]
     assert broken_order(theirs, {"a": 1, "d": 2}) == ["a (1.0000) is not above d (2.0000)"]
 
 
