@@ -130,7 +130,7 @@ def test_ranges_sizes_and_lengths_are_checked() -> None:
         video_psnr(np.zeros((2, 20, 20, 3), np.uint8), np.zeros((3, 20, 20, 3), np.uint8))
     with pytest.raises(ValueError, match="at least one, got 0 and 0"):
         video_ssim(np.zeros((0, 20, 20, 3), np.uint8), np.zeros((0, 20, 20, 3), np.uint8))
-    with pytest.raises(ValueError, match=r"reference must be a video \[T, H, W, 3\]"):
+    with pytest.raises(ValueError, match=r"reference must be an RGB video \[T, H, W, 3\]"):
         video_psnr(small, small)
 
 
