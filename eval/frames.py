@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
+
+Value = TypeVar("Value")
 
 
 def check_frames(reference: Any, test: Any) -> float:
@@ -24,8 +26,8 @@ def is_video(reference: Any, test: Any) -> bool:
 
 
 def each_frame(
-    metric: Callable[[np.ndarray, np.ndarray], float], reference: np.ndarray, test: np.ndarray
-) -> list[float]:
+    metric: Callable[[np.ndarray, np.ndarray], Value], reference: np.ndarray, test: np.ndarray
+) -> list[Value]:
     """`metric` of each frame of two videos. Raises ValueError as `check_videos`."""
     check_videos(reference, test)
     return [metric(one, other) for one, other in zip(reference, test, strict=True)]

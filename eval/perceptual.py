@@ -137,15 +137,20 @@ def _load_lpips(net: str, weights: str | os.PathLike[str] | None) -> torch.nn.Mo
         raise LpipsUnavailable(f"the lpips package cannot be imported: {_one_line(error)}") from error
     # Before the network is built, which takes seconds.
     state = _backbone_state(net, weights)
-    with warnings.catch_warnings():
+    import torch
+
+    # Its backbone starts from random numbers, which must not move the caller's.
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         # lpips asks torchvision for its network in the older spelling.
         warnings.filterwarnings("ignore", message=".*'pretrained'.*", category=UserWarning)
         warnings.filterwarnings("ignore", message=".*weight enum.*", category=UserWarning)
         network = lpips.LPIPS(net=net, version="0.1", pnet_rand=True, verbose=False)
     try:
+        if not isinstance(state, dict):
+            raise TypeError(f"a {type(state).__name__} instead of named tensors")
         # lpips cuts torchvision's `features` into slices and keeps their numbers: slice2.3.weight is features.3.weight.
         network.net.load_state_dict({name: state[_torchvision_name(name)] for name in network.net.state_dict()})
-    except (KeyError, RuntimeError) as error:
+    except (KeyError, TypeError, RuntimeError) as error:
         folder = _cache() if weights is None else weights
         file = Path(folder) / _NETS[net].file_name
         raise LpipsUnavailable(f"{file} does not hold {_NETS[net].title}'s weights: {_one_line(error)}") from error
@@ -156,7 +161,7 @@ def _torchvision_name(name: str) -> str:
     return f"features.{name.split('.', 1)[1]}"
 
 
-def _backbone_state(net: str, weights: str | os.PathLike[str] | None) -> dict[str, Any]:
+def _backbone_state(net: str, weights: str | os.PathLike[str] | None) -> Any:
     """torchvision's checkpoint of `net`, from the given folder, the cache or the network."""
     import torch
 

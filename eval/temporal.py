@@ -22,7 +22,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from eval.frames import check_frames, check_videos, is_video, signed, squared
+from eval.frames import check_frames, check_videos, each_frame, is_video, signed, squared
 from eval.metrics import PSNR_CAP_DB, capped_db
 
 GRID = 4
@@ -127,7 +127,7 @@ def region_errors(reference: np.ndarray, test: np.ndarray) -> RegionErrors:
         ValueError: as `eval.metrics.psnr`, or frames smaller than 4 x 4.
     """
     if is_video(reference, test):
-        return mean_regions([region_errors(*pair) for pair in zip(reference, test, strict=True)])
+        return mean_regions(each_frame(region_errors, reference, test))
     data_range = check_frames(reference, test)
     height, width = reference.shape[:2]
     if min(height, width) < GRID:
