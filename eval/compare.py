@@ -264,9 +264,8 @@ def _means(rows: Sequence[Record]) -> dict[str, Any]:
         values = [row[name] for row in rows]
         return None if None in values else float(np.mean(values))
 
-    names = ("psnr", "ssim", "lpips", "flicker", "flicker_db", "border_psnr", "centre_psnr", "border_excess_db")
-    names += ("density", "dense_seconds", "sparse_seconds")
-    means = {name: mean(name) for name in names}
+    likeness = ("psnr", "ssim", "lpips", "flicker", "flicker_db", "border_psnr", "centre_psnr", "border_excess_db")
+    means = {name: mean(name) for name in (*likeness, "density", "dense_seconds", "sparse_seconds")}
     dense_seconds, sparse_seconds = means["dense_seconds"], means["sparse_seconds"]
     speedup = None
     if dense_seconds and sparse_seconds and all(row["speedup"] is not None for row in rows):

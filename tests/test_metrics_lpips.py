@@ -127,6 +127,15 @@ def test_weights_of_the_cache_need_no_network(
     assert Lpips("cpu", "squeeze")(*frames()) == expected
 
 
+def test_a_damaged_file_in_the_cache_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    cache = tmp_path / "hub" / "checkpoints"
+    cache.mkdir(parents=True)
+    (cache / FILES["squeeze"]).write_bytes(b"half a download")
+    with pytest.raises(LpipsUnavailable, match=f"{cache / FILES['squeeze']} is damaged or not a checkpoint"):
+        Lpips("cpu", "squeeze")
+
+
 def test_without_weights_says_what_was_looked_for_and_where(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def offline(*args: Any, **kwargs: Any) -> None:
         assert socket.getdefaulttimeout() is not None
