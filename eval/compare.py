@@ -1,4 +1,4 @@
-"""Compare sparse videos with the dense ones of the same prompts and seeds: PSNR, SSIM, LPIPS, time, density.
+"""Compare sparse videos with the dense ones of the same prompts and seeds: likeness, flicker, time, density.
 
     pair by (id, seed)  ->  decode both, frame by frame  ->  metrics a frame  ->  a row a video  ->  a summary
 
@@ -8,26 +8,23 @@ The program behind `xattn-video compare`; `compare()` is the same from Python.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import csv
 import io
-import itertools
 import json
 import os
-from collections import deque
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from eval.metrics import PSNR_CAP_DB, Lpips, LpipsUnavailable, mean_psnr, psnr, ssim
-from eval.pairs import Pair, find_pairs, shortened
+from eval.compare_table import format_summary
+from eval.measure import FrameValues, measure
+from eval.metrics import LPIPS_NETS, PSNR_CAP_DB, Lpips, LpipsUnavailable, definitions, mean_psnr
+from eval.pairs import Pair, find_pairs
+from eval.temporal import DEFINITIONS, RegionErrors, flicker_db, mean_regions, pooled_flicker, worst_cell
 from pipelines.errors import UserError
-from pipelines.manifest import Record, video_name
-from pipelines.video_io import iter_frames
+from pipelines.manifest import Record
 
 METRICS_CSV = "metrics.csv"
 FRAMES_CSV = "metrics_frames.csv"
@@ -36,18 +33,8 @@ SUMMARY_JSON = "summary.json"
 EXAMPLE = """\
 example:
   xattn-video compare out/dense out/xattn-s8-t0.90-w5
+  xattn-video compare out/dense out/xattn-s8-t0.90-w5 --lpips-net vgg --lpips-weights ~/checkpoints
 """
-
-
-@dataclass(frozen=True)
-class FrameValues:
-    """The metrics of each frame of one pair; `lpips` is None where it was not computed."""
-
-    height: int
-    width: int
-    psnr: list[float]
-    ssim: list[float]
-    lpips: list[float] | None
 
 
 def compare(
@@ -56,6 +43,8 @@ def compare(
     *,
     out: str | os.PathLike[str] | None = None,
     lpips: bool = True,
+    lpips_net: str = "alex",
+    lpips_weights: str | os.PathLike[str] | None = None,
     device: str = "auto",
     allow_unmatched: bool = False,
     workers: int | None = None,
@@ -70,18 +59,23 @@ def compare(
         dense_dir, sparse_dir: folders that `xattn-video generate` wrote.
         out: where metrics.csv (a row a video), metrics_frames.csv (a row a frame) and summary.json go;
             default `sparse_dir`. They appear together at the end; an error writes none of them.
-        lpips: also compute LPIPS if its weights can be loaded.
+        lpips: also compute LPIPS if its weights can be loaded; where they cannot, the summary says why.
+        lpips_net: backbone of LPIPS, "alex", "vgg" or "squeeze".
+        lpips_weights: folder with that backbone's torchvision checkpoint, instead of torch hub's cache. Weights
+            that were named must load: an error otherwise.
         device: device of LPIPS; `auto` takes a GPU if there is one.
         allow_unmatched: compare the pairs there are and list the rest, instead of raising.
-        workers: threads for PSNR and SSIM; None takes one a core.
+        workers: threads for all but LPIPS; None takes one a core, at most 8.
         progress: show a bar on stderr.
 
     Returns:
-        What summary.json holds: means over videos, totals, and the rows under "videos".
+        What summary.json holds: means over videos, totals, what each figure means under "definitions", and the
+        rows under "videos", each with its 4 x 4 grid of mean squared errors.
 
     Raises:
         UserError: one line; a folder or manifest is missing or empty, videos lack a partner, a file is missing
-            or damaged, a pair differs in size, frame count, prompt or settings, or `out` cannot be written.
+            or damaged, a pair differs in size, frame count, prompt or settings, `lpips_weights` do not load, or
+            `out` cannot be written.
     """
     from tqdm import tqdm
 
@@ -89,7 +83,7 @@ def compare(
     out_dir = sparse_dir if out is None else Path(out)
     pairs, unmatched = find_pairs(dense_dir, sparse_dir, allow_unmatched=allow_unmatched)
     _check_writable(out_dir)
-    distance, lpips_unavailable = _lpips(lpips, device)
+    distance, lpips_unavailable = _lpips(lpips, device, lpips_net, lpips_weights)
 
     rows: list[Record] = []
     frame_rows: list[Record] = []
@@ -105,8 +99,10 @@ def compare(
         **_means(rows),
         "one_sided_lossless": sum(pair.one_sided for pair in pairs),
         "different_devices": sum(_devices_differ(pair) for pair in pairs),
+        "lpips_net": lpips_net,
         "lpips_unavailable": lpips_unavailable,
         "psnr_cap_db": PSNR_CAP_DB,
+        "definitions": definitions(lpips_net) | DEFINITIONS,
         "unmatched": unmatched,
         "videos": rows,
     }
@@ -120,41 +116,6 @@ def compare(
     return summary
 
 
-def measure(pair: Pair, distance: Lpips | None, *, workers: int | None = None) -> FrameValues:
-    """Decode both files of a pair side by side and measure each frame, PSNR and SSIM in `workers` threads.
-
-    Raises:
-        UserError: a file is damaged, the two differ in size or frame count, or are too small for a metric.
-    """
-    workers = workers or os.cpu_count() or 1
-    pending: deque[Future[tuple[float, float]]] = deque()
-    similarity: list[tuple[float, float]] = []
-    perceptual: list[float] = []
-    height = width = 0
-    try:
-        with ThreadPoolExecutor(workers) as pool:
-            for dense, sparse in _frame_pairs(pair):
-                height, width = dense.shape[:2]
-                pending.append(pool.submit(_psnr_and_ssim, dense, sparse))
-                if distance is not None:
-                    perceptual.append(distance(dense, sparse))
-                # Waiting for the oldest bounds the frames in memory.
-                if len(pending) > 2 * workers:
-                    similarity.append(pending.popleft().result())
-            similarity += [future.result() for future in pending]
-    except UserError:
-        raise
-    except ValueError as error:
-        raise UserError(f"{pair.name}: {error}") from error
-    return FrameValues(
-        height=height,
-        width=width,
-        psnr=[value for value, _ in similarity],
-        ssim=[value for _, value in similarity],
-        lpips=perceptual if distance is not None else None,
-    )
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `xattn-video compare`."""
     parser.add_argument("dense_dir", metavar="DENSE_DIR", help="folder of the dense videos (the reference)")
@@ -162,10 +123,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out", metavar="DIR", help=f"where {METRICS_CSV}, {FRAMES_CSV} and {SUMMARY_JSON} go (SPARSE_DIR)"
     )
-    parser.add_argument("--no-lpips", action="store_true", help="PSNR and SSIM only")
+    parser.add_argument("--no-lpips", action="store_true", help="leave LPIPS out")
+    parser.add_argument("--lpips-net", choices=LPIPS_NETS, default="alex", help="backbone of LPIPS (alex)")
+    parser.add_argument(
+        "--lpips-weights",
+        metavar="FOLDER",
+        help="where the backbone's torchvision checkpoint is (torch hub's cache, filled by a download)",
+    )
     parser.add_argument("--device", default="auto", help="device of LPIPS (default auto: a GPU if there is one)")
     parser.add_argument("--allow-unmatched", action="store_true", help="skip videos without a partner, and list them")
-    parser.add_argument("--workers", type=int, metavar="N", help="threads for PSNR and SSIM (one a core)")
+    parser.add_argument("--workers", type=int, metavar="N", help="threads for all but LPIPS (one a core, at most 8)")
     parser.add_argument("--json", action="store_true", help="print the summary as the last line of stdout")
 
 
@@ -173,12 +140,16 @@ def run(args: argparse.Namespace) -> int:
     """`xattn-video compare`: print the table, write the files; returns the exit code. Raises UserError."""
     if args.workers is not None and args.workers < 1:
         raise UserError(f"--workers must be at least 1, got {args.workers}")
+    if args.no_lpips and args.lpips_weights is not None:
+        raise UserError("--no-lpips and --lpips-weights exclude each other")
     out = args.out or args.sparse_dir
     summary = compare(
         args.dense_dir,
         args.sparse_dir,
         out=out,
         lpips=not args.no_lpips,
+        lpips_net=args.lpips_net,
+        lpips_weights=args.lpips_weights,
         device=args.device,
         allow_unmatched=args.allow_unmatched,
         workers=args.workers,
@@ -190,87 +161,19 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def format_summary(summary: dict[str, Any]) -> str:
-    """The table and the notes under it, as printed."""
-    columns = ("video", "frames", "dense s", "sparse s", "speed-up", "density", "PSNR dB", "SSIM", "LPIPS")
-    lines: list[tuple[str, ...]] = [columns]
-    lines += [_cells(row, shortened(video_name((row["id"], row["seed"])))) for row in summary["videos"]]
-    lines.append(_cells(summary, "all (mean)"))
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    table = [
-        "  ".join([line[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(line[1:], widths[1:], strict=True))])
-        for line in lines
-    ]
-    rule = "-" * len(table[0])
-    text = [table[0], rule, *table[1:-1], rule, table[-1], *_notes(summary)]
-    return "\n".join(line.rstrip() for line in text)
-
-
-def _cells(row: dict[str, Any], name: str) -> tuple[str, ...]:
-    formats = {"frames": "d", "dense_seconds": ".1f", "sparse_seconds": ".1f", "speedup": ".2f", "density": ".3f"}
-    formats |= {"psnr": ".2f", "ssim": ".4f", "lpips": ".4f"}
-    return (name, *("-" if row[key] is None else format(row[key], spec) for key, spec in formats.items()))
-
-
-def _notes(summary: dict[str, Any]) -> list[str]:
-    notes = []
-    counts = summary["source"]
-    if counts["lossless"]:
-        notes.append(f"decoded: lossless copies (FFV1) of {counts['lossless']} pairs")
-    if counts["mp4"]:
-        why = "compression loss included; generate both sides with --lossless to leave it out"
-        notes.append(f"decoded: mp4 (H.264) of {counts['mp4']} pairs, {why}")
-    if summary["one_sided_lossless"]:
-        notes.append(f"lossless copy on one side only, so mp4 on both: {summary['one_sided_lossless']} pairs")
-    if summary["different_devices"]:
-        notes.append(f"made on different devices, so no speed-up: {summary['different_devices']} pairs")
-    if summary["lpips_unavailable"]:
-        notes.append(f"LPIPS: unavailable ({summary['lpips_unavailable']})")
-    if summary["identical_frames"]:
-        notes.append(
-            f"identical frames: {summary['identical_frames']}, each counted with {PSNR_CAP_DB:g} dB in PSNR means"
-        )
-    for side, names in summary["unmatched"].items():
-        if names:
-            notes.append(f"without a partner ({side.replace('_', ' ')}), left out: {', '.join(names)}")
-    return notes
-
-
-def _psnr_and_ssim(dense: np.ndarray, sparse: np.ndarray) -> tuple[float, float]:
-    return psnr(dense, sparse), ssim(dense, sparse)
-
-
-def _frame_pairs(pair: Pair) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """The frames of both files side by side; both must end together and have one size."""
-    with (
-        contextlib.closing(iter_frames(pair.dense_file)) as dense_frames,
-        contextlib.closing(iter_frames(pair.sparse_file)) as sparse_frames,
-    ):
-        for index, (dense, sparse) in enumerate(itertools.zip_longest(dense_frames, sparse_frames)):
-            if dense is None or sparse is None:
-                longer = index + 1 + sum(1 for _ in (sparse_frames if dense is None else dense_frames))
-                counts = (index, longer) if dense is None else (longer, index)
-                raise UserError(
-                    f"{pair.name}: different frame counts: {counts[0]} in {pair.dense_file}, "
-                    f"{counts[1]} in {pair.sparse_file}"
-                )
-            if dense.shape != sparse.shape:
-                raise UserError(
-                    f"{pair.name}: different sizes: {dense.shape[1]} x {dense.shape[0]} in {pair.dense_file}, "
-                    f"{sparse.shape[1]} x {sparse.shape[0]} in {pair.sparse_file}"
-                )
-            yield dense, sparse
-
-
-def _lpips(wanted: bool, device: str) -> tuple[Lpips | None, str | None]:
-    """The network and None, or None and why there is none."""
+def _lpips(
+    wanted: bool, device: str, net: str, weights: str | os.PathLike[str] | None
+) -> tuple[Lpips | None, str | None]:
+    """The network and None, or None and why there is none. Weights that were named must load."""
     from pipelines.runner import resolve_device
 
     if not wanted:
         return None, "switched off"
     try:
-        return Lpips(resolve_device(device)), None
+        return Lpips(resolve_device(device), net, weights), None
     except LpipsUnavailable as error:
+        if weights is not None:
+            raise UserError(f"LPIPS: {error}") from error
         return None, str(error)
 
 
@@ -285,6 +188,7 @@ def _speedup(pair: Pair) -> float | None:
 
 
 def _row(pair: Pair, values: FrameValues) -> Record:
+    regions = mean_regions(values.regions)
     return {
         "id": pair.key[0],
         "seed": pair.key[1],
@@ -298,20 +202,58 @@ def _row(pair: Pair, values: FrameValues) -> Record:
         "ssim_worst_frame": min(values.ssim),
         "lpips": None if values.lpips is None else float(np.mean(values.lpips)),
         "identical_frames": sum(np.isinf(values.psnr).tolist()),
+        **_flicker_columns(values),
+        **_region_columns(regions),
         "density": pair.sparse.get("mean_density"),
         "dense_seconds": pair.dense.get("seconds"),
         "sparse_seconds": pair.sparse.get("seconds"),
         "speedup": _speedup(pair),
         "dense_file": str(pair.dense_file),
         "sparse_file": str(pair.sparse_file),
+        "region_mse": [list(row) for row in regions.grid],
+    }
+
+
+def _flicker_columns(values: FrameValues) -> dict[str, float | int | None]:
+    """A video of one frame has no steps, so no flicker."""
+    steps = values.steps
+    if not steps:
+        return {"flicker": None, "flicker_db": None, "flicker_worst_step": None, "flicker_worst_frame": None}
+    pooled = pooled_flicker(steps)
+    return {
+        "flicker": pooled,
+        "flicker_db": flicker_db(pooled),
+        "flicker_worst_step": max(steps),
+        # The frame that the step leads to: the first frame has none.
+        "flicker_worst_frame": 1 + steps.index(max(steps)),
+    }
+
+
+def _region_columns(regions: RegionErrors) -> dict[str, float | str | None]:
+    worst = worst_cell(regions.grid) or (None, None)
+    return {
+        "border_psnr": regions.border_psnr,
+        "centre_psnr": regions.centre_psnr,
+        "border_excess_db": regions.border_excess_db,
+        "worst_region": worst[0],
+        "worst_region_share": worst[1],
     }
 
 
 def _frame_rows(pair: Pair, values: FrameValues) -> list[Record]:
     lpips: Sequence[float | None] = values.lpips or [None] * len(values.psnr)
     return [
-        {"id": pair.key[0], "seed": pair.key[1], "frame": index, "psnr": one, "ssim": two, "lpips": three}
-        for index, (one, two, three) in enumerate(zip(values.psnr, values.ssim, lpips, strict=True))
+        {
+            "id": pair.key[0],
+            "seed": pair.key[1],
+            "frame": index,
+            "psnr": values.psnr[index],
+            "ssim": values.ssim[index],
+            "lpips": lpips[index],
+            "flicker": values.flicker[index],
+            **_region_columns(values.regions[index]),
+        }
+        for index in range(len(values.psnr))
     ]
 
 
@@ -322,11 +264,14 @@ def _means(rows: Sequence[Record]) -> dict[str, Any]:
         values = [row[name] for row in rows]
         return None if None in values else float(np.mean(values))
 
-    means = {name: mean(name) for name in ("psnr", "ssim", "lpips", "density", "dense_seconds", "sparse_seconds")}
+    likeness = ("psnr", "ssim", "lpips", "flicker", "flicker_db", "border_psnr", "centre_psnr", "border_excess_db")
+    means = {name: mean(name) for name in (*likeness, "density", "dense_seconds", "sparse_seconds")}
     dense_seconds, sparse_seconds = means["dense_seconds"], means["sparse_seconds"]
     speedup = None
     if dense_seconds and sparse_seconds and all(row["speedup"] is not None for row in rows):
         speedup = dense_seconds / sparse_seconds
+    grid = np.mean([row["region_mse"] for row in rows], axis=0).tolist()
+    worst = worst_cell(grid) or (None, None)
     return {
         "pairs": len(rows),
         "frames": sum(row["frames"] for row in rows),
@@ -334,12 +279,17 @@ def _means(rows: Sequence[Record]) -> dict[str, Any]:
         **means,
         "speedup": speedup,
         "identical_frames": sum(row["identical_frames"] for row in rows),
+        "worst_region": worst[0],
+        "worst_region_share": worst[1],
+        "region_mse": grid,
     }
 
 
 def _csv(rows: Sequence[Record]) -> str:
     text = io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
+    # A grid is no cell of a table: summary.json holds it.
+    names = [name for name in rows[0] if name != "region_mse"]
+    writer = csv.DictWriter(text, fieldnames=names, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     return text.getvalue()

@@ -147,9 +147,15 @@ def test_command_prints_table_notes_and_json(runs: tuple[Path, Path], capsys: py
         "dB",
         "SSIM",
         "LPIPS",
+        "flicker",
+        "edge",
+        "dB",
+        "worst",
     ]
     mean = next(line for line in lines if line.startswith("all (mean)")).split()
-    assert mean[2:] == ["9", "10.0", "5.0", "2.00", "0.600", f"{summary['psnr']:.2f}", f"{summary['ssim']:.4f}", "-"]
+    likeness = [f"{summary['psnr']:.2f}", f"{summary['ssim']:.4f}", "-", f"{summary['flicker']:.4f}"]
+    where = [f"{summary['border_excess_db']:+z.1f}", summary["worst_region"]]
+    assert mean[2:-1] == ["9", "10.0", "5.0", "2.00", "0.600", *likeness, *where]
     assert "decoded: lossless copies (FFV1) of 3 pairs" in lines
     assert "LPIPS: unavailable (switched off)" in lines
     assert "compare" in captured.err
@@ -205,14 +211,14 @@ def test_lpips_where_its_weights_load(runs: tuple[Path, Path], monkeypatch: pyte
     class Distance(Lpips):
         """LPIPS's call with a network that needs no weights: the mean absolute difference."""
 
-        def __init__(self, device: Any) -> None:
+        def __init__(self, device: Any, net: str, weights: Any) -> None:
             import torch
 
             class Network(torch.nn.Module):
                 def forward(self, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
                     return (first - second).abs().mean()
 
-            super().__init__(device, network=Network())
+            super().__init__(device, net, network=Network())
 
     monkeypatch.setattr("eval.compare.Lpips", Distance)
     summary = compare(*runs, progress=False, device="cpu")
@@ -226,10 +232,10 @@ def test_lpips_where_its_weights_load(runs: tuple[Path, Path], monkeypatch: pyte
 def test_lpips_without_weights_says_unavailable_and_why(
     runs: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def no_weights() -> None:
+    def no_weights(net: str, weights: Any) -> None:
         raise LpipsUnavailable("AlexNet's weights are not here")
 
-    monkeypatch.setattr("eval.metrics._load_lpips", no_weights)
+    monkeypatch.setattr("eval.perceptual._load_lpips", no_weights)
     assert run_compare(*runs, "--device", "cpu") == 0
     assert "LPIPS: unavailable (AlexNet's weights are not here)" in capsys.readouterr().out
     assert json.loads((runs[1] / "summary.json").read_text())["lpips_unavailable"] == "AlexNet's weights are not here"

@@ -1,11 +1,8 @@
-"""PSNR, SSIM and LPIPS against closed forms and the packages that define them."""
+"""PSNR and SSIM against closed forms and the packages that define them."""
 
 from __future__ import annotations
 
 import math
-import socket
-import urllib.error
-import warnings
 from typing import Any
 
 import numpy as np
@@ -14,7 +11,7 @@ import torch
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from eval import metrics
-from eval.metrics import Lpips, LpipsUnavailable, mean_psnr, psnr, ssim, video_psnr, video_ssim
+from eval.metrics import definitions, mean_psnr, psnr, ssim, video_psnr, video_ssim
 
 
 def frames(height: int = 37, width: int = 53, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -130,60 +127,43 @@ def test_ranges_sizes_and_lengths_are_checked() -> None:
         video_psnr(np.zeros((2, 20, 20, 3), np.uint8), np.zeros((3, 20, 20, 3), np.uint8))
     with pytest.raises(ValueError, match="at least one, got 0 and 0"):
         video_ssim(np.zeros((0, 20, 20, 3), np.uint8), np.zeros((0, 20, 20, 3), np.uint8))
-    with pytest.raises(ValueError, match=r"reference must be a video \[T, H, W, 3\]"):
+    with pytest.raises(ValueError, match=r"reference must be an RGB video \[T, H, W, 3\]"):
         video_psnr(small, small)
 
 
-@pytest.fixture(scope="module")
-def network() -> torch.nn.Module:
-    """The real network with the real heads; only AlexNet's own weights are random (they are not shipped)."""
-    from xattn_video.integrations.torchvision_mend import mend_torchvision
-
-    mend_torchvision()
-    import lpips
-
-    torch.manual_seed(0)
-    with warnings.catch_warnings():
-        # lpips asks torchvision for its weights in the older spelling.
-        warnings.simplefilter("ignore", UserWarning)
-        return lpips.LPIPS(net="alex", pnet_rand=True, verbose=False)
+def test_one_function_takes_a_frame_or_a_video() -> None:
+    reference, test = frames()
+    videos = np.stack([reference, test, reference]), np.stack([test, reference, reference])
+    assert psnr(*videos) == pytest.approx((2 * psnr(reference, test) + 100.0) / 3)
+    assert psnr(*videos) == video_psnr(*videos)
+    assert ssim(*videos) == video_ssim(*videos) == pytest.approx((2 * ssim(reference, test) + 1) / 3)
+    unit = videos[0].astype(np.float32) / 255, videos[1].astype(np.float32) / 255
+    assert psnr(*unit) == pytest.approx(psnr(*videos), abs=1e-4)
+    assert ssim(*unit) == pytest.approx(ssim(*videos), abs=1e-5)
 
 
-def test_lpips_equals_the_package_called_directly(network: torch.nn.Module) -> None:
-    import lpips
-
-    reference, test = frames(64, 80)
-    distance = Lpips("cpu", network=network)
-    with torch.no_grad():
-        expected = network(lpips.im2tensor(reference), lpips.im2tensor(test)).item()
-    assert expected > 1e-4
-    assert distance(reference, test) == pytest.approx(expected, rel=1e-5)
-    assert distance(test, reference) == pytest.approx(expected, rel=1e-5)
-    assert distance(reference, reference) == 0.0
-    unit = reference.astype(np.float32) / 255, test.astype(np.float32) / 255
-    assert distance(*unit) == pytest.approx(expected, rel=1e-3)
-
-
-def test_lpips_checks_its_frames(network: torch.nn.Module) -> None:
-    distance = Lpips("cpu", network=network)
-    smallest = np.zeros((31, 31, 3), np.uint8)
-    assert distance(smallest, smallest) == 0.0
-    with pytest.raises(ValueError, match="at least 31 x 31, got 31 x 30"):
-        distance(smallest[:30], smallest[:30])
-    with pytest.raises(ValueError, match="same shape"):
-        distance(smallest, np.zeros((31, 32, 3), np.uint8))
+@pytest.mark.parametrize("metric", [psnr, ssim, video_psnr, video_ssim])
+@pytest.mark.parametrize(
+    ("reference", "test", "message"),
+    [
+        ((2, 20, 20, 3), (20, 20, 3), r"test must be an RGB video \[T, H, W, 3\], got shape \[20, 20, 3\]"),
+        ((20, 20, 3), (2, 20, 20, 3), r"reference must be an RGB video \[T, H, W, 3\], got shape \[20, 20, 3\]"),
+        ((2, 3, 20, 20), (2, 3, 20, 20), r"reference must be an RGB video .*, got shape \[2, 3, 20, 20\]"),
+        ((2, 20, 20, 3), (2, 20, 21, 3), r"same shape, got \[2, 20, 20, 3\] and \[2, 20, 21, 3\]"),
+        ((2, 20, 0, 3), (2, 20, 0, 3), r"must have pixels, got shape \[2, 20, 0, 3\]"),
+    ],
+)
+def test_videos_that_do_not_go_together(metric: Any, reference: Any, test: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        metric(np.zeros(reference, np.uint8), np.zeros(test, np.uint8))
 
 
-def test_lpips_without_weights_says_why(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
-    def offline(*args: Any, **kwargs: Any) -> None:
-        assert socket.getdefaulttimeout() is not None
-        raise urllib.error.URLError("name resolution\nfailed")
-
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    monkeypatch.setattr("torch.hub.urlopen", offline)
-    before = socket.getdefaulttimeout()
-    with pytest.raises(LpipsUnavailable, match="neither in torch hub's cache nor can they be downloaded") as caught:
-        Lpips("cpu")
-    assert "name resolution failed" in str(caught.value)
-    assert "\n" not in str(caught.value)
-    assert socket.getdefaulttimeout() == before
+def test_definitions_name_the_settings_that_are_used() -> None:
+    texts = definitions("squeeze")
+    assert set(texts) == {"psnr", "ssim", "lpips"}
+    assert all("mean over frames, then over videos" in text for text in texts.values())
+    assert "255^2" in texts["psnr"]
+    assert "at most 100 dB" in texts["psnr"]
+    assert "Gaussian window 11 x 11, sigma 1.5" in texts["ssim"]
+    assert "data range 255" in texts["ssim"]
+    assert "version 0.1, squeeze" in texts["lpips"]
