@@ -24,11 +24,13 @@ from eval.metrics import LPIPS_NETS, PSNR_CAP_DB, Lpips, LpipsUnavailable, defin
 from eval.pairs import Pair, find_pairs
 from eval.temporal import DEFINITIONS, RegionErrors, flicker_db, mean_regions, pooled_flicker, worst_cell
 from pipelines.errors import UserError
-from pipelines.manifest import Record
+from pipelines.manifest import Record, read_manifest
 
 METRICS_CSV = "metrics.csv"
 FRAMES_CSV = "metrics_frames.csv"
 SUMMARY_JSON = "summary.json"
+# Where `generate --attention dense-alt` writes.
+FLOOR = "dense-alt"
 
 EXAMPLE = """\
 example:
@@ -48,6 +50,7 @@ def compare(
     device: str = "auto",
     allow_unmatched: bool = False,
     workers: int | None = None,
+    floor: bool = True,
     progress: bool = True,
 ) -> dict[str, Any]:
     """Measure how far the videos of `sparse_dir` are from those of `dense_dir`.
@@ -66,11 +69,13 @@ def compare(
         device: device of LPIPS; `auto` takes a GPU if there is one.
         allow_unmatched: compare the pairs there are and list the rest, instead of raising.
         workers: threads for all but LPIPS; None takes one a core, at most 8.
+        floor: measure the noise floor too, where a folder `dense-alt` beside `dense_dir` has these videos.
         progress: show a bar on stderr.
 
     Returns:
-        What summary.json holds: means over videos, totals, what each figure means under "definitions", and the
-        rows under "videos", each with its 4 x 4 grid of mean squared errors.
+        What summary.json holds: means over videos, totals, those of the noise floor under "floor" (or None), what
+        each figure means under "definitions", and the rows under "videos", each with its 4 x 4 grid of mean squared
+        errors.
 
     Raises:
         UserError: one line; a folder or manifest is missing or empty, videos lack a partner, a file is missing
@@ -85,8 +90,14 @@ def compare(
     _check_writable(out_dir)
     distance, lpips_unavailable = _lpips(lpips, device, lpips_net, lpips_weights)
 
+    floor_pairs = _floor_pairs(dense_dir, sparse_dir, pairs) if floor else []
+
     rows: list[Record] = []
     frame_rows: list[Record] = []
+    floor_rows = [
+        _row(pair, measure(pair, distance, workers=workers))
+        for pair in tqdm(floor_pairs, desc="noise floor", unit="video", disable=not (progress and floor_pairs))
+    ]
     for pair in tqdm(pairs, desc="compare", unit="video", disable=not progress):
         values = measure(pair, distance, workers=workers)
         rows.append(_row(pair, values))
@@ -104,6 +115,7 @@ def compare(
         "psnr_cap_db": PSNR_CAP_DB,
         "definitions": definitions(lpips_net) | DEFINITIONS,
         "unmatched": unmatched,
+        "floor": _means(floor_rows) if floor_rows else None,
         "videos": rows,
     }
     _write_together(
@@ -114,6 +126,17 @@ def compare(
         }
     )
     return summary
+
+
+def _floor_pairs(dense_dir: Path, sparse_dir: Path, pairs: Sequence[Pair]) -> list[Pair]:
+    """The same videos in the noise floor's folder, as far as they are there."""
+    folder = dense_dir.parent / FLOOR
+    if folder.resolve() in (dense_dir.resolve(), sparse_dir.resolve()):
+        return []
+    keys = {pair.key for pair in pairs}
+    if keys.isdisjoint(read_manifest(folder)):
+        return []
+    return [pair for pair in find_pairs(dense_dir, folder, allow_unmatched=True)[0] if pair.key in keys]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -133,6 +156,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="auto", help="device of LPIPS (default auto: a GPU if there is one)")
     parser.add_argument("--allow-unmatched", action="store_true", help="skip videos without a partner, and list them")
     parser.add_argument("--workers", type=int, metavar="N", help="threads for all but LPIPS (one a core, at most 8)")
+    parser.add_argument("--no-floor", action="store_true", help=f"no row of the videos in {FLOOR} beside DENSE_DIR")
     parser.add_argument("--json", action="store_true", help="print the summary as the last line of stdout")
 
 
@@ -153,6 +177,7 @@ def run(args: argparse.Namespace) -> int:
         device=args.device,
         allow_unmatched=args.allow_unmatched,
         workers=args.workers,
+        floor=not args.no_floor,
     )
     print(format_summary(summary))
     print(f"wrote {METRICS_CSV}, {FRAMES_CSV} and {SUMMARY_JSON} in {out}")

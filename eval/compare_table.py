@@ -31,14 +31,17 @@ def format_summary(summary: dict[str, Any]) -> str:
     """The table, the notes under it and the definitions of its columns, as printed."""
     lines: list[tuple[str, ...]] = [("video", *(head for head, _ in _COLUMNS.values()))]
     lines += [_cells(row, shortened(video_name((row["id"], row["seed"])))) for row in summary["videos"]]
-    lines.append(_cells(summary, "all (mean)"))
+    means = [_cells(summary, "all (mean)")]
+    means += [_cells(summary["floor"], "noise floor (mean)")] if summary["floor"] else []
+    lines += means
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     table = [
         "  ".join([line[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(line[1:], widths[1:], strict=True))])
         for line in lines
     ]
     rule = "-" * len(table[0])
-    text = [table[0], rule, *table[1:-1], rule, table[-1], *_notes(summary), *_definitions(summary)]
+    last = len(table) - len(means)
+    text = [table[0], rule, *table[1:last], rule, *table[last:], *_notes(summary), *_definitions(summary)]
     return "\n".join(line.rstrip() for line in text)
 
 
@@ -77,6 +80,10 @@ def _notes(summary: dict[str, Any]) -> list[str]:
         notes.append(
             f"identical frames: {summary['identical_frames']}, each counted with {PSNR_CAP_DB:g} dB in PSNR means"
         )
+    if summary["floor"]:
+        notes.append(f"noise floor: dense in another order of summation, {summary['floor']['pairs']} videos")
+    else:
+        notes.append("noise floor: not measured; xattn-video generate --attention dense-alt makes its videos")
     for side, names in summary["unmatched"].items():
         if names:
             notes.append(f"without a partner ({side.replace('_', ' ')}), left out: {', '.join(names)}")

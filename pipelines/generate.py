@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,7 +36,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, default=Path("out"), metavar="DIR", help="default: out")
 
     group = parser.add_argument_group("attention")
-    group.add_argument("--attention", choices=("dense", "xattn", "both"), default="xattn", help="default: xattn")
+    group.add_argument(
+        "--attention", choices=("dense", "dense-alt", "xattn", "both", "all"), default="xattn",
+        help="default: xattn; dense-alt is dense in another order of summation, the noise floor of every comparison; "
+        "both is dense and xattn, all is the three",
+    )  # fmt: skip
     group.add_argument("--threshold", type=float, help="share of the score mass to keep, in (0, 1]; default: 0.9")
     group.add_argument("--stride", type=int, help="antidiagonal stride, a power of two; default: 8")
     group.add_argument("--block-size", type=int, help="tokens a block, a multiple of the stride; default: 128")
@@ -78,6 +83,18 @@ def run(args: argparse.Namespace) -> int:
     if args.dry_run:
         _report_dry_run(plan, as_json=args.json)
         return 0
+    started = time.perf_counter()
+    records = produce(plan, args)
+    _report(plan, records, time.perf_counter() - started, as_json=args.json)
+    return 0
+
+
+def produce(plan: Plan, args: argparse.Namespace, on_record: Callable[[Record], None] | None = None) -> list[Record]:
+    """Make the plan's missing videos with one loaded pipeline; their records, each given to `on_record` as it comes.
+
+    Raises:
+        UserError: the output cannot be written, or the model cannot be loaded or made sparse.
+    """
     if plan.pending:
         check_available(plan.model)
     for folder in {job.folder for job in plan.jobs}:
@@ -89,10 +106,7 @@ def run(args: argparse.Namespace) -> int:
     skipped = len(plan.jobs) - len(plan.pending)
     if skipped:
         print(f"{skipped} of {len(plan.jobs)} videos are already finished and kept", file=sys.stderr)
-    started = time.perf_counter()
-    records = _make_videos(plan, args) if plan.pending else []
-    _report(plan, records, time.perf_counter() - started, as_json=args.json)
-    return 0
+    return _make_videos(plan, args, on_record) if plan.pending else []
 
 
 def _make_writable(folder: Path) -> None:
@@ -111,7 +125,7 @@ def _remove_leftovers(jobs: Sequence[Job]) -> None:
             (job.folder / f".{job.name}.partial{suffix}").unlink(missing_ok=True)
 
 
-def _make_videos(plan: Plan, args: argparse.Namespace) -> list[Record]:
+def _make_videos(plan: Plan, args: argparse.Namespace, on_record: Callable[[Record], None] | None) -> list[Record]:
     import torch
 
     from pipelines.progress import VideoProgress
@@ -143,6 +157,8 @@ def _make_videos(plan: Plan, args: argparse.Namespace) -> list[Record]:
                 progress.finish()
                 if not args.json:
                     progress.print(_result_line(job, record))
+                if on_record:
+                    on_record(record)
     return records
 
 
@@ -156,7 +172,8 @@ def _make_video(pipe: Any, processor: Any, plan: Plan, job: Job, progress: Video
         processor.stats.reset()
     started = time.perf_counter()
     try:
-        frames = runner.make_frames(pipe, job.prompt, job.seed, plan.settings)
+        with runner.floor_attention(pipe) if job.kind == "dense-alt" else contextlib.nullcontext():
+            frames = runner.make_frames(pipe, job.prompt, job.seed, plan.settings)
     except torch.OutOfMemoryError:
         advice = "--offload model (or sequential), --dtype bfloat16, fewer frames or a smaller size"
         raise UserError(f"{job.path}: {plan.device} is out of memory; try {advice}") from None
@@ -222,7 +239,7 @@ def _report_dry_run(plan: Plan, *, as_json: bool) -> None:
     settings, pending = plan.settings, set(plan.pending)
     document = {
         "dry_run": True,
-        "model": plan.model.source,
+        "model": plan.model.identity,
         "pipeline": plan.model.pipeline,
         **vars(settings),
         "tokens": plan.tokens,
@@ -238,7 +255,7 @@ def _report_dry_run(plan: Plan, *, as_json: bool) -> None:
         print(json.dumps(document))
         return
     tokens = "unknown" if plan.tokens is None else f"{plan.tokens:,}"
-    print(f"model   {plan.model.source} ({plan.model.pipeline})")
+    print(f"model   {plan.model.identity} ({plan.model.pipeline})")
     print(f"size    {settings.width} x {settings.height}, {settings.num_frames} frames at {settings.fps} a second")
     print(f"tokens  {tokens} video tokens a forward pass, {settings.steps} steps")
     print(f"device  {plan.device}, {plan.dtype}")
@@ -248,10 +265,10 @@ def _report_dry_run(plan: Plan, *, as_json: bool) -> None:
 
 
 def _report(plan: Plan, records: list[Record], seconds: float, *, as_json: bool) -> None:
-    made = {(record["attention"] == "dense", record["id"], record["seed"]): record for record in records}
+    made = {(record["attention"], record["id"], record["seed"]): record for record in records}
     videos = []
     for job in plan.jobs:
-        record = made.get((job.config is None, job.prompt.id, job.seed))
+        record = made.get((job.kind, job.prompt.id, job.seed))
         video = {"attention": job.attention, "id": job.prompt.id, "seed": job.seed, "file": str(job.path)}
         video["status"] = "made" if record else "kept"
         videos.append(video | ({key: record[key] for key in ("seconds", "mean_density")} if record else {}))

@@ -91,10 +91,17 @@ class Model:
     dtypes: dict[str, str] = field(default_factory=dict)
     vae_tiling: bool = False
 
+    @property
+    def identity(self) -> str:
+        """What a manifest calls the model: its source, but the shipped one's name, as its folder differs by machine."""
+        return self.name if self.source == str(DEMO_WEIGHTS) else self.source
+
 
 # Diffusers' documentation asks for Wan's VAE in float32, and for HunyuanVideo in float16 around a bfloat16 transformer.
 _WAN_DTYPES = {"vae": "float32"}
 _HUNYUAN_DTYPES = {"vae": "float16", "text_encoder": "float16", "text_encoder_2": "float16"}
+# The model that this project trained and ships; the model card in the folder says how.
+DEMO_WEIGHTS = Path(__file__).resolve().parent / "demo" / "weights"
 _WAN_2_1 = Geometry(vae_time=4, vae_space=8, patch=(1, 2, 2), multiple=16)
 
 # Sizes, steps, guidance and shifts are those that the models' own repositories and diffusers' documentation give.
@@ -150,6 +157,14 @@ KNOWN_MODELS = {
             Defaults(480, 848, 121, fps=24, steps=50, guidance_scale=6.0),
             vae_tiling=True,
         ),
+        Model(
+            "demo",
+            str(DEMO_WEIGHTS),
+            "WanPipeline",
+            Geometry(vae_time=2, vae_space=4, patch=(1, 2, 2), multiple=16),
+            Defaults(128, 128, 33, fps=8, steps=20, guidance_scale=1.0),
+            _WAN_DTYPES,
+        ),
     )
 }
 
@@ -166,6 +181,8 @@ def find_model(name: str) -> Model:
     """
     known = KNOWN_MODELS.get(name.lower())
     if known is not None:
+        if Path(known.source).is_absolute() and not Path(known.source).is_dir():
+            raise UserError(f"--model {name}: its weights are missing from this installation ({known.source})")
         return known
     folder = Path(name).expanduser()
     if folder.is_dir():

@@ -20,6 +20,9 @@ from pipelines.prompts import MAX_SEED, Prompt, evenly_spaced, read_prompts
 if TYPE_CHECKING:
     from xattn_video import XAttnConfig
 
+    # A folder's name and the settings of its videos; None for dense and dense-alt.
+    Labelled = tuple[str, XAttnConfig | None]
+
 # What makes a video what it is: a finished one is kept only if all of these are as they would be now.
 COMPARED = (
     "prompt", "negative_prompt", "image_sha256", "model", "height", "width", "num_frames", "fps", "steps",
@@ -29,13 +32,18 @@ COMPARED = (
 
 @dataclass(frozen=True)
 class Job:
-    """One video to make: `attention` is its folder's name, `config` None for dense."""
+    """One video to make: `attention` is its folder's name, `config` None for dense and dense-alt."""
 
     attention: str
     config: XAttnConfig | None
     prompt: Prompt
     seed: int
     folder: Path
+
+    @property
+    def kind(self) -> str:
+        """`dense`, `dense-alt` or `xattn`."""
+        return self.attention if self.config is None else "xattn"
 
     @property
     def name(self) -> str:
@@ -65,8 +73,12 @@ class Plan:
         return None if geometry is None else geometry.tokens(size.height, size.width, size.num_frames)
 
 
-def make_plan(args: argparse.Namespace) -> Plan:
+def make_plan(args: argparse.Namespace, configs: Sequence[Labelled] | None = None) -> Plan:
     """Check every input and find what is to be made, without loading weights or writing anything.
+
+    Args:
+        args: the options of `generate`.
+        configs: folder names with their settings, in place of those that `args.attention` asks for.
 
     Raises:
         UserError: see the message; cheap checks come first.
@@ -81,12 +93,14 @@ def make_plan(args: argparse.Namespace) -> Plan:
     seeds = _checked_seeds(args.seeds)
     model = find_model(args.model)
     settings = _resolve_settings(model, args)
-    configs = _configs(args)
+    configs = _configs(args) if configs is None else configs
     for label, _ in configs:
         _check_folder(args.out, label)
     device = runner.resolve_device(args.device)
     if args.offload != "none" and device.type == "cpu":
         raise UserError(f"--offload {args.offload} moves weights off an accelerator; with --device cpu there is none")
+    if args.compile and any(label == "dense-alt" for label, _ in configs):
+        raise UserError(f"--attention {args.attention} makes dense-alt videos, which do not go with --compile")
     dtype = runner.resolve_dtype(args.dtype, device)
     runner.check_prompts(model, prompt_file.path, prompts, call_parameters(model))
     jobs = tuple(
@@ -145,7 +159,7 @@ def _resolve_settings(model: Model, args: argparse.Namespace) -> runner.Settings
     return settings
 
 
-def _configs(args: argparse.Namespace) -> list[tuple[str, XAttnConfig | None]]:
+def _configs(args: argparse.Namespace) -> list[Labelled]:
     from xattn_video import XAttnConfig
 
     names = ("threshold", "stride", "block_size", "warmup_steps", "min_tokens")
@@ -154,9 +168,16 @@ def _configs(args: argparse.Namespace) -> list[tuple[str, XAttnConfig | None]]:
         config = XAttnConfig(**given)
     except ValueError as error:
         raise UserError(str(error)) from None
-    dense: list[tuple[str, XAttnConfig | None]] = [("dense", None)]
-    sparse: list[tuple[str, XAttnConfig | None]] = [(config.label(), config)]
-    return {"dense": dense, "xattn": sparse, "both": dense + sparse}[args.attention]
+    dense: list[Labelled] = [("dense", None)]
+    sparse: list[Labelled] = [(config.label(), config)]
+    floor: list[Labelled] = [("dense-alt", None)]
+    return {
+        "dense": dense,
+        "dense-alt": floor,
+        "xattn": sparse,
+        "both": dense + sparse,
+        "all": dense + floor + sparse,
+    }[args.attention]
 
 
 def _pending(plan: Plan, *, lossless: bool) -> tuple[Job, ...]:
@@ -189,7 +210,7 @@ def identity(plan: Plan, job: Job) -> Record:
         "negative_prompt": job.prompt.negative_prompt,
         "image": None if job.prompt.image is None else job.prompt.image.name,
         "image_sha256": None if job.prompt.image is None else _digest(job.prompt.image),
-        "model": plan.model.source,
+        "model": plan.model.identity,
         "height": settings.height,
         "width": settings.width,
         "num_frames": settings.num_frames,
@@ -199,7 +220,7 @@ def identity(plan: Plan, job: Job) -> Record:
         "guidance_scale_2": settings.guidance_scale_2,
         "flow_shift": settings.flow_shift,
         "dtype": plan.dtype,
-        "attention": "dense" if job.config is None else "xattn",
+        "attention": job.kind,
         "config": None if job.config is None else job.config.to_dict(),
     }
 

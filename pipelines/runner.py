@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -172,6 +173,14 @@ def attach(pipe: Any, config: XAttnConfig | None) -> Any:
     except ValueError as error:
         raise UserError(f"--attention xattn: {error}") from None
     return processor
+
+
+def floor_attention(pipe: Any) -> AbstractContextManager[None]:
+    """While it is open, the pipeline's transformers attend densely in another order of summation (`reversed_keys`)."""
+    from pipelines.dense_alt import reversed_keys
+    from xattn_video.integrations.diffusers import pipeline_transformers
+
+    return reversed_keys(list(pipeline_transformers(pipe).values()))
 
 
 def _parameters(pipe: Any) -> dict[str, inspect.Parameter]:
