@@ -27,7 +27,10 @@ class Command:
 # eval is loaded from here and only here: pipelines otherwise knows nothing of it.
 COMMANDS = {
     "generate": Command("pipelines.generate", "make videos from a prompt file, dense, sparse or both"),
-    "compare": Command("eval.compare", "compare sparse videos with dense ones: PSNR, SSIM, LPIPS"),
+    "compare": Command(
+        "eval.compare", "compare sparse videos with dense ones: PSNR, SSIM, LPIPS, flicker, worst regions"
+    ),
+    "sweep": Command("eval.sweep", "quality and speed over thresholds, strides and warm-up steps"),
     "demo": Command("pipelines.demo.command", "the whole path on a small model, in minutes on a CPU"),
     "judge": Command(
         "pipelines.demo.judging", "read colour, shape, motion and background back from videos of the shapes world"
