@@ -10,7 +10,7 @@ from html import escape
 COLOURS = 8
 _SHAPES = ("circle", "square", "diamond", "triangle")
 _WIDTH, _HEIGHT = 560, 340
-_LEFT, _RIGHT, _TOP, _BOTTOM = 52, 14, 14, 44
+_LEFT, _RIGHT, _TOP, _BOTTOM = 56, 30, 34, 48
 
 
 @dataclass(frozen=True)
@@ -46,13 +46,10 @@ def scatter(
     for tick in x_ticks:
         x, _ = place(tick, y_low)
         parts.append(f'<line class="grid" x1="{x}" x2="{x}" y1="{_TOP}" y2="{_HEIGHT - _BOTTOM}"/>')
-        parts.append(f'<text x="{x}" y="{_HEIGHT - _BOTTOM + 17}" text-anchor="middle">{tick:g}</text>')
+        parts.append(f'<text x="{x}" y="{_HEIGHT - _BOTTOM + 18}" text-anchor="middle">{tick:g}</text>')
     middle = (_LEFT + _WIDTH - _RIGHT) / 2
     parts.append(f'<text x="{middle}" y="{_HEIGHT - 8}" text-anchor="middle">{escape(x_label)}</text>')
-    parts.append(
-        f'<text transform="translate(13 {(_HEIGHT - _BOTTOM + _TOP) / 2}) rotate(-90)" text-anchor="middle">'
-        f"{escape(y_label)}</text>"
-    )
+    parts.append(f'<text x="4" y="16">{escape(y_label)}</text>')
     if line:
         _, y = place(x_low, line[0])
         # Above the line, unless it lies at the top.

@@ -130,7 +130,7 @@ def _configurations(run: Run) -> str:
     parts = [
         '<div class="wide"><table id="configurations"><thead><tr><th scope="col">videos of</th>',
         f"{head}</tr></thead><tbody>{''.join(rows)}</tbody>",
-        f'<tbody class="theirs"><tr><td class="says" colspan="{len(_COLUMNS) + 1}">{escape(says)}</td></tr>',
+        f'<tbody class="theirs"><tr><td class="says" colspan="{len(_COLUMNS) + 1}"><div>{escape(says)}</div></td></tr>',
         f"{''.join(theirs)}</tbody></table></div>",
     ]
     notes = [_note("Means over videos. Below floor: the floor's PSNR less this one's, on the videos that both have.")]
