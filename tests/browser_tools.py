@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import os
+import select
 import shutil
 import subprocess
 import time
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 _NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
+_ANSWER_SECONDS = 30
 
 
 def find_chromium() -> str | None:
@@ -82,6 +84,8 @@ class Page:
 
     def _read(self) -> Any:
         while b"\0" not in self._buffer:
+            # An open alert() answers nothing.
+            assert select.select([self._from], [], [], _ANSWER_SECONDS)[0], "the browser does not answer"
             data = os.read(self._from, 1 << 20)
             assert data, "the browser has ended"
             self._buffer += data
