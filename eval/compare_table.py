@@ -25,6 +25,8 @@ _COLUMNS = {
     "border_excess_db": ("edge dB", "+z.1f"),
     "worst_region": ("worst", ""),
 }
+# A column's head by the name in a summary's rows, for those who explain the columns elsewhere.
+COLUMN_HEADS = {name: head for name, (head, _) in _COLUMNS.items()}
 
 
 def format_summary(summary: dict[str, Any]) -> str:

@@ -30,6 +30,7 @@ COMMANDS = {
     "compare": Command(
         "eval.compare", "compare sparse videos with dense ones: PSNR, SSIM, LPIPS, flicker, worst regions"
     ),
+    "report": Command("eval.report", "one page about a run: tables, noise floor, players side by side, density"),
     "sweep": Command("eval.sweep", "quality and speed over thresholds, strides and warm-up steps"),
     "demo": Command("pipelines.demo.command", "the whole path on a small model, in minutes on a CPU"),
     "judge": Command(

@@ -210,13 +210,15 @@ def _result_line(job: Job, record: Record) -> str:
 
 
 def _density(processor: Any, steps: int) -> Record:
-    """Mean density, density by step and dense calls by reason; a dense run keeps every block."""
+    """Mean density, density by step and by layer, dense calls by reason; a dense run keeps every block."""
     if processor is None:
-        return {"mean_density": 1.0, "density_by_step": [1.0] * steps, "dense_reasons": {}}
+        return {"mean_density": 1.0, "density_by_step": [1.0] * steps, "density_by_layer": {}, "dense_reasons": {}}
     summary = processor.stats.summary()
     return {
         "mean_density": summary["density"],
         "density_by_step": [summary["density_by_step"][step] for step in sorted(summary["density_by_step"])],
+        # Rounded: a line of the manifest holds up to a hundred layers.
+        "density_by_layer": {layer: round(density, 4) for layer, density in summary["density_by_layer"].items()},
         "dense_reasons": summary["dense_calls"],
     }
 

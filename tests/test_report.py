@@ -1,0 +1,423 @@
+"""`report`: one page that says what compare and generate said, plays every video, and needs nothing else."""
+
+from __future__ import annotations
+
+import base64
+import html
+import json
+import os
+import re
+import shutil
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from eval import report_data
+from eval.compare import compare
+from eval.paper_tables import load_paper_tables
+from eval.report import write_report
+from eval.report_charts import Point, scatter
+from pipelines.errors import UserError
+from pipelines.manifest import read_manifest
+from tests.browser_tools import browser_page, find_chromium
+from tests.cli_tools import SPARSE_LABEL, Run, run_command, save_tiny_wan, tool
+
+HOSTILE = '</script><script>alert(1)</script> <img src=x onerror=alert(2)> & "quotes" \' ${title} $title'
+SECOND = "xattn-s8-t0.30-w1-b16-m0"
+TINY = ("--height", 64, "--width", 64, "--num-frames", 17, "--steps", 3, "--fps", 8)
+SPARSE = ("--min-tokens", 0, "--block-size", 16, "--warmup-steps", 1)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with two sparse configurations and the floor, of two prompts, one of them hostile."""
+    from pipelines.cli import main
+
+    folder = tmp_path_factory.mktemp("run")
+    model, prompts, out = save_tiny_wan(folder / "model"), folder / "prompts.txt", folder / "out"
+    prompts.write_text(f"a red circle\n{HOSTILE}\n", encoding="utf-8")
+    for threshold in (0.9, 0.3):
+        command = ("generate", "--model", model, "--prompts", prompts, "--out", out, "--attention", "all")
+        options = (*TINY, *SPARSE, "--threshold", threshold, "--lossless", "--device", "cpu")
+        assert main([str(part) for part in (*command, *options)]) == 0
+    for label in ("dense-alt", SPARSE_LABEL, SECOND):
+        compare(out / "dense", out / label, lpips=False, floor=False, progress=False)
+    return out
+
+
+@pytest.fixture
+def run(made: Path, tmp_path: Path) -> Path:
+    """A copy of the run, with its times kept, so that its summaries stay current."""
+    return Path(shutil.copytree(made, tmp_path / "run"))
+
+
+@pytest.fixture
+def xattn(capfd: pytest.CaptureFixture[str]) -> Run:
+    return tool(capfd)
+
+
+class Reader(HTMLParser):
+    """What a browser would see: elements, script texts, and the cells of every table row."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.scripts: list[tuple[dict[str, str | None], str]] = []
+        self.text = ""
+        self.rows: list[list[tuple[str, str]]] = []
+        self._inside = ""
+        self.feed(page)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag == "script":
+            self.scripts.append((dict(attrs), ""))
+        if tag == "tr":
+            self.rows.append([])
+        if tag in ("td", "th") and self.rows:
+            self.rows[-1].append(("", dict(attrs).get("title") or ""))
+        self._inside = tag
+
+    def handle_endtag(self, tag: str) -> None:
+        self._inside = ""
+
+    def handle_data(self, data: str) -> None:
+        if self._inside == "script":
+            attributes, text = self.scripts[-1]
+            self.scripts[-1] = attributes, text + data
+        elif self._inside != "style":
+            self.text += data
+            if self._inside in ("td", "th"):
+                text, title = self.rows[-1][-1]
+                self.rows[-1][-1] = text + data, title
+
+    def row(self, head: str) -> list[tuple[str, str]]:
+        return next(row for row in self.rows if row and row[0][0] == head)
+
+    @property
+    def videos(self) -> dict[str | None, str]:
+        return {names["data-video"]: text for names, text in self.scripts if "data-video" in names}
+
+    @property
+    def cases(self) -> list[dict]:
+        return json.loads(next(text for names, text in self.scripts if names.get("id") == "cases"))
+
+
+def read(path: Path) -> Reader:
+    return Reader(path.read_text(encoding="utf-8"))
+
+
+def test_rows_are_the_summaries(run, xattn):
+    done = xattn("report", run, "--no-lpips")
+    assert done.code == 0, done.err
+    assert str(run / "report.html") in done.out
+    # The summaries were there and current: nothing was measured anew.
+    assert "compare" not in done.err
+    page = read(run / "report.html")
+    floor = json.loads((run / "dense-alt" / "summary.json").read_text())
+    for label in (SPARSE_LABEL, SECOND):
+        summary = json.loads((run / label / "summary.json").read_text())
+        row = page.row(label)
+        columns = ("pairs", "density", "psnr", None, "ssim", "lpips", "flicker", "border_excess_db", "dense_seconds")
+        for name, (text, title) in zip((*columns, "sparse_seconds", "speedup"), row[1:], strict=True):
+            if name is not None:
+                assert title == ("" if summary[name] is None else repr(summary[name])), name
+                assert text == "-" or float(text) == pytest.approx(summary[name], abs=0.06)
+        assert float(row[4][1]) == pytest.approx(floor["psnr"] - summary["psnr"])
+    assert page.row("dense (reference)")[2] == ("1.000", "1.0")
+    assert page.row("dense-alt (noise floor)")[3][1] == repr(floor["psnr"])
+    # How long the floor took is nobody's speed.
+    assert [text for text, _ in page.row("dense-alt (noise floor)")[-3:]] == ["-", "-", "-"]
+
+
+def test_published_rows_are_marked_as_theirs(run):
+    page = read(write_report(run, progress=False))
+    for entry in load_paper_tables()["tables"]["video_generation_wan21_14b"]["values"]:
+        row = page.row(f"theirs: Wan2.1-14B, threshold {entry['threshold']:g}")
+        assert [float(row[column][0]) for column in (2, 3, 5, 6, 11)] == pytest.approx(
+            [entry["density_percent"] / 100, entry["psnr"], entry["ssim"], entry["lpips"], entry["speedup"]]
+        )
+    assert "another model" in page.text
+    assert "Compare orders, not numbers" in page.text
+
+
+def test_every_video_is_in_the_page_and_nothing_else_is_asked_for(run):
+    path = write_report(run, progress=False)
+    page, text = read(path), path.read_text(encoding="utf-8")
+    labels = ("dense", "dense-alt", SPARSE_LABEL, SECOND)
+    assert set(page.videos) == {f"{label}/{name}-s0" for label in labels for name in ("0001", "0002")}
+    for name, url in page.videos.items():
+        head, _, data = url.partition(",")
+        assert head == "data:video/mp4;base64"
+        assert base64.b64decode(data, validate=True) == (run / f"{name}.mp4").read_bytes()
+    assert {case["id"] for case in page.cases} == set(page.videos) - {"dense/0001-s0", "dense/0002-s0"}
+    assert all((case["frames"], case["fps"]) == (17, 8) for case in page.cases)
+    for _, attributes in page.tags:
+        for name in ("src", "href", "poster", "action", "data"):
+            assert re.match(r"#|data:,$", attributes.get(name) or "#"), attributes
+    assert not re.search(r"url\(|@import|https?://", text)
+    assert "default-src 'none'" in text
+
+
+def test_a_prompt_is_text_and_never_markup(run):
+    path = write_report(run, progress=False)
+    page, text = read(path), path.read_text(encoding="utf-8")
+    assert "<script>alert" not in text
+    assert "<img" not in text
+    assert not any(tag == "img" or "onerror" in attributes for tag, attributes in page.tags)
+    assert html.escape(HOSTILE) in text
+    assert {case["prompt"] for case in page.cases} == {"a red circle", HOSTILE}
+    # Read again as HTML, it is the prompt that was asked for.
+    assert HOSTILE in page.text
+
+
+def test_settings_reasons_steps_and_layers_are_the_manifests(run):
+    page = read(write_report(run, progress=False))
+    records = read_manifest(run / SPARSE_LABEL)
+    record = records["0001", 0]
+    for expected in ("64 x 64, 17 frames at 8 a second", record["device_name"], f"torch {record['versions']['torch']}"):
+        assert expected in page.text
+    assert record["commit"] is None or record["commit"] in page.text
+    reasons = [row for row in page.rows if row and row[0][0] == SPARSE_LABEL and len(row) == 2]
+    # One warm-up step, two layers, guidance, two videos.
+    assert reasons == [[(SPARSE_LABEL, ""), ("8", "8")]]
+    steps, layers = (
+        [row for row in page.rows if row and row[0][0] == SPARSE_LABEL and len(row) == 1 + length] for length in (3, 2)
+    )
+    by_step = report_data.mean_density_by_step(records)
+    assert by_step[0] == 1
+    assert any([float(title) for _, title in row[1:]] == pytest.approx(by_step, abs=1e-4) for row in steps)
+    by_layer = list(record["density_by_layer"].values())
+    assert len(by_layer) == 2
+    assert sum(by_layer) / 2 == pytest.approx(record["mean_density"], abs=1e-4)
+    expected = list(report_data.mean_density_by_layer(records).values())
+    assert any([float(title or "nan") for _, title in row[1:]] == pytest.approx(expected, abs=1e-4) for row in layers)
+
+
+def test_a_manifest_without_layers_is_said_to_have_steps_only(run):
+    for label in (SPARSE_LABEL, SECOND):
+        path, summary = run / label / "manifest.jsonl", run / label / "summary.json"
+        records = [json.loads(line) for line in path.read_text().splitlines()]
+        path.write_text("".join(json.dumps(record | {"density_by_layer": {}}) + "\n" for record in records))
+        os.utime(summary)
+    page = read(write_report(run, progress=False))
+    assert "Steps only: these manifests do not tell layers apart" in page.text
+    assert "by denoising step" in page.text
+    assert "Density by layer" not in page.text
+
+
+def test_worst_cases_come_first_by_rank_and_the_floor_last(run):
+    loaded = report_data.load_run(run)
+    cases = report_data.worst_first(loaded)
+    assert [case.label == "dense-alt" for case in cases] == [False] * 4 + [True] * 2
+    first, second = cases[:2], cases[2:4]
+    assert {case.label for case in first} == {case.label for case in second} == {SPARSE_LABEL, SECOND}
+    for one in loaded.sparse:
+        own = [case.row["psnr"] for case in cases if case.label == one.label]
+        assert own == sorted(own)
+    assert first[0].row["psnr"] <= first[1].row["psnr"]
+
+
+def test_the_size_limit_keeps_the_worst_and_names_the_rest(run):
+    worst = report_data.worst_first(report_data.load_run(run))
+    files = [run / f"{name}.mp4" for name in (f"dense/{worst[0].key[0]}-s0", worst[0].id)]
+    limit = sum((file.stat().st_size + 2) // 3 * 4 for file in files) / 1e6
+    page = read(write_report(run, max_megabytes=limit, progress=False))
+    assert [case["id"] for case in page.cases] == [worst[0].id]
+    assert len(page.videos) == 2
+    left_out = next(text for text in page.text.splitlines() if text.startswith("Left out"))
+    assert all(case.id in left_out for case in worst[1:])
+    assert worst[0].id not in left_out
+    none = read(write_report(run, max_megabytes=0, progress=False))
+    assert (none.videos, none.cases) == ({}, [])
+    assert not any(tag == "video" for tag, _ in none.tags)
+
+
+def test_what_is_not_measured_or_out_of_date_is_measured(run):
+    summary = run / SPARSE_LABEL / "summary.json"
+    before = summary.read_text()
+    summary.unlink()
+    # Of other videos, though newer than the manifest.
+    other = run / SECOND / "summary.json"
+    other.write_text(other.read_text().replace('"dense_seconds": ', '"dense_seconds": 1'))
+    # Older than the videos.
+    os.utime(run / "dense-alt" / "summary.json", ns=(1, 1))
+    write_report(run, lpips=False, progress=False)
+    assert json.loads(summary.read_text())["psnr"] == json.loads(before)["psnr"]
+    manifest = read_manifest(run / "dense")
+    for row in json.loads(other.read_text())["videos"]:
+        assert row["dense_seconds"] == manifest[row["id"], row["seed"]]["seconds"]
+    assert os.stat(run / "dense-alt" / "summary.json").st_mtime_ns > 1
+
+
+def test_an_interrupted_run_is_reported_with_what_it_lacks(run):
+    path = run / SPARSE_LABEL / "manifest.jsonl"
+    path.write_text(path.read_text().splitlines(keepends=True)[0])
+    page = read(write_report(run, lpips=False, progress=False))
+    assert f"{SPARSE_LABEL}: without a partner (dense only): 0002-s0" in page.text
+    assert page.row(SPARSE_LABEL)[1][0] == "1"
+
+
+def without_dense(run: Path) -> None:
+    shutil.rmtree(run / "dense")
+
+
+def only_dense(run: Path) -> None:
+    for label in ("dense-alt", SPARSE_LABEL, SECOND):
+        shutil.rmtree(run / label)
+
+
+def nothing(run: Path) -> None:
+    only_dense(run)
+    without_dense(run)
+
+
+def truncated(run: Path) -> None:
+    path = run / SPARSE_LABEL / "0001-s0.mp4"
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def missing(run: Path) -> None:
+    (run / "dense" / "0002-s0.mp4").unlink()
+
+
+def broken_manifest(run: Path) -> None:
+    (run / "dense" / "manifest.jsonl").write_text("not json\n")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "options", "message"),
+    [
+        (shutil.rmtree, (), "run: no such folder"),
+        (nothing, (), "run: no folder with a manifest.jsonl in it; give the --out of `xattn-video generate`"),
+        (without_dense, (), "run: no dense/ with a manifest.jsonl in it"),
+        (only_dense, (), "run: only dense/ is in it; xattn-video generate --attention all makes the rest"),
+        (broken_manifest, (), "dense/manifest.jsonl:1: not a manifest line"),
+        (truncated, (), f"{SPARSE_LABEL}/0001-s0.mp4: damaged or not a video"),
+        (missing, (), "dense/0002-s0.mp4: listed in the manifest, but missing; run generate again"),
+        (None, ("--max-megabytes", "nan"), "--max-megabytes must be a number from 0, got nan"),
+        (None, ("--max-megabytes", -1), "--max-megabytes must be a number from 0, got -1"),
+        (None, ("--no-lpips", "--lpips-weights", "x"), "--no-lpips and --lpips-weights exclude each other"),
+        (None, ("--out", "/no-such-folder/page.html"), "/no-such-folder/page.html: cannot write"),
+        (None, ("--out", "."), "--out .: is a folder"),
+    ],
+)
+def test_bad_input_is_one_line_and_leaves_no_page(run, xattn, spoil, options, message):
+    if spoil:
+        spoil(run)
+    done = xattn("report", run, *options, *(() if "--no-lpips" in options else ("--no-lpips",)))
+    assert done.code == 2
+    assert done.out == ""
+    # Progress bars end in a carriage return's line of their own.
+    lines = [line for line in done.err.splitlines() if line.startswith("xattn-video: ")]
+    assert len(lines) == 1
+    assert message in lines[0]
+    assert "Traceback" not in done.err
+    assert not list(run.parent.rglob("*report.html*"))
+
+
+def test_an_older_page_survives_a_failure(run):
+    page = write_report(run, progress=False)
+    before = page.read_bytes()
+    truncated(run)
+    with pytest.raises(UserError, match="damaged"):
+        write_report(run, progress=False)
+    assert page.read_bytes() == before
+    assert [path.name for path in run.iterdir() if path.is_file()] == ["report.html"]
+
+
+def test_help_ends_with_an_example(capfd):
+    done = run_command(capfd, "report", "--help")
+    assert done.code == 0
+    assert done.out.rstrip().endswith("xattn-video report out")
+
+
+@pytest.mark.parametrize("values", [[(0.5, 30.0)], [(0.3, 99.0), (0.3, 99.0)], [(0.1, -2.5), (1.0, 100.0)]])
+def test_points_stay_inside_the_picture(values):
+    picture = scatter([Point(x, y, 0, "t") for x, y in values], x_label="x", y_label="y", title="t")
+    places = [tuple(map(float, found)) for found in re.findall(r'd="M([-\d.]+) ([-\d.]+)a', picture)]
+    assert len(places) == len(values)
+    for x, y in places:
+        assert 40 <= x <= 560
+        assert 10 <= y <= 300
+
+
+def test_labels_are_sorted_by_the_numbers_in_them():
+    labels = ["xattn-s16-t0.90-w5", "xattn-s8-t0.90-w5", "dense-alt", "xattn-s4-t0.50-w5", "dense"]
+    assert sorted(labels, key=report_data._in_order) == [
+        "dense",
+        "dense-alt",
+        "xattn-s4-t0.50-w5",
+        "xattn-s8-t0.90-w5",
+        "xattn-s16-t0.90-w5",
+    ]
+
+
+TIMES = "['dense', 'sparse'].map((id) => document.getElementById(id).currentTime)"
+DRAWN = "Number(document.getElementById('difference').dataset.frame)"
+BRIGHTEST = """(() => {
+  const canvas = document.getElementById('difference');
+  const data = canvas.getContext('2d').getImageData(0, 0, canvas.width, canvas.height).data;
+  return data.reduce((most, value, index) => index % 4 === 3 ? most : Math.max(most, value), 0);
+})()"""
+
+
+def press(id: str) -> str:
+    return f"document.getElementById('{id}').click()"
+
+
+@pytest.mark.skipif(find_chromium() is None, reason="no Chromium on the path")
+def test_players_play_seek_and_step_together_in_a_browser(run, tmp_path):
+    path = write_report(run, progress=False)
+    with browser_page(find_chromium(), tmp_path / "profile") as page:
+        page.open(path)
+        page.wait(f"{DRAWN} === 0")
+        assert page.evaluate(TIMES) == pytest.approx([0.5 / 8] * 2)
+        # The sparse video differs from the dense one, and the difference shows it.
+        assert page.evaluate(BRIGHTEST) > 0
+        page.evaluate(press("forward"))
+        page.wait(f"{DRAWN} === 1")
+        assert page.evaluate(TIMES) == pytest.approx([1.5 / 8] * 2)
+        seek = "const seek = document.getElementById('seek'); seek.value = 12; seek.dispatchEvent(new Event('input'))"
+        page.evaluate(f"{{ {seek} }}")
+        page.wait(f"{DRAWN} === 12")
+        assert page.evaluate(TIMES) == pytest.approx([12.5 / 8] * 2)
+        page.evaluate("document.getElementById('loop').checked = false")
+        page.evaluate(press("back"))
+        page.wait(f"{DRAWN} === 11")
+        page.evaluate(press("play"))
+        page.wait("document.getElementById('play').textContent === 'Pause'")
+        page.wait("!document.getElementById('dense').paused && !document.getElementById('sparse').paused")
+        page.wait("document.getElementById('dense').currentTime > 12.5 / 8")
+        dense, sparse = page.evaluate(TIMES)
+        assert abs(dense - sparse) * 8 < 1.5
+        # At the end both stop at the last frame.
+        page.wait(f"document.getElementById('play').textContent === 'Play' && {DRAWN} === 16")
+        assert page.evaluate(TIMES) == pytest.approx([16.5 / 8] * 2)
+        # From the start again, and stopped by hand.
+        page.evaluate(press("play"))
+        page.wait(
+            "document.getElementById('dense').currentTime > 0.3 && document.getElementById('dense').currentTime < 1"
+        )
+        page.evaluate(press("play"))
+        assert page.evaluate("['dense', 'sparse'].every((id) => document.getElementById(id).paused)")
+        # Another case, by its link in the table of worst cases.
+        link = "[...document.querySelectorAll('#worst-cases a[data-case]')].at(-1)"
+        page.evaluate(f"{link}.click()")
+        page.wait(f"document.getElementById('video').value === {link}.dataset.case")
+        page.wait(f"{DRAWN} === Number({link}.dataset.frame)")
+        assert page.complaints == []
+        assert [url for url in page.requests if not url.startswith(("file:", "blob:", "data:"))] == []
+
+
+@pytest.mark.skipif(find_chromium() is None, reason="no Chromium on the path")
+@pytest.mark.parametrize("width", [390, 1280])
+def test_the_page_is_no_wider_than_the_window(run, tmp_path, width):
+    path = write_report(run, progress=False)
+    with browser_page(find_chromium(), tmp_path / "profile") as page:
+        page.open(path, width, 844)
+        page.wait(f"{DRAWN} === 0")
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+        assert page.complaints == []
