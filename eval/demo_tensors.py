@@ -55,7 +55,7 @@ def load_demo_qkv(path: str | Path | None = None) -> list[DemoTensors]:
     path = DEMO_QKV if path is None else Path(path)
     if not path.is_file():
         raise FileNotFoundError(
-            f"{path}: no such file; make one with: python -m pipelines.demo.capture --model PIPELINE --out {path}"
+            f"{path}: no such file; make one with: python -m pipelines.demo.capture --model demo --out {path}"
         )
     parts: dict[str, dict[str, Tensor]] = {}
     indices: dict[str, tuple[int, int, int]] = {}

@@ -80,6 +80,19 @@ def read_prompts(path: str | Path) -> PromptFile:
     return PromptFile(path, tuple(prompts), tuple(sorted(ignored)))
 
 
+def shipped_prompts(name: str) -> Path:
+    """A prompt file of this project: in `prompts/` of a checkout, in `pipelines/demo` of an installed package.
+
+    Raises:
+        UserError: it is in neither.
+    """
+    here = Path(__file__).resolve().parent
+    for path in (here / "demo" / name, here.parent / "prompts" / name):
+        if path.is_file():
+            return path
+    raise UserError(f"the prompt file {name} is missing from this installation; give one with --prompts")
+
+
 def evenly_spaced(items: Sequence[T], count: int) -> list[T]:
     """`count` of the items, evenly spaced from the first to the last (all, if there are no more than `count`)."""
     if count >= len(items):

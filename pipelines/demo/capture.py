@@ -248,7 +248,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = _Parser(
         prog="python -m pipelines.demo.capture",
         description=__doc__,
-        epilog="example: python -m pipelines.demo.capture --model pipelines/demo/weights --out demo_qkv.safetensors",
+        epilog="example: python -m pipelines.demo.capture --model demo --out demo_qkv.safetensors",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--model", required=True, help="a Wan text-to-video model: a name or a local folder")

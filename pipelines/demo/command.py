@@ -1,29 +1,27 @@
-"""`xattn-video demo`: prompt file -> dense and sparse videos -> comparison, on a small model, on any CPU."""
+"""`xattn-video demo`: prompt file -> dense and sparse videos -> comparison, on a small trained model, on any CPU."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import shlex
+import textwrap
 from pathlib import Path
 from typing import Any
 
-from pipelines.demo import model
-from pipelines.errors import UserError
+from pipelines.demo.judging import judge_folder
 from pipelines.manifest import read_manifest
+from pipelines.prompts import shipped_prompts
 
 EXAMPLE = """\
 example:
   xattn-video demo --out demo-out
 """
 
-# A fifth of the steps is dense, where real runs have a tenth (5 of 50).
-STEPS, WARMUP_STEPS = 10, 2
-
 _INTRODUCTION = """\
-A small Wan pipeline (diffusers' and transformers' real classes, {parameters:.1f} M parameters) makes each video twice.
-Its weights are a seeded random initialisation, not trained: the pictures are noise, whatever the prompt. What the
-demo shows is the whole path, the time and the difference that sparse attention makes to the same noise."""
+The model `demo` is a small Wan pipeline (diffusers' and transformers' real classes) that this project trained on
+videos of coloured shapes. It makes each video twice, with dense and with sparse attention. The default prompts are
+combinations that it never saw in training. The judge reads the videos back by classical image processing."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,41 +29,45 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, default=Path("demo-out"), metavar="DIR", help="default: demo-out")
     parser.add_argument("--prompts", type=Path, metavar="FILE", help="default: the demo's own four prompts")
     parser.add_argument("--limit", type=int, metavar="N", help="the first N prompts")
-    parser.add_argument("--steps", type=int, default=STEPS, help=f"denoising steps; default: {STEPS}")
-    parser.add_argument("--num-frames", type=int, default=model.NUM_FRAMES, help=f"default: {model.NUM_FRAMES}")
+    parser.add_argument("--steps", type=int, help="denoising steps; default: the model's 20")
+    parser.add_argument("--warmup-steps", type=int, help="first steps that stay dense; default: 5")
+    parser.add_argument("--num-frames", type=int, help="default: the model's 33")
     parser.add_argument("--overwrite", action="store_true", help="make finished videos anew")
     parser.add_argument("--json", action="store_true", help="the summary as one JSON document on the last line")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Build the model, generate, compare, print the summary; returns the exit code of the first that fails.
+    """Generate, compare, judge, print the summary; returns the exit code of the first program that fails.
 
     `args.run_command` runs another subcommand: the demo does what a user would type, and shows it.
     """
     out: Path = args.out
-    prompts = args.prompts or demo_prompts()
-    try:
-        parameters = model.save_model(out / "model")
-    except OSError as error:
-        raise UserError(f"--out: cannot write to {out}: {error.strerror}") from None
-    print(_INTRODUCTION.format(parameters=parameters / 1e6), flush=True)
-
-    generate = ["generate", "--model", str(out / "model"), "--prompts", str(prompts), "--attention", "both"]
-    generate += ["--height", str(model.HEIGHT), "--width", str(model.WIDTH), "--num-frames", str(args.num_frames)]
-    generate += ["--fps", str(model.FPS), "--steps", str(args.steps), "--warmup-steps", str(WARMUP_STEPS)]
+    print(_INTRODUCTION, flush=True)
+    generate = [
+        "generate",
+        "--model",
+        "demo",
+        "--prompts",
+        str(args.prompts or shipped_prompts("demo.txt")),
+        "--attention",
+        "both",
+    ]
     generate += ["--lossless", "--device", "cpu", "--out", str(out)]
-    generate += [] if args.limit is None else ["--limit", str(args.limit)]
+    for name in ("limit", "steps", "warmup_steps", "num_frames"):
+        value = getattr(args, name)
+        generate += [] if value is None else [f"--{name.replace('_', '-')}", str(value)]
     generate += ["--overwrite"] if args.overwrite else []
     code = _run(args, generate)
     if code != 0:
         return code
 
-    dense, sparse = out / "dense", out / _label()
+    dense, sparse = out / "dense", out / _label(args.warmup_steps)
     compare = ["compare", str(dense), str(sparse), "--no-lpips", "--allow-unmatched"]
     code = _run(args, compare)
     if code != 0:
         return code
     summary = _summary(dense, sparse)
+    print(_judged(summary["videos"]))
     print(_table(summary))
     print(f"videos: {dense} and {sparse}")
     if args.json:
@@ -73,34 +75,60 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def demo_prompts() -> Path:
-    """The demo's prompt file: beside this module in an installed package, in `prompts/` of a checkout."""
-    here = Path(__file__).resolve()
-    for path in (here.parent / "demo.txt", here.parents[2] / "prompts" / "demo.txt"):
-        if path.is_file():
-            return path
-    raise UserError("the demo's prompt file is missing from this installation; give one with --prompts")
-
-
 def _run(args: argparse.Namespace, command: list[str]) -> int:
     print(f"\n$ xattn-video {shlex.join(command)}", flush=True)
     return args.run_command(command)
 
 
-def _label() -> str:
+def _label(warmup_steps: int | None) -> str:
     from xattn_video import XAttnConfig
 
-    return XAttnConfig(warmup_steps=WARMUP_STEPS).label()
+    return XAttnConfig(**({} if warmup_steps is None else {"warmup_steps": warmup_steps})).label()
 
 
 def _summary(dense: Path, sparse: Path) -> dict[str, Any]:
-    """Means over the compared videos; step seconds leave text encoding and decoding out."""
+    """Means over the compared videos and what the judge saw; step seconds leave text encoding and decoding out."""
     compared = json.loads((sparse / "summary.json").read_text(encoding="utf-8"))
     names = ("pairs", "dense_seconds", "sparse_seconds", "speedup", "density", "psnr", "ssim")
     keys = [(video["id"], video["seed"]) for video in compared["videos"]]
     records = [read_manifest(folder) for folder in (dense, sparse)]
     steps = [sum(side[key]["seconds_per_step"] for key in keys) for side in records]
-    return {name: compared[name] for name in names} | {"speedup_of_steps": steps[0] / steps[1]}
+    judged = [judge_folder(folder, keys=keys, progress=False) for folder in (dense, sparse)]
+    by_key = [{(video["id"], video["seed"]): video for video in side["videos"]} for side in judged]
+    videos = [
+        {
+            "prompt": records[0][key]["prompt"],
+            "dense": by_key[0][key],
+            "sparse": by_key[1][key],
+            **{name: video[name] for name in ("density", "psnr", "ssim")},
+        }
+        for key, video in zip(keys, compared["videos"], strict=True)
+    ]
+    means = {name: compared[name] for name in names} | {"speedup_of_steps": steps[0] / steps[1]}
+    right = {
+        side: document["totals"]["right"]["all"] for side, document in zip(("dense", "sparse"), judged, strict=True)
+    }
+    return means | {"right": right, "videos": videos}
+
+
+def _judged(videos: list[dict[str, Any]]) -> str:
+    """Prompt, what the judge saw dense and sparse, density and PSNR: a row a video."""
+    lines = [("prompt", "the judge saw: dense", "sparse", "density", "PSNR dB")]
+    for video in videos:
+        sides = [_sight(video[side]) for side in ("dense", "sparse")]
+        lines.append(
+            (
+                textwrap.shorten(video["prompt"], 60, placeholder="..."),
+                *sides,
+                f"{video['density']:.3f}",
+                f"{video['psnr']:.2f}",
+            )
+        )
+    return "\n" + _aligned(lines, left=3)
+
+
+def _sight(judged: dict[str, Any]) -> str:
+    return judged["saw"] + (f" (wrong: {', '.join(judged['wrong'])})" if judged["wrong"] else "")
 
 
 def _table(summary: dict[str, Any]) -> str:
@@ -113,7 +141,17 @@ def _table(summary: dict[str, Any]) -> str:
         "PSNR dB": f"{summary['psnr']:.2f}",
         "SSIM": f"{summary['ssim']:.4f}",
     }
-    widths = [max(map(len, column)) for column in columns.items()]
-    rows = (columns.keys(), columns.values())
-    lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
-    return "\n".join(["", f"summary: means over {summary['pairs']} videos", *lines])
+    for side, right in summary["right"].items():
+        columns[f"as asked, {side}"] = f"{right['right']} of {right['asked']}"
+    table = _aligned([tuple(columns), tuple(columns.values())], left=0)
+    return f"\nsummary: means over {summary['pairs']} videos\n{table}"
+
+
+def _aligned(lines: list[tuple[str, ...]], *, left: int) -> str:
+    """Lines of cells as columns, the first `left` of them aligned to the left."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    aligned = [
+        [cell.ljust(width) if index < left else cell.rjust(width) for index, (cell, width) in enumerate(pairs)]
+        for pairs in (zip(line, widths, strict=True) for line in lines)
+    ]
+    return "\n".join("  ".join(line).rstrip() for line in aligned)
