@@ -399,7 +399,9 @@ def test_orders_that_hold_and_orders_that_do_not() -> None:
         "mass recalled, their accuracy, by threshold": [],
     }
     assert all(entry["holds"] == (not entry["broken"]) for entry in orders)
-    assert {entry["table"] for entry in orders} == set(published) - {"density_percent_at_threshold_0.9"}
+    # Densities by length, and the likeness of their videos, have no counterpart in what is measured here.
+    others = {"density_percent_at_threshold_0.9", "video_generation_wan21_14b"}
+    assert {entry["table"] for entry in orders} == set(published) - others
 
 
 # --- the program -----------------------------------------------------------------------------------------------
