@@ -323,8 +323,9 @@ def test_the_defaults_of_known_models_obey_their_own_rules(name):
     known = find_model(name.upper())
     defaults = known.defaults
     known.geometry.check(defaults.height, defaults.width, defaults.num_frames)
+    # The demo's small model was trained and judged at 20 steps without guidance.
     assert defaults.steps >= (20 if name == "demo" else 40)
-    assert defaults.guidance_scale > 1
+    assert defaults.guidance_scale > 1 or name == "demo"
 
 
 @pytest.mark.parametrize(
