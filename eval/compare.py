@@ -12,7 +12,7 @@ import csv
 import io
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,8 @@ from eval.metrics import LPIPS_NETS, PSNR_CAP_DB, Lpips, LpipsUnavailable, defin
 from eval.pairs import Pair, find_pairs
 from eval.temporal import DEFINITIONS, RegionErrors, flicker_db, mean_regions, pooled_flicker, worst_cell
 from pipelines.errors import UserError
-from pipelines.manifest import Record, read_manifest
+from pipelines.files import make_writable, write_texts
+from pipelines.manifest import Key, Record, read_manifest
 
 METRICS_CSV = "metrics.csv"
 FRAMES_CSV = "metrics_frames.csv"
@@ -43,6 +44,7 @@ def compare(
     dense_dir: str | os.PathLike[str],
     sparse_dir: str | os.PathLike[str],
     *,
+    keys: Collection[Key] | None = None,
     out: str | os.PathLike[str] | None = None,
     lpips: bool = True,
     lpips_net: str = "alex",
@@ -60,6 +62,7 @@ def compare(
 
     Args:
         dense_dir, sparse_dir: folders that `xattn-video generate` wrote.
+        keys: the (id, seed) of the videos that are compared; None takes all. Each must be on both sides.
         out: where metrics.csv (a row a video), metrics_frames.csv (a row a frame) and summary.json go;
             default `sparse_dir`. They appear together at the end; an error writes none of them.
         lpips: also compute LPIPS if its weights can be loaded; where they cannot, the summary says why.
@@ -86,8 +89,8 @@ def compare(
 
     dense_dir, sparse_dir = Path(dense_dir), Path(sparse_dir)
     out_dir = sparse_dir if out is None else Path(out)
-    pairs, unmatched = find_pairs(dense_dir, sparse_dir, allow_unmatched=allow_unmatched)
-    _check_writable(out_dir)
+    pairs, unmatched = find_pairs(dense_dir, sparse_dir, keys=keys, allow_unmatched=allow_unmatched)
+    make_writable(out_dir)
     distance, lpips_unavailable = _lpips(lpips, device, lpips_net, lpips_weights)
 
     floor_pairs = _floor_pairs(dense_dir, sparse_dir, pairs) if floor else []
@@ -118,7 +121,7 @@ def compare(
         "floor": _means(floor_rows) if floor_rows else None,
         "videos": rows,
     }
-    _write_together(
+    write_texts(
         {
             out_dir / METRICS_CSV: _csv(rows),
             out_dir / FRAMES_CSV: _csv(frame_rows),
@@ -133,10 +136,9 @@ def _floor_pairs(dense_dir: Path, sparse_dir: Path, pairs: Sequence[Pair]) -> li
     folder = dense_dir.parent / FLOOR
     if folder.resolve() in (dense_dir.resolve(), sparse_dir.resolve()):
         return []
-    keys = {pair.key for pair in pairs}
-    if keys.isdisjoint(read_manifest(folder)):
-        return []
-    return [pair for pair in find_pairs(dense_dir, folder, allow_unmatched=True)[0] if pair.key in keys]
+    there = read_manifest(folder)
+    keys = [pair.key for pair in pairs if pair.key in there]
+    return find_pairs(dense_dir, folder, keys=keys)[0] if keys else []
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -318,29 +320,3 @@ def _csv(rows: Sequence[Record]) -> str:
     writer.writeheader()
     writer.writerows(rows)
     return text.getvalue()
-
-
-def _check_writable(folder: Path) -> None:
-    """Say so before hours of decoding, not after."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".{SUMMARY_JSON}.partial"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise UserError(f"{folder}: cannot write here: {error.strerror}") from error
-
-
-def _write_together(texts: dict[Path, str]) -> None:
-    """Write every file under a temporary name, then rename them all."""
-    partial = {path: path.with_name(f".{path.name}.partial") for path in texts}
-    try:
-        for path, text in texts.items():
-            partial[path].write_text(text, encoding="utf-8")
-        for path in texts:
-            os.replace(partial[path], path)
-    except OSError as error:
-        raise UserError(f"{error.filename}: cannot write: {error.strerror}") from error
-    finally:
-        for path in partial.values():
-            path.unlink(missing_ok=True)

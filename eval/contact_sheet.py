@@ -16,6 +16,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 from eval.pairs import Pair, find_pairs
 from pipelines.errors import UserError
+from pipelines.files import make_writable, whole_files
+from pipelines.program import Parser, run_program
 from pipelines.video_io import iter_frames
 
 EXAMPLE = "example: python -m eval.contact_sheet out/dense out/xattn-s8-t0.90-w5 --out sheet.png"
@@ -73,7 +75,7 @@ def contact_sheet(
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse the command line and write the sheet; 2 for bad input."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m eval.contact_sheet",
         description="Draw frames of several prompts, dense above sparse, into one PNG.",
         epilog=EXAMPLE,
@@ -83,15 +85,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", metavar="FILE", type=Path, required=True, help="the picture, a .png")
     parser.add_argument("--prompts", type=int, default=8, metavar="N", help="pairs to draw; default: %(default)s")
     parser.add_argument("--frames", type=int, default=6, metavar="N", help="frames of each; default: %(default)s")
-    args = parser.parse_args(arguments)
-    try:
-        if args.out.suffix != ".png":
-            raise UserError(f"--out must end in .png, got {args.out}")
-        sheet = contact_sheet(args.dense_dir, args.sparse_dir, args.prompts, args.frames)
-        _write(args.out, sheet)
-    except UserError as error:
-        print(f"contact_sheet: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+    return run_program(parser, _run, arguments)
+
+
+def _run(args: argparse.Namespace) -> int:
+    if args.out.suffix != ".png":
+        raise UserError(f"--out must end in .png, got {args.out}")
+    make_writable(args.out.parent)
+    sheet = contact_sheet(args.dense_dir, args.sparse_dir, args.prompts, args.frames)
+    with whole_files(args.out) as (partial,):
+        Image.fromarray(sheet).save(partial, optimize=True)
     print(f"wrote {args.out} ({sheet.shape[1]} x {sheet.shape[0]})")
     return 0
 
@@ -144,18 +147,6 @@ def _fitting(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
     while text and font.getlength(text + "...") > width:
         text = text[:-1]
     return text + "..."
-
-
-def _write(path: Path, picture: np.ndarray) -> None:
-    """The whole file or none: under a temporary name first."""
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(picture).save(partial, format="PNG", optimize=True)
-        os.replace(partial, path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise UserError(f"{path}: cannot write: {error.strerror or error}") from error
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Time sparse attention against dense on this machine, after a correctness gate: `python -m eval.efficiency`.
+"""Time sparse attention against dense on this machine, after a correctness gate: `xattn-video bench`.
 
     gate: a small problem in float64; of the timed one threshold 1 against SDPA, and every kernel on rows in float64
       ->  rounds of (every dense kernel, score, select, attend, whole call), interleaved
@@ -13,7 +13,6 @@ a ledger, and `--plot` draws it.
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import statistics
 import sys
@@ -31,14 +30,15 @@ from eval import bench_plots
 from eval.bench_cases import DTYPES, INPUTS, Case, chosen_cases, make_inputs
 from eval.bench_tables import format_stages, format_table
 from eval.dense_kernels import Problem, attend_blocks, dense_candidates, judge, sparse_candidates
-from pipelines.environment import device_name, source_commit, versions
+from eval.ledger import RESULTS, append_rows, provenance
+from pipelines.environment import device_name
 from pipelines.errors import UserError
 from xattn_video import XAttnConfig, block_sparse_attention, score_blocks, select_blocks, xattention
 from xattn_video.attention import dense_attention
 from xattn_video.blocks import valid_blocks
 from xattn_video.synthetic import causal_text_like_qkv
 
-LEDGER = Path(__file__).resolve().parent / "results" / "efficiency.jsonl"
+LEDGER = RESULTS / "efficiency.jsonl"
 # The inputs at which the default shape keeps about 0.17 of its blocks.
 DEFAULT_LOCALITY = 0.78
 
@@ -104,12 +104,7 @@ def run(args: argparse.Namespace) -> int:
     if args.plot is not None:
         bench_plots.check(args.plot)
     cases = chosen_cases(args, device)
-    source = {
-        "device": device_name(device),
-        "versions": versions(("xattn-video", "torch", "triton")),
-        "commit": source_commit(),
-        "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-    }
+    source = {"device": device_name(device), **provenance("triton")}
     print(f"{source['device']}, torch {torch.__version__}, {config.label()}, locality {args.locality}")
     rows, failures = [], []
     for dtype, causal in dict.fromkeys((case.dtype, case.causal) for case in cases):
@@ -133,9 +128,7 @@ def run(args: argparse.Namespace) -> int:
     for failure in failures:
         print(f"wrong result, nothing timed from here on: {failure}")
     if args.record and rows and not failures:
-        LEDGER.parent.mkdir(parents=True, exist_ok=True)
-        with LEDGER.open("a", encoding="utf-8") as ledger:
-            ledger.writelines(json.dumps(row) + "\n" for row in rows)
+        append_rows(LEDGER, rows)
     if args.plot is not None and rows and not failures:
         for path in bench_plots.write(rows, args.plot):
             print(f"wrote {path}")
@@ -307,23 +300,3 @@ def _peak_extra_mb(function: Callable[[], Any], device: torch.device) -> float |
     function()
     _wait_for(device)
     return (torch.cuda.max_memory_allocated(device) - before) / 1e6
-
-
-def main() -> int:
-    """`python -m eval.efficiency`."""
-    parser = argparse.ArgumentParser(
-        prog="python -m eval.efficiency",
-        description=__doc__,
-        epilog=EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add_arguments(parser)
-    try:
-        return run(parser.parse_args())
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,25 +38,32 @@ class Pair:
 
 
 def find_pairs(
-    dense_dir: Path, sparse_dir: Path, *, allow_unmatched: bool = False
+    dense_dir: Path, sparse_dir: Path, *, keys: Collection[Key] | None = None, allow_unmatched: bool = False
 ) -> tuple[list[Pair], dict[str, list[str]]]:
     """The pairs in the dense manifest's order, and the names of the videos that only one side has.
+
+    Args:
+        keys: the (id, seed) of the videos that are wanted; None takes all.
+        allow_unmatched: leave videos without a partner out, instead of raising.
 
     Raises:
         UserError: a folder, manifest or file is missing or empty, a video has no partner, or a pair differs in
             prompt or settings.
     """
-    dense, sparse = finished_videos(dense_dir), finished_videos(sparse_dir)
+    dense, sparse = (
+        {key: record for key, record in finished_videos(folder).items() if keys is None or key in keys}
+        for folder in (dense_dir, sparse_dir)
+    )
     only_dense = [video_name(key) for key in dense if key not in sparse]
     only_sparse = [video_name(key) for key in sparse if key not in dense]
-    keys = [key for key in dense if key in sparse]
-    if not keys:
+    shared = [key for key in dense if key in sparse]
+    if not shared:
         raise UserError(f"{dense_dir} and {sparse_dir} have no video (id, seed) in common")
     if (only_dense or only_sparse) and not allow_unmatched:
         sides = ((only_dense, dense_dir), (only_sparse, sparse_dir))
         missing = "; ".join(f"only in {folder}: {_listed(names)}" for names, folder in sides if names)
         raise UserError(f"videos without a partner: {missing} (--allow-unmatched compares the rest)")
-    pairs = [_pair(key, dense_dir, dense[key], sparse_dir, sparse[key]) for key in keys]
+    pairs = [_pair(key, dense_dir, dense[key], sparse_dir, sparse[key]) for key in shared]
     return pairs, {"dense_only": only_dense, "sparse_only": only_sparse}
 
 

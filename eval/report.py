@@ -17,6 +17,7 @@ from eval.report_data import load_run, worst_first
 from eval.report_page import build_page
 from eval.report_videos import embed
 from pipelines.errors import UserError
+from pipelines.files import write_texts
 
 REPORT = "report.html"
 MAX_MEGABYTES = 64.0
@@ -88,12 +89,5 @@ def write_report(
     loaded = load_run(run_dir, progress=progress, **measuring)
     cases = worst_first(loaded)
     page = build_page(loaded, cases, embed(loaded, cases, max_megabytes, progress))
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        partial.write_text(page, encoding="utf-8")
-        os.replace(partial, path)
-    except OSError as error:
-        raise UserError(f"{path}: cannot write: {error.strerror}") from None
-    finally:
-        partial.unlink(missing_ok=True)
+    write_texts({path: page})
     return path

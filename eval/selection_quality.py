@@ -12,27 +12,28 @@ JSON, a row an input; `--record` also appends the rows to a ledger, and `--plot`
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import sys
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from eval import demo_tensors, selection_plots
+from eval.ledger import RESULTS, append_rows, provenance
 from eval.paper_tables import compare_orders
 from eval.selection_measures import Problem, as_good_for_less, measure_rules, measure_scorers, measure_thresholds
 from eval.selection_tables import format_input, format_legend
-from pipelines.environment import device_name, source_commit, versions
+from pipelines.environment import device_name
 from pipelines.errors import UserError
+from pipelines.program import Parser, run_program
 from xattn_video.config import check_geometry
 from xattn_video.synthetic import causal_text_like_qkv, video_like_qkv
 
-LEDGER = Path(__file__).resolve().parent / "results" / "selection_quality.jsonl"
+LEDGER = RESULTS / "selection_quality.jsonl"
 INPUTS = ("demo", "video", "text")
 STRIDES = (1, 2, 4, 8, 16, 32, 64)
 # At which the selection rules are compared, and what is printed by threshold: the paper's and the usual ones.
@@ -51,21 +52,9 @@ example:
 """
 
 
-class _Parser(argparse.ArgumentParser):
-    """One line for a usage error, as for every other bad input."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message} (see: {self.prog} --help)\n")
-
-
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> Parser:
     """The program's options."""
-    parser = _Parser(
-        prog="python -m eval.selection_quality",
-        description=__doc__,
-        epilog=EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser(prog="python -m eval.selection_quality", description=__doc__, epilog=EXAMPLE)
     parser.add_argument(
         "--inputs",
         nargs="+",
@@ -106,12 +95,7 @@ def run(args: argparse.Namespace) -> int:
             if getattr(args, name) is not None:
                 raise UserError(f"--{name} does not go with --inputs demo, whose tensors have a shape of their own")
     problems = _made_inputs(chosen, setting, args)
-    source = {
-        "device": device_name(torch.device("cpu")),
-        "versions": versions(("xattn-video", "torch")),
-        "commit": source_commit(),
-        "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-    }
+    source = {"device": device_name(torch.device("cpu")), **provenance()}
     print(format_legend())
     for name, reason in skipped.items():
         print(f"skipped {name}: {reason}")
@@ -122,9 +106,7 @@ def run(args: argparse.Namespace) -> int:
         rows.append(shape | measured | source)
         print(format_input(rows[-1]), flush=True)
     if args.record:
-        LEDGER.parent.mkdir(parents=True, exist_ok=True)
-        with LEDGER.open("a", encoding="utf-8") as ledger:
-            ledger.writelines(json.dumps(row) + "\n" for row in rows)
+        append_rows(LEDGER, rows)
     if args.plot is not None:
         selection_plots.write(rows, args.plot)
         print(f"wrote {args.plot}")
@@ -224,11 +206,7 @@ def _progress(name: str, line: str) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse the command line and run; 0, or 2 for bad input."""
-    try:
-        return run(build_parser().parse_args(arguments))
-    except UserError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+    return run_program(build_parser(), run, arguments)
 
 
 if __name__ == "__main__":

@@ -27,6 +27,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
+from pipelines.errors import UserError
+from pipelines.files import write_texts
+from pipelines.program import Parser, run_program
 from xattn_video.blocks import num_blocks
 from xattn_video.kernels import antidiagonal_scores, block_sparse
 
@@ -282,7 +285,7 @@ def run(cases: Iterable[Case], targets: Iterable[str]) -> list[Evidence]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m eval.static_evidence",
         description="Compile the Triton kernels for GPUs that are not here and read what they became.",
         epilog="example: python -m eval.static_evidence --defaults --target sm_90 --target gfx942",
@@ -290,9 +293,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--defaults", action="store_true", help="only the cases that the tests compile")
     parser.add_argument("--target", action="append", choices=TARGETS, help="may be repeated; default: all")
     parser.add_argument("--output", type=Path, metavar="FILE", help="also write the rows there, one JSON line each")
-    arguments = parser.parse_args(argv)
+    return run_program(parser, _run, argv)
+
+
+def _run(arguments: argparse.Namespace) -> int:
     if os.environ.get("TRITON_INTERPRET") == "1":
-        parser.error("unset TRITON_INTERPRET: interpreted kernels cannot be compiled")
+        raise UserError("unset TRITON_INTERPRET: interpreted kernels cannot be compiled")
     # fresh compilations: a cached kernel would show another version's code
     with tempfile.TemporaryDirectory() as cache:
         triton.knobs.cache.dir = cache
@@ -300,9 +306,7 @@ def main(argv: list[str] | None = None) -> int:
         gathered = run(cases, arguments.target or TARGETS)
     rows = [{**evidence.row(), "triton": triton.__version__} for evidence in gathered]
     if arguments.output:
-        unfinished = arguments.output.with_suffix(arguments.output.suffix + ".part")
-        unfinished.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-        unfinished.replace(arguments.output)
+        write_texts({arguments.output: "".join(json.dumps(row) + "\n" for row in rows)})
     rejected = sum(bool(row["complaints"]) for row in rows)
     print(f"{len(rows)} kernels compiled, {rejected} not acceptable")
     print(json.dumps({"compiled": len(rows), "rejected": rejected, "rows": rows}))

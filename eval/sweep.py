@@ -13,20 +13,19 @@ import importlib.util
 import io
 import itertools
 import json
-import os
 import sys
 from collections.abc import Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NoReturn
 
 from eval.compare import compare
+from eval.ledger import provenance
 from eval.sweep_plot import plot
 from pipelines import generate
 from pipelines.demo.judging import judge_folder
 from pipelines.demo.world import asked
-from pipelines.environment import source_commit, versions
 from pipelines.errors import UserError
+from pipelines.files import write_texts
 from pipelines.manifest import Record, read_manifest
 from pipelines.plan import Plan, make_plan
 from xattn_video import XAttnConfig
@@ -92,11 +91,20 @@ def run(args: argparse.Namespace) -> int:
     plan = make_plan(options, labels)
     if not args.no_plot:
         _check_matplotlib()
-    print(forecast(plan, len(configs)), file=sys.stderr)
+    print(forecast(plan, len(configs), len(plan.pending)), file=sys.stderr)
     if args.dry_run:
         print("\n".join(str(args.out / label) for label, _ in labels))
         return 0
-    _make(plan, options, len(configs))
+    made = 0
+
+    def tell(record: Record) -> None:
+        """The first video that is made is a dense one if none was there: then the time can be told."""
+        nonlocal made
+        made += 1
+        if made == 1 and record["attention"] == "dense":
+            print(f"\n{forecast(plan, len(configs), len(plan.pending) - made)}", file=sys.stderr)
+
+    generate.produce(plan, options, on_record=tell)
 
     rows = [_row(args, plan, label, config) for label, config in labels]
     _write(args.out, rows, _environment(plan))
@@ -130,17 +138,18 @@ def settings(args: argparse.Namespace) -> list[XAttnConfig]:
     return list(dict.fromkeys(configs))
 
 
-def forecast(plan: Plan, configs: int) -> str:
-    """How many videos are to be made, and how long at most, from the dense ones that are finished.
+def forecast(plan: Plan, configs: int, left: int) -> str:
+    """How many videos are left to make, and how long at most, from the dense ones that are finished.
 
     A sparse video is counted with a dense one's time, so the figure is a bound where sparse is not slower.
     """
-    seconds = _dense_seconds(plan)
-    text = f"{configs} configurations, {len(plan.pending)} of {len(plan.jobs)} videos to make"
-    if not plan.pending or not seconds:
+    folder = next(job.folder for job in plan.jobs if job.attention == "dense")
+    seconds = [record["seconds"] for record in read_manifest(folder).values()]
+    text = f"{configs} configurations, {left} of {len(plan.jobs)} videos to make"
+    if not left or not seconds:
         return text
-    minutes = len(plan.pending) * sum(seconds) / len(seconds) / 60
-    return f"{text}: at most about {minutes:.0f} min at {sum(seconds) / len(seconds):.1f} s a dense video"
+    mean = sum(seconds) / len(seconds)
+    return f"{text}: at most about {left * mean / 60:.0f} min at {mean:.1f} s a dense video"
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
@@ -161,28 +170,6 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     )
 
 
-def _make(plan: Plan, options: argparse.Namespace, configs: int) -> None:
-    """All missing videos. Where no dense one was there to tell the time by, the first one tells it."""
-    untold = not _dense_seconds(plan)
-
-    def tell(record: Record) -> None:
-        nonlocal untold
-        if untold and record["attention"] == "dense":
-            untold = False
-            print(f"\n{forecast(make_plan(options, _labelled(plan)), configs)}", file=sys.stderr)
-
-    generate.produce(plan, options, on_record=tell)
-
-
-def _labelled(plan: Plan) -> list[tuple[str, XAttnConfig | None]]:
-    return list(dict.fromkeys((job.attention, job.config) for job in plan.jobs))
-
-
-def _dense_seconds(plan: Plan) -> list[float]:
-    folder = next(job.folder for job in plan.jobs if job.attention == "dense")
-    return [record["seconds"] for record in read_manifest(folder).values()]
-
-
 def _row(args: argparse.Namespace, plan: Plan, label: str, config: XAttnConfig | None) -> dict[str, Any]:
     """One configuration's values: means over its videos, and how many show what was asked (None: nothing asked)."""
     folder, dense = args.out / label, args.out / "dense"
@@ -195,7 +182,7 @@ def _row(args: argparse.Namespace, plan: Plan, label: str, config: XAttnConfig |
             "density": 1.0, "dense_seconds": seconds, "sparse_seconds": seconds, "speedup": 1.0,
         }  # fmt: skip
     else:
-        compared = compare(dense, folder, lpips=not args.no_lpips, allow_unmatched=True, floor=False)
+        compared = compare(dense, folder, keys=keys, lpips=not args.no_lpips, floor=False)
         values = {name: compared[name] for name in _VALUES}
     as_asked = judge_folder(folder, keys=keys)["totals"]["right"]["all"]["share"] if _judgeable(plan) else None
     return {"attention": label, **axes, "videos": len(keys), **values, "as_asked": as_asked}
@@ -225,16 +212,13 @@ def _generate_options(args: argparse.Namespace) -> argparse.Namespace:
 
 
 def _write(folder: Path, rows: Sequence[dict[str, Any]], environment: dict[str, Any]) -> None:
-    """sweep.csv and sweep.json, each whole or not at all."""
+    """sweep.csv and sweep.json."""
     text = io.StringIO()
     writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     document = json.dumps({**environment, "rows": rows}, indent=2, allow_nan=False) + "\n"
-    for name, content in (("sweep.csv", text.getvalue()), ("sweep.json", document)):
-        partial = folder / f".{name}.partial"
-        partial.write_text(content, encoding="utf-8")
-        os.replace(partial, folder / name)
+    write_texts({folder / "sweep.csv": text.getvalue(), folder / "sweep.json": document})
 
 
 def _environment(plan: Plan) -> dict[str, Any]:
@@ -245,9 +229,7 @@ def _environment(plan: Plan) -> dict[str, Any]:
         "tokens": plan.tokens,
         "dtype": plan.dtype,
         "devices": sorted({record["device_name"] for record in records}),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "versions": versions(("xattn-video", "torch", "diffusers", "transformers")),
-        "commit": source_commit(),
+        **provenance("diffusers", "transformers"),
     }
 
 

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from pipelines.files import whole_files
+
 _LABELS = {"psnr": "PSNR against dense, dB", "ssim": "SSIM against dense", "as_asked": "as asked, share of videos"}
 _AXES = {"threshold": "threshold", "stride": "stride", "warmup_steps": "warm-up steps"}
 
@@ -42,9 +44,8 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
             axes.set(xlabel="density" if cost == "density" else "speed-up, end to end", ylabel=_LABELS[quality])
             axes.grid(alpha=0.3)
             axes.legend(fontsize="small")
-    partial = path.with_name(f".partial-{path.name}")
-    figure.savefig(partial, dpi=110)
-    partial.replace(path)
+    with whole_files(path) as (partial,):
+        figure.savefig(partial, dpi=110)
 
 
 def _lines(rows: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:

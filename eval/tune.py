@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import collections
-import datetime
 import itertools
 import json
 import statistics
@@ -24,7 +23,8 @@ import torch
 from torch import Tensor
 
 from eval.bench_cases import DTYPES
-from pipelines.environment import device_name, source_commit, versions
+from eval.ledger import provenance
+from pipelines.environment import device_name
 from pipelines.errors import UserError
 from xattn_video.checks import MAX_HEAD_DIM
 from xattn_video.kernels import launch_tables
@@ -325,9 +325,7 @@ def run(args: argparse.Namespace) -> int:
     if written:
         about = {
             "device": device_name(device),
-            "versions": versions(("xattn-video", "torch", "triton")),
-            "commit": source_commit(),
-            "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            **provenance("triton"),
         }
         launch_tables.write_table(path, after, about)
     print(f"wrote {path}" if written else f"nothing to change in {path}")

@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any
 
-from pipelines.errors import UserError
+from pipelines.program import Parser, run_program
 
 
 @dataclass(frozen=True)
@@ -49,13 +48,6 @@ example:
 """
 
 
-class _Parser(argparse.ArgumentParser):
-    """One line for a usage error, as for every other bad input."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"xattn-video: error: {message} (see: {self.prog} --help)\n")
-
-
 class _Version(argparse.Action):
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
         from xattn_video.version import __version__
@@ -64,23 +56,16 @@ class _Version(argparse.Action):
         parser.exit()
 
 
-def build_parser(command: str | None) -> argparse.ArgumentParser:
+def build_parser(command: str | None) -> Parser:
     """The parser with every subcommand's name, and the options of `command` alone."""
-    parser = _Parser(
-        prog="xattn-video",
-        description="Sparse attention (XAttention) for video diffusion models.",
-        epilog=EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = Parser(
+        prog="xattn-video", description="Sparse attention (XAttention) for video diffusion models.", epilog=EXAMPLE
     )
     parser.add_argument("--version", action=_Version, nargs=0, help="show the version and exit")
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, entry in COMMANDS.items():
-        subparser = subparsers.add_parser(
-            name,
-            help=entry.help,
-            description=entry.help[0].upper() + entry.help[1:] + ".",
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
+        description = entry.help[0].upper() + entry.help[1:] + "."
+        subparser = subparsers.add_parser(name, help=entry.help, description=description)
         if name == command:
             module = importlib.import_module(entry.module)
             module.add_arguments(subparser)
@@ -95,19 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code: 0, 2 for bad input, 130 for Ctrl-C."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     command = next((argument for argument in arguments if not argument.startswith("-")), None)
-    try:
-        args = build_parser(command).parse_args(arguments)
-        return args.run(args)
-    except UserError as error:
-        print(f"xattn-video: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("xattn-video: stopped; the same command goes on where this one ended", file=sys.stderr)
-        return 130
-    except BrokenPipeError:
-        # The reader of stdout (head, less) has left; nothing more can be told, and Python must not try at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
+    return run_program(build_parser(command), lambda args: args.run(args), arguments)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ import argparse
 import contextlib
 import json
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipelines import runner
 from pipelines.errors import UserError
+from pipelines.files import make_writable
 from pipelines.manifest import Record, append_record, remove_records
 from pipelines.models import KNOWN_MODELS, check_available
 from pipelines.plan import Job, Plan, by_folder, identity, make_plan
@@ -98,7 +98,7 @@ def produce(plan: Plan, args: argparse.Namespace, on_record: Callable[[Record], 
     if plan.pending:
         check_available(plan.model)
     for folder in {job.folder for job in plan.jobs}:
-        _make_writable(folder)
+        make_writable(folder)
     _remove_leftovers(plan.pending)
     if args.overwrite:
         for folder, jobs in by_folder(plan.pending).items():
@@ -107,15 +107,6 @@ def produce(plan: Plan, args: argparse.Namespace, on_record: Callable[[Record], 
     if skipped:
         print(f"{skipped} of {len(plan.jobs)} videos are already finished and kept", file=sys.stderr)
     return _make_videos(plan, args, on_record) if plan.pending else []
-
-
-def _make_writable(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise UserError(f"--out: cannot write to {folder}: {error.strerror}") from None
 
 
 def _remove_leftovers(jobs: Sequence[Job]) -> None:

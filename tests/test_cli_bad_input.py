@@ -148,7 +148,7 @@ def test_an_output_that_cannot_be_written(model, prompts, tmp_path, xattn):
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a folder that not even root can write to")
 def test_an_output_without_permission(model, prompts, xattn):
     command = ("generate", "--model", model, "--prompts", prompts, *SIZE, "--out", "/proc/out")
-    assert "--out: cannot write to /proc/out/xattn-s8-t0.90-w5: " in one_line(xattn, *command)
+    assert "/proc/out/xattn-s8-t0.90-w5: cannot write here: " in one_line(xattn, *command)
 
 
 def test_a_model_that_cannot_be_sparse_is_refused_before_its_dense_videos(prompts, tmp_path, xattn):

@@ -263,7 +263,7 @@ def test_a_layer_out_of_range_is_one_line_and_code_2(
         (["--model", "other"], "--model other: must be a WanPipeline, got CogVideoXPipeline"),
         (["--out", "qkv.bin"], "--out must end in .safetensors, got qkv.bin"),
         (["--out", "folder.safetensors"], "--out: folder.safetensors is a folder"),
-        (["--out", "other/model_index.json/qkv.safetensors"], "--out: cannot write to other/model_index.json"),
+        (["--out", "other/model_index.json/qkv.safetensors"], "other/model_index.json: cannot write here"),
         (["--steps", "0"], "--steps must be 1 or more, got 0"),
         (["--steps", "-3"], "--steps: must be a whole number, got '-3'"),
         (["--seed", str(2**63)], "--seed must be at most 2**63 - 1"),

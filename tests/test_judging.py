@@ -225,7 +225,7 @@ def tiny_video(video: Path) -> None:
 
 
 def in_the_way(video: Path) -> None:
-    (video.parent / ".judged.json.partial").mkdir()
+    (video.parent / "judged.json").mkdir()
 
 
 @pytest.mark.parametrize(
@@ -239,7 +239,7 @@ def in_the_way(video: Path) -> None:
         (no_file, "manifest.jsonl: right-s0 names no file"),
         (damaged_video, "right-s0.mp4: damaged or not a video"),
         (tiny_video, "right-s0.mp4: video must have frames of at least 32 x 32 pixels, got 3 of 64 x 16"),
-        (in_the_way, "dense: cannot write here"),
+        (in_the_way, "judged.json: cannot write: "),
     ],
 )
 def test_bad_input_is_one_line(folder: Path, xattn: Run, spoil: Callable[[Path], None], message: str) -> None:
@@ -249,7 +249,8 @@ def test_bad_input_is_one_line(folder: Path, xattn: Run, spoil: Callable[[Path],
     assert result.err.startswith("xattn-video: error: ")
     assert result.err.count("\n") == 1
     assert message in result.err
-    assert not (folder / "judged.json").exists()
+    assert not (folder / "judged.json").is_file()
+    assert not list(folder.glob(".*.partial*"))
 
 
 def test_a_bad_second_folder_is_refused_before_the_first_is_judged(folder: Path, tmp_path: Path, xattn: Run) -> None:

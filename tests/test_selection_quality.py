@@ -504,7 +504,10 @@ def test_without_matplotlib_the_plot_is_an_error_before_anything_is_measured(
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert selection_quality.main([*SMALL, "--plot", str(tmp_path / "selection.png")]) == 2
     captured = capsys.readouterr()
-    assert captured.err == "error: --plot needs matplotlib; install it with: pip install 'xattn-video[plot]'\n"
+    assert (
+        captured.err
+        == "selection_quality: error: --plot needs matplotlib; install it with: pip install 'xattn-video[plot]'\n"
+    )
     assert captured.out == ""
 
 
@@ -542,7 +545,7 @@ def test_bad_input_is_one_line_and_code_2(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "folder.png").mkdir()
     (tmp_path / "file").write_text("")
-    assert failure(arguments, capsys).startswith("error: ")
+    assert failure(arguments, capsys).startswith("selection_quality: error: ")
     assert message in failure(arguments, capsys)
 
 
@@ -562,7 +565,7 @@ def failure(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
 def test_sizes_do_not_go_with_the_demos_own_and_a_bad_file_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     save_demo(demo_tensors.DEMO_QKV)
     line = failure(["--inputs", "demo", "--tokens", "4096"], capsys)
-    assert line.startswith("error: --tokens does not go with --inputs demo")
+    assert line.startswith("selection_quality: error: --tokens does not go with --inputs demo")
     demo_tensors.DEMO_QKV.write_bytes(b"not tensors at all")
     line = failure(["--inputs", "text", "demo", *SMALL], capsys)
     assert "demo_qkv.safetensors: not a safetensors file" in line

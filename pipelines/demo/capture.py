@@ -11,12 +11,10 @@ import hashlib
 import logging
 import re
 import shlex
-import sys
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from safetensors.torch import save_file
@@ -25,11 +23,12 @@ from torch.overrides import TorchFunctionMode
 
 from pipelines import runner
 from pipelines.demo.train_latents import ClipSize
-from pipelines.demo.train_loop import write_whole
 from pipelines.demo.train_transformer import FULL
 from pipelines.environment import versions
 from pipelines.errors import UserError
+from pipelines.files import make_writable, whole_files
 from pipelines.models import check_available, find_model
+from pipelines.program import Parser, run_program
 from pipelines.prompts import MAX_SEED
 from xattn_video import XAttnConfig
 
@@ -226,7 +225,8 @@ def save(
         "command": shlex.join(command),
     }
     metadata |= {package: str(version) for package, version in versions(["torch", "diffusers"]).items()}
-    write_whole(path, lambda partial: save_file(tensors, partial, metadata=metadata))
+    with whole_files(path) as (partial,):
+        save_file(tensors, partial, metadata=metadata)
 
 
 def _weights_hash(folder: Path) -> str:
@@ -238,18 +238,12 @@ def _weights_hash(folder: Path) -> str:
     return digest.hexdigest() if files else ""
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"capture: error: {message} (see: {self.prog} --help)\n")
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse the command line and write the file; 0, or 2 for bad input."""
-    parser = _Parser(
+    parser = Parser(
         prog="python -m pipelines.demo.capture",
         description=__doc__,
         epilog="example: python -m pipelines.demo.capture --model demo --out demo_qkv.safetensors",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--model", required=True, help="a Wan text-to-video model: a name or a local folder")
     parser.add_argument("--out", required=True, type=Path, metavar="FILE", help="the .safetensors file to write")
@@ -260,17 +254,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--entries", type=_entry, nargs="+", metavar="LAYER:HEAD:STEP",
         help="what to record, counted from 0 (default: four, over layers, heads and steps)",
     )  # fmt: skip
-    options = parser.parse_args(arguments)
+    return run_program(parser, _run, arguments)
+
+
+def _run(options: argparse.Namespace) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    try:
-        _run(options)
-    except UserError as error:
-        print(f"capture: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    return 0
-
-
-def _run(options: argparse.Namespace) -> None:
     _check_out(options.out)
     if options.steps < 1:
         raise UserError(f"--steps must be 1 or more, got {options.steps}")
@@ -297,20 +285,16 @@ def _run(options: argparse.Namespace) -> None:
     shape = "x".join(map(str, next(iter(tensors.values())).shape))
     megabytes = options.out.stat().st_size / 1e6
     print(f"{options.out}: {len(entries)} entries of {shape} ({' '.join(map(str, entries))}), {megabytes:.1f} MB")
+    return 0
 
 
 def _check_out(path: Path) -> None:
     """Before a minute of sampling, not after it."""
     if path.suffix != ".safetensors":
         raise UserError(f"--out must end in .safetensors, got {path}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.is_dir():
-            raise UserError(f"--out: {path} is a folder")
-        with tempfile.TemporaryFile(dir=path.parent):
-            pass
-    except OSError as error:
-        raise UserError(f"--out: cannot write to {path.parent}: {error.strerror}") from None
+    if path.is_dir():
+        raise UserError(f"--out: {path} is a folder")
+    make_writable(path.parent)
 
 
 def _whole_number(text: str) -> int:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipelines.demo.world import asked
 from pipelines.errors import UserError
+from pipelines.files import make_writable, write_texts
 from pipelines.manifest import NAME as MANIFEST
 from pipelines.manifest import Key, Record, check_exists, finished_videos, lossless_copy, video_file, video_name
 from pipelines.video_io import read_video
@@ -44,11 +44,11 @@ def run(args: argparse.Namespace) -> int:
     # All of them before the first video is decoded.
     for folder in folders:
         _videos(folder, None)
-        _check_writable(folder)
+        make_writable(folder)
     documents = []
     for folder in folders:
         document = judge_folder(folder)
-        _write(folder / JUDGED_JSON, json.dumps(document, indent=2, allow_nan=False) + "\n")
+        write_texts({folder / JUDGED_JSON: json.dumps(document, indent=2, allow_nan=False) + "\n"})
         print(_table(document))
         print(f"wrote {folder / JUDGED_JSON}\n")
         documents.append(document)
@@ -169,25 +169,3 @@ def _file(folder: Path, record: Record) -> Path:
     file = lossless_copy(folder, record) or video_file(folder, record)
     check_exists(file)
     return file
-
-
-def _check_writable(folder: Path) -> None:
-    """Say so before the videos are decoded, not after."""
-    probe = folder / f".{JUDGED_JSON}.partial"
-    try:
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise UserError(f"{folder}: cannot write here: {error.strerror}") from error
-
-
-def _write(path: Path, text: str) -> None:
-    """The whole file or none: under a temporary name first."""
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, path)
-    except OSError as error:
-        raise UserError(f"{path}: cannot write: {error.strerror}") from error
-    finally:
-        partial.unlink(missing_ok=True)

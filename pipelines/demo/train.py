@@ -20,7 +20,7 @@ import torch
 
 from pipelines.demo import text, world
 from pipelines.demo.train_latents import ClipSize
-from pipelines.demo.train_loop import COOLDOWN, Plan, write_whole
+from pipelines.demo.train_loop import COOLDOWN, Plan
 from pipelines.demo.train_transformer import (
     CONTINUED_PHASES,
     CONTINUED_RATE,
@@ -35,7 +35,10 @@ from pipelines.demo.train_transformer import (
 )
 from pipelines.demo.train_vae import LEARNING_RATE as VAE_LEARNING_RATE
 from pipelines.demo.train_vae import reconstruction_psnr, train_vae
+from pipelines.errors import UserError
+from pipelines.files import whole_files
 from pipelines.models import import_diffusers
+from pipelines.program import Parser, run_program
 
 logger = logging.getLogger(__name__)
 
@@ -44,11 +47,10 @@ _SAMPLE_STEPS, _SAMPLE_PROMPTS, _SAMPLE_FRAMES = 16, 4, 6
 
 def main(arguments: list[str] | None = None) -> int:
     """Parse the command line and train; 0 if the whole training is done, 3 if there is more to do."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m pipelines.demo.train",
         description=__doc__,
         epilog="example: python -m pipelines.demo.train --out shapes --minutes 60",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--out", type=Path, required=True, help="folder of the run; an existing run goes on")
     parser.add_argument("--minutes", type=float, help="stop after this long, to be continued (default: no limit)")
@@ -58,9 +60,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--start", type=Path, metavar="DIR", help="a pipeline to go on from; its VAE is kept")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    options = parser.parse_args(arguments)
+    return run_program(parser, _run, arguments)
+
+
+def _run(options: argparse.Namespace) -> int:
     if options.start and not (options.start / "model_index.json").is_file():
-        parser.error(f"--start {options.start}: not a pipeline's folder, it has no model_index.json")
+        raise UserError(f"--start {options.start}: not a pipeline's folder, it has no model_index.json")
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     done = run(
         options.out,
@@ -211,7 +216,8 @@ def save_samples(path: Path, pipeline: Any, size: ClipSize = FULL) -> None:
         shown = np.linspace(0, size.frames - 1, _SAMPLE_FRAMES).round().astype(int)
         rows.append(np.concatenate(list(video[shown]), axis=1))
     picture = np.rint(np.concatenate(rows) * 255).astype(np.uint8)
-    write_whole(path, lambda partial: imageio.imwrite(partial, picture))
+    with whole_files(path) as (partial,):
+        imageio.imwrite(partial, picture)
     logger.info("%s: %s", path.name, " | ".join(prompts))
 
 

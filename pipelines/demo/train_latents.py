@@ -15,8 +15,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from pipelines.demo import world
-from pipelines.demo.train_loop import write_whole
 from pipelines.demo.train_vae import SPATIAL, TEMPORAL, to_tensor
+from pipelines.files import whole_files
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +56,9 @@ def load_latents(vae: Any, size: ClipSize, count: int, folder: Path) -> torch.Te
         path = folder / str(size) / f"{first:06d}.safetensors"
         if not path.exists():
             latents = torch.cat([_encode(vae, size, number) for number in range(first, first + _SHARD)])
-            write_whole(path, lambda partial, latents=latents: save_file({"latents": latents}, partial))
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with whole_files(path) as (partial,):
+                save_file({"latents": latents}, partial)
             logger.info("encoded %d of %d clips of %s", first + _SHARD, count, size)
         shards.append(load_file(path)["latents"])
     return torch.cat(shards)[:count]

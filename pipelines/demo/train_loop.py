@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,6 +17,8 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
+
+from pipelines.files import whole_files, write_texts
 
 logger = logging.getLogger(__name__)
 
@@ -97,6 +98,7 @@ def train(
     Returns:
         The steps done, over all sittings, and the averaged weights by parameter name.
     """
+    plan.folder.mkdir(parents=True, exist_ok=True)
     parameters = [value for value in model.parameters() if value.requires_grad]
     optimizers = build_optimizers(plan, model)
     average = {name: value.detach().clone() for name, value in model.named_parameters()}
@@ -145,14 +147,6 @@ def train(
     return step, average
 
 
-def write_whole(path: Path, write: Callable[[Path], None]) -> None:
-    """Write a file under a temporary name and rename it: under `path` there is a finished file or none."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.stem}.partial{path.suffix}")
-    write(partial)
-    os.replace(partial, path)
-
-
 def _save(
     plan: Plan,
     model: torch.nn.Module,
@@ -168,7 +162,8 @@ def _save(
             tensors |= {f"optimizer.{number}.{index}.{key}": value for key, value in values.items()}
     tensors = {name: value.contiguous().cpu() for name, value in tensors.items()}
     state = json.dumps({"step": step, "seconds": seconds})
-    write_whole(plan.checkpoint, lambda path: save_file(tensors, path, metadata={"state": state}))
+    with whole_files(plan.checkpoint) as (partial,):
+        save_file(tensors, partial, metadata={"state": state})
 
 
 def _load(
@@ -219,5 +214,4 @@ def _truncate_log(plan: Plan, step: int) -> None:
         except json.JSONDecodeError:
             continue
     kept = [line for line in lines if line["stage"] != plan.name or line["step"] <= step]
-    text = "".join(json.dumps(line) + "\n" for line in kept)
-    write_whole(path, lambda partial: partial.write_text(text, encoding="utf-8") and None)
+    write_texts({path: "".join(json.dumps(line) + "\n" for line in kept)})

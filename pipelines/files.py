@@ -1,0 +1,54 @@
+"""Files that are there whole or not at all, and folders that are known to be writable before the work begins."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from pipelines.errors import UserError
+
+
+@contextlib.contextmanager
+def whole_files(*paths: Path) -> Iterator[tuple[Path, ...]]:
+    """Temporary names beside `paths` to write to; all are renamed at the end, and none if anything fails before.
+
+    A temporary name keeps its suffix, from which many writers take the format.
+
+    Raises:
+        UserError: a file cannot be written or renamed.
+    """
+    partial = tuple(path.with_name(f".{path.stem}.partial{path.suffix}") for path in paths)
+    try:
+        yield partial
+        for name, path in zip(partial, paths, strict=True):
+            os.replace(name, path)
+    except OSError as error:
+        raise UserError(f"{' and '.join(map(str, paths))}: cannot write: {error.strerror or error}") from error
+    finally:
+        for name in partial:
+            with contextlib.suppress(OSError):
+                name.unlink(missing_ok=True)
+
+
+def write_texts(texts: Mapping[Path, str]) -> None:
+    """Write text files in UTF-8, all of them or none. Raises UserError as `whole_files`."""
+    with whole_files(*texts) as partial:
+        for name, text in zip(partial, texts.values(), strict=True):
+            name.write_text(text, encoding="utf-8")
+
+
+def make_writable(folder: Path) -> None:
+    """Make a folder, and say before hours of work, not after them, if nothing can be written there.
+
+    Raises:
+        UserError: it cannot be made or written to.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(f"{folder}: cannot write here: {error.strerror}") from None

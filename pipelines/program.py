@@ -1,0 +1,49 @@
+"""What all command lines share: one line for bad input and exit code 2, an example under every `--help`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+from pipelines.errors import UserError
+
+
+class Parser(argparse.ArgumentParser):
+    """A usage error in one line, as for every other bad input; `--help` keeps the lines of its texts."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{"formatter_class": argparse.RawDescriptionHelpFormatter, **kwargs})
+
+    @property
+    def program(self) -> str:
+        """What the user calls it: "xattn-video", and "contact_sheet" for "python -m eval.contact_sheet"."""
+        first, *rest = self.prog.split()
+        return rest[1].rpartition(".")[2] if first == "python" else first
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.program}: error: {message} (see: {self.prog} --help)\n")
+
+
+def run_program(
+    parser: Parser, run: Callable[[argparse.Namespace], int], arguments: Sequence[str] | None = None
+) -> int:
+    """Parse `arguments` (None: the process's own) and run.
+
+    Returns:
+        What `run` gives, 2 for bad input, 130 for Ctrl-C, 141 for a reader of stdout that has left.
+    """
+    try:
+        return run(parser.parse_args(arguments))
+    except UserError as error:
+        print(f"{parser.program}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"{parser.program}: stopped; the same command goes on where this one ended", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The reader of stdout (head, less) has left; nothing more can be told, and Python must not try at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
