@@ -93,6 +93,31 @@ def heat_map(rows: Sequence[tuple[str, Sequence[float]]], columns: Sequence[str]
     )
 
 
+def heat_picture(rows: Sequence[tuple[str, Sequence[float | None]]], columns: Sequence[str], *, caption: str) -> str:
+    """An SVG with a cell for each value (0 to 1, None: blank), as dark as it is; a cell tells itself when pointed at.
+
+    For maps with too many cells to write numbers in. Row and column names are written as far as there is room.
+    """
+    size, left, top = 12, 40, 14
+    width, height = left + size * len(columns), top + size * len(rows)
+    parts = []
+    for index in range(0, len(columns), 5):
+        parts.append(
+            f'<text x="{left + size * index + size / 2}" y="10" text-anchor="middle">{escape(columns[index])}</text>'
+        )
+    for row, (name, values) in enumerate(rows):
+        y = top + size * row
+        if row % 2 == 0:
+            parts.append(f'<text x="{left - 5}" y="{y + 10}" text-anchor="end">{row}</text>')
+        for column, value in enumerate(values):
+            if value is not None:
+                says = escape(f"{name}, step {columns[column]}: {value:.3f}")
+                place = f'x="{left + size * column}" y="{y}" width="{size - 1}" height="{size - 1}"'
+                parts.append(f'<rect class="cell" {place} fill-opacity="{value:.3f}"><title>{says}</title></rect>')
+    svg = f'<svg viewBox="0 0 {width} {height}" width="{width}" role="img" aria-label="{escape(caption)}">'
+    return f'<figure class="map"><figcaption>{escape(caption)}</figcaption>{svg}{"".join(parts)}</svg></figure>'
+
+
 def _two_digits(value: float) -> str:
     """`.42`, and `1` for exactly 1: .9968 is not all blocks."""
     return "1" if value == 1 else f"{min(value, 0.99):.2f}".lstrip("0")

@@ -169,6 +169,20 @@ def mean_density_by_layer(records: Mapping[Key, Record]) -> dict[str, float]:
     return {layer: sum(table[layer] for table in tables) / len(tables) for layer in tables[0]}
 
 
+def mean_density_by_layer_and_step(records: Mapping[Key, Record]) -> dict[str, list[float | None]]:
+    """Mean over videos for each step of each layer, None where it had no call; empty as `mean_density_by_layer`."""
+    tables = [record.get("density_by_layer_and_step") or {} for record in records.values()]
+    shapes = {tuple((layer, len(steps)) for layer, steps in table.items()) for table in tables}
+    if len(shapes) != 1:
+        return {}
+    return {layer: [_known_mean(cell) for cell in zip(*(t[layer] for t in tables), strict=True)] for layer in tables[0]}
+
+
+def _known_mean(values: Iterable[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
+
+
 def dense_reasons(records: Mapping[Key, Record]) -> dict[str, int]:
     """Dense calls of all videos by reason, the most frequent first."""
     counts: dict[str, int] = {}

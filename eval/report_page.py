@@ -261,6 +261,11 @@ def _density(run: Run) -> str:
         numbers = [str(index) for index in range(len(names))]
         parts.append(report_charts.heat_map(rows, numbers, corner="layer", caption=caption))
         parts.append(_note(f"Layers 0 to {len(names) - 1}: {names[0]} to {names[-1]}."))
+    for one in run.sparse:
+        if table := report_data.mean_density_by_layer_and_step(one.records):
+            steps = [str(step + 1) for step in range(len(next(iter(table.values()))))]
+            caption = f"{one.label}: density of each layer (down, from 0) at each step (across, from 1)"
+            parts.append(report_charts.heat_picture(list(table.items()), steps, caption=caption))
     if not layered:
         parts.append(_note("Steps only: these manifests do not tell layers apart; generate writes them now."))
     return _section("density", "Density over steps and layers", *parts)
@@ -286,17 +291,27 @@ def _speed(run: Run) -> str:
     rows = [
         f'<tr><th scope="row">{escape(label)}</th>'
         + "".join(_cell(_mean(records.values(), name), ".2f") for name in ("seconds", "seconds_per_step"))
+        + _cell(_peak(records.values()), ".2f")
         + f'<td class="text">{escape(", ".join(report_data.told(records.values(), "device_name")) or "-")}</td></tr>'
         for label, records in folders
     ]
-    table = _table("speed-rows", ("videos of", "s a video", "s a step", "*device"), rows)
-    notes = _note("Means over videos, from the manifests. The noise floor's time is no attention's that one would use.")
-    return _section("speed", "Speed and memory", table, notes, _note("Peak memory: not recorded in these manifests."))
+    table = _table("speed-rows", ("videos of", "s a video", "s a step", "peak GiB", "*device"), rows)
+    notes = _note(
+        "Times are means over videos, from the manifests; the noise floor's is no attention's that one would use. Peak "
+        "memory is the largest of any video, weights included: a GPU's allocations, on a CPU the process's pages."
+    )
+    return _section("speed", "Speed and memory", table, notes)
 
 
 def _mean(records: Any, name: str) -> float | None:
     values = [record.get(name) for record in records]
     return None if None in values or not values else float(np.mean(values))
+
+
+def _peak(records: Any) -> float | None:
+    """The largest peak in GiB; None where a manifest lacks it."""
+    values = [record.get("peak_memory_bytes") for record in records]
+    return None if None in values or not values else max(values) / 2**30
 
 
 def _notes(run: Run) -> str:

@@ -156,11 +156,13 @@ def _make_videos(plan: Plan, args: argparse.Namespace, on_record: Callable[[Reco
 def _make_video(pipe: Any, processor: Any, plan: Plan, job: Job, progress: VideoProgress, *, lossless: bool) -> Record:
     import torch
 
+    from pipelines.memory import peak_bytes, reset_peak
     from pipelines.video_io import lossless_path, write_video
 
     progress.start(f"{job.attention}/{job.name}")
     if processor is not None:
         processor.stats.reset()
+    reset_peak(plan.device)
     started = time.perf_counter()
     try:
         with runner.floor_attention(pipe) if job.kind == "dense-alt" else contextlib.nullcontext():
@@ -168,7 +170,7 @@ def _make_video(pipe: Any, processor: Any, plan: Plan, job: Job, progress: Video
     except torch.OutOfMemoryError:
         advice = "--offload model (or sequential), --dtype bfloat16, fewer frames or a smaller size"
         raise UserError(f"{job.path}: {plan.device} is out of memory; try {advice}") from None
-    seconds = time.perf_counter() - started
+    seconds, peak = time.perf_counter() - started, peak_bytes(plan.device)
     steps = progress.step_seconds
     copy = lossless_path(job.path) if lossless else None
     if copy is not None:
@@ -187,6 +189,7 @@ def _make_video(pipe: Any, processor: Any, plan: Plan, job: Job, progress: Video
         "tokens": plan.tokens,
         "seconds": round(seconds, 4),
         "seconds_per_step": round(sum(steps) / len(steps), 4) if steps else None,
+        "peak_memory_bytes": peak,
         **_density(processor, plan.settings.steps),
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
     }
@@ -201,15 +204,21 @@ def _result_line(job: Job, record: Record) -> str:
 
 
 def _density(processor: Any, steps: int) -> Record:
-    """Mean density, density by step and by layer, dense calls by reason; a dense run keeps every block."""
+    """Mean density, density by step, by layer and by both, dense calls by reason; a dense run keeps every block."""
     if processor is None:
-        return {"mean_density": 1.0, "density_by_step": [1.0] * steps, "density_by_layer": {}, "dense_reasons": {}}
+        layers: Record = {"density_by_layer": {}, "density_by_layer_and_step": {}}
+        return {"mean_density": 1.0, "density_by_step": [1.0] * steps, **layers, "dense_reasons": {}}
     summary = processor.stats.summary()
+    steps_done = sorted(summary["density_by_step"])
     return {
         "mean_density": summary["density"],
-        "density_by_step": [summary["density_by_step"][step] for step in sorted(summary["density_by_step"])],
-        # Rounded: a line of the manifest holds up to a hundred layers.
+        "density_by_step": [summary["density_by_step"][step] for step in steps_done],
+        # Rounded: a line of the manifest holds up to a hundred layers. None: a layer without a call in a step.
         "density_by_layer": {layer: round(density, 4) for layer, density in summary["density_by_layer"].items()},
+        "density_by_layer_and_step": {
+            layer: [round(by_step[step], 3) if step in by_step else None for step in steps_done]
+            for layer, by_step in summary["density_by_layer_and_step"].items()
+        },
         "dense_reasons": summary["dense_calls"],
     }
 

@@ -306,12 +306,19 @@ def test_statistics_add_up_and_start_over(model: Any) -> None:
     assert list(summary["density_by_step"].values())[:2] == [1.0, 1.0]
     assert sum(summary["density_by_step"].values()) / 4 == pytest.approx(summary["density"])
     assert sum(summary["density_by_layer"].values()) / 2 == pytest.approx(summary["density"])
+    both = summary["density_by_layer_and_step"]
+    assert both.keys() == summary["density_by_layer"].keys()
+    for layer, density in summary["density_by_layer"].items():
+        assert list(both[layer]) == [0, 1, 2, 3]
+        assert sum(both[layer].values()) / 4 == pytest.approx(density)
+    for step, density in summary["density_by_step"].items():
+        assert sum(steps[step] for steps in both.values()) / 2 == pytest.approx(density)
     # reading changes nothing, resetting forgets everything
     assert processor.stats.summary() == summary
     processor.stats.reset()
     empty = processor.stats.summary()
     assert (empty["calls"], empty["dense_calls"], empty["sparse_density"]) == (0, {}, None)
-    assert empty["density_by_step"] == empty["density_by_layer"] == {}
+    assert empty["density_by_step"] == empty["density_by_layer"] == empty["density_by_layer_and_step"] == {}
 
 
 def test_statistics_outlive_inference_mode(model: Any) -> None:

@@ -19,6 +19,8 @@ REASONS = (
     "dropout",
     "autograd",
     "decode",
+    "sliding_window",
+    "not_causal",
     "no_backend",
 )
 # columns of a layer's counts: kept and valid blocks of its sparse calls, those calls, then dense calls by reason
@@ -116,11 +118,13 @@ class AttentionStats:
             A JSON-ready dict. `calls` is `sparse_calls` plus the sum of `dense_calls`, a dict from reason to
             number. Densities are means over calls of kept / valid blocks: `density` counts a dense call as 1 (1.0
             before any call), `sparse_density` is over sparse calls alone (None without any), `density_by_step` (by
-            step of a generation) and `density_by_layer` (by layer name) count dense calls as 1.
+            step of a generation), `density_by_layer` (by layer name) and `density_by_layer_and_step` (by both, steps
+            without a call left out) count dense calls as 1.
         """
         total = _Mean()
         by_step: dict[int, _Mean] = {}
         by_layer: dict[str, _Mean] = {}
+        by_both: dict[str, dict[int, _Mean]] = {}
         for model in self._models:
             for step, rows in model.table().items():
                 for layer, row in zip(model.layers, rows, strict=True):
@@ -128,6 +132,7 @@ class AttentionStats:
                         total,
                         by_step.setdefault(step, _Mean()),
                         by_layer.setdefault(layer.name, _Mean()),
+                        by_both.setdefault(layer.name, {}).setdefault(step, _Mean()),
                     ):
                         mean.add(row)
         return {
@@ -138,6 +143,11 @@ class AttentionStats:
             "sparse_density": total.sparse_density,
             "density_by_step": {step: mean.density for step, mean in sorted(by_step.items()) if mean.calls},
             "density_by_layer": {name: mean.density for name, mean in by_layer.items() if mean.calls},
+            "density_by_layer_and_step": {
+                name: {step: mean.density for step, mean in sorted(steps.items()) if mean.calls}
+                for name, steps in by_both.items()
+                if by_layer[name].calls
+            },
         }
 
 
