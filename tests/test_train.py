@@ -26,11 +26,12 @@ from pipelines.demo.train_transformer import (
     Phase,
     build_transformer,
     draw_batch,
+    rotary_of,
     train_transformer,
 )
 from pipelines.models import import_diffusers
 
-TINY = (Phase(0.5, ClipSize(1, 80), 3, 5), Phase(1.0, ClipSize(5, 80), 2, 3))
+TINY = (Phase(0.5, ClipSize(1, 80), 3, 5), Phase(1.0, ClipSize(5, 80), 2, 3, kept=2))
 
 
 def tiny_transformer(seed: int) -> Any:
@@ -73,6 +74,7 @@ def test_no_held_out_scene_is_in_a_batch_of_the_transformer(phases: tuple[Phase,
         sizes.add(batch.phase.size)
         assert len(batch.captions) == len(batch.clips) == len(batch.sigmas) == batch.phase.batch
         assert ((batch.sigmas > 0) & (batch.sigmas < 1)).all()
+        assert len(batch.frames) == (batch.phase.kept or batch.phase.size.latent_frames)
         for number, words in zip(batch.clips, batch.captions, strict=True):
             scene = clip_scene(int(number))
             named = (scene.colour, scene.shape, scene.motion, scene.background)
@@ -109,6 +111,32 @@ def test_the_full_size_has_4096_tokens_or_more_and_the_model_four_heads_of_64() 
     assert PHASES[-1].size == CONTINUED_PHASES[-1].size == FULL
     assert (config.num_attention_heads, config.attention_head_dim) >= (4, 64)
     assert config.num_layers >= 4
+
+
+def test_frames_left_out_of_a_step_leave_the_others_at_their_places() -> None:
+    model, processor = tiny_transformer(0).eval(), TrainingAttention()
+    model.set_attn_processor(processor)
+    clip = torch.randn(1, 4, 5, 8, 8, generator=torch.Generator().manual_seed(0))
+    words, time_of = torch.zeros(1, 3, text.TEXT_DIM), torch.tensor([500.0])
+
+    def seen(*frames: int) -> torch.Tensor:
+        processor.rotary = rotary_of(model, clip, torch.tensor(frames))
+        with torch.no_grad():
+            return model(clip[:, :, :2], time_of, words, return_dict=False)[0]
+
+    # Attention knows how far apart two frames are, not where both stand.
+    torch.testing.assert_close(seen(0, 2), seen(1, 3), rtol=1e-4, atol=1e-5)
+    assert (seen(0, 2) - seen(0, 1)).abs().max() > 1e-3
+    processor.rotary = None
+    with torch.no_grad():
+        own = model(clip[:, :, :2], time_of, words, return_dict=False)[0]
+    torch.testing.assert_close(seen(0, 1), own, rtol=0, atol=0)
+
+
+def test_the_kept_frames_of_a_step_are_distinct_in_order_and_reach_both_ends() -> None:
+    kept = [draw_batch(0, step, 2000, CONTINUED_PHASES).frames for step in range(100)]
+    assert all((np.diff(frames) > 0).all() for frames in kept)
+    assert set(np.concatenate(kept)) == set(range(FULL.latent_frames))
 
 
 def test_an_interrupted_training_ends_with_the_very_same_weights(vae: Any, tmp_path: Path, monkeypatch: Any) -> None:

@@ -19,11 +19,13 @@ _ROWS = 256
 class TrainingAttention:
     """An attention processor for `WanTransformer3DModel` without image conditioning.
 
-    Set `text_bias`, from `padding_bias`, before each forward pass.
+    Set `text_bias`, from `padding_bias`, before each forward pass, and `rotary` where the tokens have other places
+    than the model would give them: a pair of cosines and sines, as `WanTransformer3DModel.rope` returns it.
     """
 
     def __init__(self) -> None:
         self.text_bias: torch.Tensor | None = None
+        self.rotary: tuple[torch.Tensor, ...] | None = None
 
     def __call__(
         self,
@@ -38,6 +40,7 @@ class TrainingAttention:
         key = _normed(attn.norm_k, attn.to_k(context)).unflatten(2, (attn.heads, -1))
         value = attn.to_v(context).unflatten(2, (attn.heads, -1))
         if rotary_emb is not None:
+            rotary_emb = self.rotary or rotary_emb
             turn = torch.complex(rotary_emb[0][..., 0::2].float(), rotary_emb[1][..., 1::2].float())
             query, key = _rotate(query, turn), _rotate(key, turn)
         # [batch, tokens, heads, dim] to [batch, heads, tokens, dim], in the dtype that the projections give

@@ -31,9 +31,14 @@ class ClipSize:
     side: int
 
     @property
+    def latent_frames(self) -> int:
+        """The frames that the VAE makes of them."""
+        return (self.frames - 1) // TEMPORAL + 1
+
+    @property
     def tokens(self) -> int:
         """The transformer's tokens: its patch is 1 x 2 x 2 latents."""
-        return ((self.frames - 1) // TEMPORAL + 1) * (self.side // SPATIAL // 2) ** 2
+        return self.latent_frames * (self.side // SPATIAL // 2) ** 2
 
     def __str__(self) -> str:
         return f"{self.frames}x{self.side}x{self.side}"
