@@ -1,0 +1,122 @@
+"""Tiny real models of transformers, one for each family that the integration is tested on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import xattn_video.integrations.transformers  # noqa: F401  (mends torchvision before transformers needs it)
+
+import transformers  # isort: skip
+
+VOCABULARY = 96
+LAYERS = 2
+TEXT: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 48,
+    "intermediate_size": 64,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 4096,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+# Rotary sections of the 6 pairs of a head of 12.
+SECTIONS = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 2, 2]}
+SPECIAL = {"image_token_id": 90, "video_token_id": 91, "vision_start_token_id": 92, "vision_end_token_id": 93}
+
+
+def _qwen2_vl() -> Any:
+    vision = {"depth": 1, "embed_dim": 32, "hidden_size": 48, "num_heads": 2, "mlp_ratio": 2, "patch_size": 4}
+    text = {**TEXT, "rope_parameters": SECTIONS}
+    config = transformers.Qwen2VLConfig(text_config=text, vision_config=vision, **SPECIAL)
+    return transformers.Qwen2VLForConditionalGeneration(config)
+
+
+def _qwen25_vl() -> Any:
+    vision = {
+        "depth": 1, "hidden_size": 32, "intermediate_size": 32, "out_hidden_size": 48, "num_heads": 2, "patch_size": 4,
+        "window_size": 16, "fullatt_block_indexes": [0],
+    }  # fmt: skip
+    text = {**TEXT, "rope_parameters": SECTIONS}
+    config = transformers.Qwen2_5_VLConfig(text_config=text, vision_config=vision, **SPECIAL)
+    return transformers.Qwen2_5_VLForConditionalGeneration(config)
+
+
+def _qwen3_vl() -> Any:
+    vision = {
+        "depth": 1, "hidden_size": 32, "intermediate_size": 32, "out_hidden_size": 48, "num_heads": 2, "patch_size": 4,
+        "num_position_embeddings": 64, "deepstack_visual_indexes": [0],
+    }  # fmt: skip
+    text = {**TEXT, "head_dim": 12, "rope_parameters": SECTIONS}
+    config = transformers.Qwen3VLConfig(text_config=text, vision_config=vision, **SPECIAL)
+    return transformers.Qwen3VLForConditionalGeneration(config)
+
+
+def _llava_onevision() -> Any:
+    vision = {
+        "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 16,
+        "patch_size": 8,
+    }  # fmt: skip
+    config = transformers.LlavaOnevisionConfig(
+        text_config=transformers.Qwen2Config(**TEXT),
+        vision_config=transformers.SiglipVisionConfig(**vision),
+        image_token_index=90,
+        video_token_index=91,
+    )
+    return transformers.LlavaOnevisionForConditionalGeneration(config)
+
+
+def _internvl() -> Any:
+    vision = {
+        "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
+        "image_size": [16, 16], "patch_size": [8, 8],
+    }  # fmt: skip
+    config = transformers.InternVLConfig(
+        text_config=transformers.Qwen2Config(**TEXT), vision_config=vision, image_token_id=90
+    )
+    return transformers.InternVLForConditionalGeneration(config)
+
+
+def _plain(name: str, **changes: Any) -> Callable[[], Any]:
+    def build() -> Any:
+        config = getattr(transformers, f"{name}Config")(**{**TEXT, **changes})
+        return getattr(transformers, f"{name}ForCausalLM")(config)
+
+    return build
+
+
+BUILDERS: dict[str, Callable[[], Any]] = {
+    "qwen2-vl": _qwen2_vl,
+    "qwen2.5-vl": _qwen25_vl,
+    "qwen3-vl": _qwen3_vl,
+    "llava-onevision": _llava_onevision,
+    "internvl": _internvl,
+    "llama": _plain("Llama"),
+    "mistral": _plain("Mistral", sliding_window=None),
+    "phi-3": _plain("Phi3"),
+    "qwen2.5": _plain("Qwen2"),
+    "qwen3": _plain("Qwen3", head_dim=12),
+    "gemma": _plain("Gemma", head_dim=12),
+}
+
+
+def build(family: str) -> Any:
+    """A model of the family with seeded weights, large enough that its attention is far from uniform."""
+    torch.manual_seed(0)
+    model = BUILDERS[family]().eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith(("q_proj.weight", "k_proj.weight", "qkv_proj.weight")):
+                parameter.mul_(8)
+    return model
+
+
+def prompt(batch: int, tokens: int, seed: int = 0) -> Tensor:
+    """Random tokens, none of them special, int64 `[batch, tokens]`."""
+    return torch.randint(3, 89, (batch, tokens), generator=torch.Generator().manual_seed(seed))

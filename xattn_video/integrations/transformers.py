@@ -1,0 +1,252 @@
+"""Sparse prefill for the language models of transformers, text and video.
+
+    import xattn_video.integrations.transformers                       # registers "xattention"
+    model = Qwen2VLForConditionalGeneration.from_pretrained(name, attn_implementation={"text_config": "xattention"})
+
+    stats = use_xattention(model, stride=16, threshold=0.9)            # the same, with settings and statistics
+    model.generate(**inputs); stats.summary()["sparse_density"]
+    stop_xattention(model)                                             # as it was
+
+Prefill is sparse: prompts in one piece or in chunks, padded on either side, with any cache. Decoding is dense, and so
+is every call that `AttentionStats.summary()["dense_calls"]` names. Dense calls are transformers' own SDPA.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..attention import dense_reason, xattention
+from ..config import XAttnConfig
+from ..schedule import dense_layers
+from ..stats import AttentionStats, LayerCounts
+from .transformers_masks import dense_mask, is_range, range_mask
+
+# After the line above, which mends torchvision first.
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel  # isort: skip
+from transformers.integrations.sdpa_attention import sdpa_attention_forward  # isort: skip
+
+NAME = "xattention"
+_ATTRIBUTE = "_xattn_video"
+
+_UNSUITABLE = (
+    "{} has no causal text attention that can be set; "
+    "xattention is for decoder models of transformers such as Qwen2-VL, Qwen3 or Llama"
+)
+
+LayerThresholds = Mapping[int, "float | Sequence[float]"]
+
+
+@dataclass
+class _Layer:
+    """What one attention module was set to."""
+
+    config: XAttnConfig
+    dense: bool = False
+    counts: LayerCounts | None = None
+
+
+@dataclass
+class _Attached:
+    """What a model was set to, and what its text part did before."""
+
+    stats: AttentionStats
+    before: str
+
+
+# Of a model that was only loaded with attn_implementation="xattention".
+_DEFAULT = _Layer(XAttnConfig.preset("language"))
+
+
+def use_xattention(
+    model: PreTrainedModel,
+    config: XAttnConfig | None = None,
+    *,
+    layer_thresholds: LayerThresholds | None = None,
+    **overrides: Any,
+) -> AttentionStats:
+    """Make the prefill of a model's text part sparse; a second call replaces the settings of the first.
+
+    Args:
+        model: a causal model of transformers, with or without a vision tower, which stays as it is.
+        config: settings; None is the preset `qwen2-vl` for a model with a vision tower and `language` for others.
+            `warmup_steps` is of video and has no effect.
+        layer_thresholds: thresholds of single layers by index (negative ones count from the end): a number, or one
+            for each query head.
+        **overrides: settings that replace those of config.
+
+    Returns:
+        The model's statistics; all counts are under step 0. `sparse_density` is that of prefill, `density` counts
+        every decoded token as a dense call.
+
+    Raises:
+        ValueError: the model has no causal self-attention that can be set, or a setting does not fit it.
+        TypeError: an override that is no setting.
+    """
+    modules = causal_layers(model)
+    text = model.config.get_text_config(decoder=True)
+    if config is None:
+        config = XAttnConfig.preset("language" if text is model.config else "qwen2-vl")
+    config = config.replace(**overrides)
+    layers = _layers(modules, config, layer_thresholds or {})
+    stats = AttentionStats()
+    counts = stats.add_model(list(modules))
+    before = attached.before if (attached := getattr(model, _ATTRIBUTE, None)) else text._attn_implementation
+    _set_text_attention(model, NAME)
+    if any(module.config._attn_implementation != NAME for module in modules.values()):
+        _set_text_attention(model, before)
+        raise ValueError(_UNSUITABLE.format(type(model).__name__))
+    for module, layer, counted in zip(modules.values(), layers, counts.layers, strict=True):
+        layer.counts = counted
+        setattr(module, _ATTRIBUTE, layer)
+    setattr(model, _ATTRIBUTE, _Attached(stats, before))
+    return stats
+
+
+def stop_xattention(model: PreTrainedModel) -> None:
+    """Give the model's text part the attention back that it had; does nothing where `use_xattention` was not used."""
+    attached = model.__dict__.pop(_ATTRIBUTE, None)
+    if attached is not None:
+        _set_text_attention(model, attached.before)
+        for module in causal_layers(model).values():
+            module.__dict__.pop(_ATTRIBUTE, None)
+
+
+def attention_stats(model: PreTrainedModel) -> AttentionStats | None:
+    """The statistics of a model that `use_xattention` was used on, for instance of a deep copy; else None."""
+    attached = getattr(model, _ATTRIBUTE, None)
+    return None if attached is None else attached.stats
+
+
+def causal_layers(model: PreTrainedModel) -> dict[str, nn.Module]:
+    """The model's causal self-attention modules by their path, in the order of their layers.
+
+    Raises:
+        ValueError: it has none.
+    """
+    modules = {
+        path: module
+        for path, module in model.named_modules()
+        if getattr(module, "is_causal", False)
+        and isinstance(getattr(module, "layer_idx", None), int)
+        and hasattr(module, "config")
+    }
+    if not modules:
+        raise ValueError(_UNSUITABLE.format(type(model).__name__))
+    return dict(sorted(modules.items(), key=lambda item: item[1].layer_idx))
+
+
+def xattention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """The attention function behind the name `xattention`, as transformers' attention interface asks for it.
+
+    Args:
+        query: `[B, Hq, Sq, D]`.
+        key, value: `[B, Hkv, Sk, D]`, with the cache.
+        attention_mask: what `range_mask` gave.
+
+    Returns:
+        output `[B, Sq, Hq, D]`, and None for the attention weights.
+
+    Raises:
+        ValueError: the model has attention sinks or a soft cap on its logits, which the kernels do not know.
+    """
+    for name in ("softcap", "s_aux"):
+        if kwargs.get(name) is not None:
+            raise ValueError(
+                f"{type(module).__name__} needs {name}, which xattention does not have; use eager attention"
+            )
+    layer = getattr(module, _ATTRIBUTE, _DEFAULT)
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    keys = _visible_keys(query, key, attention_mask)
+    reason = _reason(layer, query, attention_mask, causal, dropout, kwargs)
+    seen_key, seen_value = key[:, :, :keys], value[:, :, :keys]
+    reason = reason or dense_reason(query, seen_key, layer.config, causal=True, value=seen_value)
+    if layer.counts is not None:
+        layer.counts.place(query.device)
+    if reason is None:
+        start = attention_mask[:, 0, 0, 0] if attention_mask is not None else None
+        output, did = xattention(
+            query, seen_key, seen_value, layer.config, causal=True, scale=scaling, kv_start=start, return_stats=True
+        )
+        if layer.counts is not None:
+            layer.counts.add_sparse(did.kept, did.valid)
+        return output.transpose(1, 2).contiguous(), None
+    if layer.counts is not None:
+        layer.counts.add_dense(reason)
+    if is_range(attention_mask):
+        attention_mask = dense_mask(attention_mask, query.shape[2], key.shape[2])
+    return sdpa_attention_forward(
+        module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs
+    )
+
+
+def _visible_keys(query: Tensor, key: Tensor, attention_mask: Tensor | None) -> int:
+    """The keys that are filled: a static cache has more."""
+    if attention_mask is None:
+        return query.shape[2] if query.shape[2] > 1 else key.shape[2]
+    return attention_mask.shape[-1] if is_range(attention_mask) else key.shape[2]
+
+
+def _reason(
+    layer: _Layer,
+    query: Tensor,
+    attention_mask: Tensor | None,
+    causal: bool,
+    dropout: float,
+    kwargs: Mapping[str, Any],
+) -> str | None:
+    """Why a call is dense by what the model asks for; what `attention.dense_reason` sees comes after it."""
+    if query.shape[2] == 1:
+        return "decode"
+    if not causal:
+        return "not_causal"
+    if attention_mask is not None and not is_range(attention_mask):
+        return "mask" if kwargs.get("sliding_window") is None else "sliding_window"
+    if kwargs.get("position_bias") is not None or kwargs.get("cache") is not None:
+        return "mask"
+    if dropout > 0:
+        return "dropout"
+    return "dense_layer" if layer.dense else None
+
+
+def _layers(modules: Mapping[str, nn.Module], config: XAttnConfig, thresholds: LayerThresholds) -> list[_Layer]:
+    """The settings of each module, checked against its number of heads."""
+    for index in thresholds:
+        if not -len(modules) <= index < len(modules):
+            raise ValueError(f"layer_thresholds must be of layers below {len(modules)}, got {index}")
+    dense = dense_layers(list(modules), config.dense_layers)
+    layers = []
+    for index, (path, module) in enumerate(modules.items()):
+        threshold = thresholds.get(index, thresholds.get(index - len(modules)))
+        own = config if threshold is None else config.replace(threshold=threshold)
+        heads = getattr(getattr(module, "config", None), "num_attention_heads", None)
+        if isinstance(own.threshold, tuple) and heads is not None and len(own.threshold) != heads:
+            raise ValueError(
+                f"threshold of {path} must have one value for each of {heads} heads, got {len(own.threshold)}"
+            )
+        layers.append(_Layer(own, dense=index in dense))
+    return layers
+
+
+def _set_text_attention(model: PreTrainedModel, name: str) -> None:
+    """Set the attention of the text part alone."""
+    text = model.config.get_text_config(decoder=True)
+    part = next((key for key in model.config.sub_configs if getattr(model.config, key, None) is text), None)
+    model.set_attn_implementation(name if part is None else {part: name})
+
+
+AttentionInterface.register(NAME, xattention_forward)
+AttentionMaskInterface.register(NAME, range_mask)

@@ -1,0 +1,114 @@
+"""The attention mask of a causal prefill as a range of keys, so that padding and chunks need no `[B, 1, Sq, Sk]` mask.
+
+transformers makes one mask a forward and gives it to every layer. Where it would say no more than "causal, and the
+first `start[b]` keys of item b are padding", `range_mask` says that in B integers. A range is an int32 tensor
+`[B, 1, 1, end]` without memory of its own (each row repeats its start), which transformers passes on as it does any
+mask of four dimensions; `end` is the number of keys that are in the cache, the forward's own included.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..blocks import query_key_range
+from .torchvision_mend import mend_torchvision
+
+# before transformers imports it
+mend_torchvision()
+
+from transformers.masking_utils import sdpa_mask  # noqa: E402
+
+# The most queries x keys of a mask that is kept for the other layers of a forward.
+_KEPT = 1 << 24
+
+
+def range_mask(
+    batch_size: int,
+    *args: Any,
+    kv_length: int,
+    kv_offset: int = 0,
+    attention_mask: Tensor | None = None,
+    local_size: int | None = None,
+    allow_is_causal_skip: bool = True,
+    **kwargs: Any,
+) -> Tensor | None:
+    """The mask of a forward, as transformers' mask interface asks for it.
+
+    Args:
+        batch_size, args, kwargs: as of transformers' `sdpa_mask`.
+        kv_length, kv_offset: keys that the layers will see, and the position of the first.
+        attention_mask: `[B, keys]`, 0 or False where padding.
+        local_size: the window or chunk of a layer that does not see all keys.
+        allow_is_causal_skip: False where the mask is more than causal (packed sequences, blocks of an image).
+
+    Returns:
+        None for a plain causal prefill, a range for one that has padding on the left or a cache before it, and
+        what `sdpa_mask` gives for everything else: decoding, windows that cut keys off, padding with holes.
+    """
+    positions = kwargs.get("cache_position")
+    queries = kwargs["q_length"] if positions is None else positions.shape[0]
+    # A window as wide as all keys cuts nothing off.
+    whole = local_size is None or kv_length <= local_size
+    if queries > 1 and allow_is_causal_skip and whole and kv_offset == 0 and not torch.compiler.is_compiling():
+        before = kwargs.get("q_offset", 0) if positions is None else positions[0]
+        end = int(before) + queries
+        start = padding_before(attention_mask, batch_size, end)
+        if start is not None and end <= kv_length:
+            if end == queries and not start.any():
+                return None
+            return start.to(kwargs.get("device", start.device)).view(-1, 1, 1, 1).expand(-1, 1, 1, end)
+    if local_size is not None:
+        kwargs["local_size"] = local_size
+    return sdpa_mask(
+        batch_size,
+        *args,
+        kv_length=kv_length,
+        kv_offset=kv_offset,
+        attention_mask=attention_mask,
+        allow_is_causal_skip=allow_is_causal_skip,
+        **kwargs,
+    )
+
+
+def padding_before(attention_mask: Tensor | None, batch: int, end: int) -> Tensor | None:
+    """How many keys at the left of each item are padding, int32 `[B]`; None where that does not tell the mask.
+
+    Padding on the right needs no mask beside causality: only queries that are padding themselves see it. Padding
+    between tokens does. An item of padding alone has all of its `end` keys there. Reads values: the host waits.
+    """
+    if attention_mask is None:
+        return torch.zeros(batch, dtype=torch.int32)
+    if attention_mask.ndim != 2 or attention_mask.shape[1] < end:
+        return None
+    token = attention_mask[:, :end].bool()
+    # Where padding turns to tokens: at most once, and then nothing but tokens up to the last one.
+    rises = token[:, 1:] & ~token[:, :-1]
+    several = rises.sum(1) + token[:, 0] > 1
+    first = torch.where(token.any(1), token.int().argmax(1), end)
+    return None if several.any() else first.to(torch.int32)
+
+
+def is_range(attention_mask: Tensor | None) -> bool:
+    """Whether a mask is a range: no other mask of transformers holds integers."""
+    return attention_mask is not None and attention_mask.dtype == torch.int32
+
+
+def dense_mask(ranges: Tensor, queries: int, keys: int) -> Tensor:
+    """The bool mask `[B, 1, queries, keys]` of a range, for dense attention; keys past its end are masked.
+
+    A small one, such as that of a few queries against a long cache, is kept with the range for the other layers.
+    """
+    kept = getattr(ranges, "_xattn_dense", None)
+    if kept is not None and kept.shape[2:] == (queries, keys):
+        return kept
+    start, end = ranges[:, 0, 0, 0], ranges.shape[-1]
+    lens = torch.full_like(start, end)
+    first, stop = query_key_range(queries, keys, causal=True, kv_start=start, kv_lens=lens, device=ranges.device)
+    position = torch.arange(keys, device=ranges.device)
+    mask = (position >= first[:, None, :, None]) & (position < stop[:, None, :, None])
+    if queries * keys <= _KEPT:
+        ranges._xattn_dense = mask
+    return mask
