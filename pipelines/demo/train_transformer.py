@@ -59,7 +59,7 @@ PHASES = (
 # time or space: there the second of the rotary frequencies comes around, and it has never had to tell the two apart.
 # Full size, one clip a step, is too slow a teacher of that.
 CONTINUED_PHASES = (
-    Phase(0.70, FULL, 3, 1536, kept=8),
+    Phase(0.92, FULL, 3, 1536, kept=8),
     Phase(1.00, FULL, 1, 1536),
 )
 # Of the learning rates, for weights that know something already.

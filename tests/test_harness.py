@@ -1,0 +1,111 @@
+"""Public benchmarks by their own tools: a real lm-evaluation-harness where it is installed, and bad input."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+from eval.harness import main, table
+from tests.language_families import LAYERS, VOCABULARY, build
+
+import transformers  # isort: skip
+
+TASK = """\
+task: recall_words
+dataset_path: json
+dataset_kwargs:
+  data_files:
+    test: {items}
+test_split: test
+output_type: generate_until
+doc_to_text: "{{{{question}}}}"
+doc_to_target: "{{{{answer}}}}"
+generation_kwargs:
+  max_gen_toks: 3
+  until: ["</s>"]
+metric_list:
+  - metric: exact_match
+    aggregation: mean
+    higher_is_better: true
+"""
+
+
+def save_model(folder: Path) -> Path:
+    """A tiny Llama whose tokens are words."""
+    build("llama").save_pretrained(folder)
+    special = ["<pad>", "<s>", "</s>", "<unk>"]
+    words = {word: index for index, word in enumerate([*special, *(f"w{i}" for i in range(4, VOCABULARY))])}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    ).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="lm-eval is not installed")
+def test_lm_eval_runs_dense_and_sparse_on_a_local_model_and_task(tmp_path: Path, monkeypatch: Any, capfd: Any) -> None:
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
+    items = [{"question": " ".join(f"w{4 + (i * 7 + j * j) % 90}" for j in range(200)), "answer": "w5"} for i in (0, 1)]
+    (tmp_path / "items.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks" / "recall.yaml").write_text(TASK.format(items=tmp_path / "items.jsonl"))
+    arguments = ["lm-eval", "--model", str(save_model(tmp_path / "model")), "--tasks", "recall_words"]
+    arguments += ["--task-folder", str(tmp_path / "tasks"), "--out", str(tmp_path / "out"), "--device", "cpu"]
+    assert main([*arguments, "--block-size", "16", "--min-tokens", "0", "--threshold", "0.5"]) == 0
+    written = json.loads((tmp_path / "out" / "results.json").read_text())
+    printed = capfd.readouterr().out.splitlines()
+    assert json.loads(printed[-1]) == written
+    dense, sparse = written["rows"]
+    assert (dense["attention"], sparse["attention"]) == ("dense", "xattn-s8-t0.50-w0-b16-m0")
+    assert dense["scores"].keys() == sparse["scores"].keys() >= {"recall_words exact_match"}
+    assert dense["sparse_density"] is None
+    assert 0 < sparse["sparse_density"] < 0.9
+    # Two items, three tokens each, the first of them from prefill.
+    assert sparse["dense_calls"] == {"decode": 2 * 2 * LAYERS}
+
+
+def test_the_table_has_every_number_of_both_sides() -> None:
+    rows: list[dict[str, Any]] = [
+        {"attention": "dense", "scores": {"a acc": 0.5}, "sparse_density": None, "seconds": 2.0},
+        {"attention": "sparse", "scores": {"a acc": 0.25, "b f1": 1.0}, "sparse_density": 0.4, "seconds": 1.0},
+    ]
+    cells = [line.split() for line in table(rows).splitlines()]
+    assert cells[1:3] == [["a", "acc", "0.5000", "0.2500"], ["b", "f1", "-", "1.0000"]]
+    assert cells[3][-2:] == ["-", "0.4000"]
+    assert cells[4] == ["seconds", "2", "1"]
+
+
+@pytest.mark.parametrize(
+    ("tool", "package"), [("lm-eval", "lm_eval"), ("lmms-eval", "lmms_eval")], ids=["lm-eval", "lmms-eval"]
+)
+def test_a_tool_that_is_not_installed_is_named(tool: str, package: str, tmp_path: Path, capfd: Any) -> None:
+    if importlib.util.find_spec(package) is not None:
+        pytest.skip(f"{tool} is installed")
+    assert main([tool, "--model", "nobody/nothing", "--tasks", "a", "--out", str(tmp_path / "out")]) == 2
+    error = capfd.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith(f"harness: error: {tool} is not here")
+    assert error.endswith(f"pip install {tool}")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--threshold", "2"], "threshold must be in (0, 1], got 2.0"),
+        (["--stride", "12"], "stride must be a power of two, got 12"),
+        (["--attention", "half"], "invalid choice: 'half'"),
+    ],
+)
+def test_bad_input_is_one_line(options: list[str], message: str, tmp_path: Path, capfd: Any) -> None:
+    try:
+        code = main(["lm-eval", "--model", "m", "--tasks", "a", "--out", str(tmp_path / "out"), *options])
+    except SystemExit as stop:
+        code = stop.code
+    assert code == 2
+    assert message in capfd.readouterr().err.strip().splitlines()[-1]
+    assert not (tmp_path / "out").exists()
