@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 
 import xattn_video.integrations.transformers  # noqa: F401  (mends torchvision before transformers needs it)
@@ -115,6 +117,19 @@ def build(family: str) -> Any:
             if name.endswith(("q_proj.weight", "k_proj.weight", "qkv_proj.weight")):
                 parameter.mul_(8)
     return model
+
+
+def save_language_model(folder: Path, family: str = "llama") -> Path:
+    """A model of the family with a tokenizer whose tokens are the words w4 to w95; any other word is unknown."""
+    build(family).save_pretrained(folder)
+    special = ["<pad>", "<s>", "</s>", "<unk>"]
+    words = {word: index for index, word in enumerate([*special, *(f"w{i}" for i in range(4, VOCABULARY))])}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    ).save_pretrained(folder)
+    return folder
 
 
 def prompt(batch: int, tokens: int, seed: int = 0) -> Tensor:

@@ -8,12 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers
 
 from eval.harness import main, table
-from tests.language_families import LAYERS, VOCABULARY, build
-
-import transformers  # isort: skip
+from tests.language_families import LAYERS, save_language_model
 
 TASK = """\
 task: recall_words
@@ -35,19 +32,6 @@ metric_list:
 """
 
 
-def save_model(folder: Path) -> Path:
-    """A tiny Llama whose tokens are words."""
-    build("llama").save_pretrained(folder)
-    special = ["<pad>", "<s>", "</s>", "<unk>"]
-    words = {word: index for index, word in enumerate([*special, *(f"w{i}" for i in range(4, VOCABULARY))])}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
-    ).save_pretrained(folder)
-    return folder
-
-
 @pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="lm-eval is not installed")
 def test_lm_eval_runs_dense_and_sparse_on_a_local_model_and_task(tmp_path: Path, monkeypatch: Any, capfd: Any) -> None:
     monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
@@ -55,7 +39,7 @@ def test_lm_eval_runs_dense_and_sparse_on_a_local_model_and_task(tmp_path: Path,
     (tmp_path / "items.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
     (tmp_path / "tasks").mkdir()
     (tmp_path / "tasks" / "recall.yaml").write_text(TASK.format(items=tmp_path / "items.jsonl"))
-    arguments = ["lm-eval", "--model", str(save_model(tmp_path / "model")), "--tasks", "recall_words"]
+    arguments = ["lm-eval", "--model", str(save_language_model(tmp_path / "model")), "--tasks", "recall_words"]
     arguments += ["--task-folder", str(tmp_path / "tasks"), "--out", str(tmp_path / "out"), "--device", "cpu"]
     assert main([*arguments, "--block-size", "16", "--min-tokens", "0", "--threshold", "0.5"]) == 0
     written = json.loads((tmp_path / "out" / "results.json").read_text())
