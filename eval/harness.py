@@ -22,6 +22,7 @@ from eval.ledger import provenance
 from pipelines.environment import device_name
 from pipelines.errors import UserError
 from pipelines.files import make_writable, write_texts
+from pipelines.language import add_attention_options, configurations
 from pipelines.models import offline_message
 from pipelines.program import Parser, run_program
 from xattn_video import XAttnConfig
@@ -50,35 +51,22 @@ def main(arguments: list[str] | None = None) -> int:
     video = tools.add_parser("lmms-eval", help="a video model, by lmms-eval", epilog=EXAMPLE)
     video.add_argument("--kind", default="qwen2_vl", help="lmms-eval's name of the model's class (qwen2_vl)")
     video.add_argument("--model-args", default="", metavar="A=B,...", help="more arguments of that class")
-    for tool in (language, video):
+    for name, tool in tools.choices.items():
         tool.add_argument("--model", required=True, help="Hub id or local folder")
         tool.add_argument("--tasks", required=True, nargs="+", metavar="NAME", help="the tool's names of its tasks")
         tool.add_argument("--out", type=Path, required=True, metavar="DIR", help=f"{RESULTS_JSON} goes there")
-        tool.add_argument("--attention", choices=("dense", "xattn", "both"), default="both", help="default: both")
         tool.add_argument("--limit", type=int, metavar="N", help="items of each task (all); not the benchmark's score")
         tool.add_argument("--device", default="cuda", help="cuda")
-        tool.add_argument("--threshold", type=float, default=0.9, help="share of the score mass to keep (0.9)")
-        tool.add_argument("--stride", type=int, help="antidiagonal stride (lm-eval: 8, lmms-eval: 16)")
-        tool.add_argument("--block-size", type=int, default=128, help="tokens a block (128)")
-        tool.add_argument("--min-tokens", type=int, default=1024, help="shorter prompts stay dense (1024)")
+        add_attention_options(tool, stride=_STRIDES[name])
     return run_program(parser, run, arguments)
 
 
 def run(args: argparse.Namespace) -> int:
     """Evaluate each attention in turn, write and print the scores; 0. Raises UserError."""
-    try:
-        config = XAttnConfig(
-            stride=args.stride or _STRIDES[args.tool],
-            threshold=args.threshold,
-            block_size=args.block_size,
-            min_tokens=args.min_tokens,
-            warmup_steps=0,
-        )
-    except (ValueError, TypeError) as error:
-        raise UserError(str(error)) from None
+    configs = configurations(args)
     make_writable(args.out)
     model, evaluate = _language(args) if args.tool == "lm-eval" else _video(args)
-    rows = list(_sides(args, model, evaluate, config))
+    rows = list(_sides(args, model, evaluate, configs))
     document = {
         "tool": args.tool,
         "model": args.model,
@@ -112,16 +100,15 @@ def _cell(value: float | None) -> str:
     return "-" if value is None else f"{value:.4f}"
 
 
-def _sides(args: argparse.Namespace, model: Any, evaluate: Evaluate, config: XAttnConfig) -> Iterator[dict[str, Any]]:
-    """A row for each attention that is asked for."""
+def _sides(
+    args: argparse.Namespace, model: Any, evaluate: Evaluate, configs: dict[str, XAttnConfig | None]
+) -> Iterator[dict[str, Any]]:
+    """A row for each configuration."""
     from xattn_video.integrations.transformers import stop_xattention, use_xattention
 
-    for attention in ("dense", "xattn"):
-        if args.attention not in (attention, "both"):
-            continue
+    for label, config in configs.items():
         try:
-            # Dense is transformers' SDPA: the same calls with every one of them dense would count nothing else.
-            stats = use_xattention(model, config) if attention == "xattn" else None
+            stats = None if config is None else use_xattention(model, config)
         except ValueError as error:
             raise UserError(f"--model {args.model}: {error}") from None
         started = time.perf_counter()
@@ -130,7 +117,7 @@ def _sides(args: argparse.Namespace, model: Any, evaluate: Evaluate, config: XAt
         summary = {} if stats is None else stats.summary()
         stop_xattention(model)
         yield {
-            "attention": "dense" if stats is None else config.label(),
+            "attention": label,
             "scores": scores,
             "sparse_density": summary.get("sparse_density"),
             "dense_calls": summary.get("dense_calls", {}),

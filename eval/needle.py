@@ -19,7 +19,7 @@ from eval.needle_items import TASKS, Item, make_item, score
 from pipelines.environment import device_name
 from pipelines.errors import UserError
 from pipelines.files import make_writable, write_texts
-from pipelines.models import offline_message
+from pipelines.language import add_attention_options, add_machine_options, configurations, load_model, read_answers
 from pipelines.program import Parser, run_program
 from xattn_video import XAttnConfig
 
@@ -46,25 +46,20 @@ def main(arguments: list[str] | None = None) -> int:
         "--depths", type=float, nargs="+", default=[0, 25, 50, 75, 100], metavar="P", help="of the needle, in percent"
     )
     parser.add_argument("--samples", type=int, default=4, metavar="N", help="of each task, length and depth (4)")
-    parser.add_argument("--attention", choices=("dense", "xattn", "both"), default="both", help="default: both")
-    parser.add_argument("--threshold", type=float, default=0.9, help="share of the score mass to keep (0.9)")
-    parser.add_argument("--stride", type=int, default=8, help="antidiagonal stride (8)")
-    parser.add_argument("--block-size", type=int, default=128, help="tokens a block (128)")
-    parser.add_argument("--min-tokens", type=int, default=1024, help="shorter prompts stay dense (1024)")
+    add_attention_options(parser, stride=8)
     parser.add_argument("--no-chat", action="store_true", help="do not put prompts into the tokenizer's chat template")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1; default: auto")
-    parser.add_argument("--dtype", default="auto", help="auto (the weights'), float32, bfloat16, float16")
+    add_machine_options(parser)
     return run_program(parser, run, arguments)
 
 
 def run(args: argparse.Namespace) -> int:
     """Answer what is not yet answered, then tables and pictures; 0. Raises UserError."""
-    configs = _configs(args)
+    configs = configurations(args)
     if args.samples < 1:
         raise UserError(f"--samples must be 1 or more, got {args.samples}")
     make_writable(args.out)
-    model, tokenizer = _load(args)
-    rows = _answered(args.out / ANSWERS, _signature(args))
+    model, tokenizer = load_model(args, "AutoModelForCausalLM", "AutoTokenizer")
+    rows = read_answers(args.out / ANSWERS, ("label", "key"), _signature(args))
     items = list(_items(args, tokenizer))
     for label, config in configs.items():
         _answer_all(args, model, tokenizer, items, label, config, rows)
@@ -165,69 +160,9 @@ def _inputs(args: argparse.Namespace, tokenizer: Any, item: Item, device: Any) -
     return {name: value.to(device) for name, value in inputs.items()}
 
 
-def _configs(args: argparse.Namespace) -> dict[str, XAttnConfig | None]:
-    """What is asked for, by the name that its answers have."""
-    try:
-        config = XAttnConfig(
-            stride=args.stride,
-            threshold=args.threshold,
-            block_size=args.block_size,
-            min_tokens=args.min_tokens,
-            warmup_steps=0,
-        )
-    except (ValueError, TypeError) as error:
-        raise UserError(str(error)) from None
-    both: dict[str, XAttnConfig | None] = {"dense": None, config.label(): config}
-    return {
-        label: one for label, one in both.items() if args.attention in ("both", "dense" if one is None else "xattn")
-    }
-
-
 def _signature(args: argparse.Namespace) -> dict[str, Any]:
     """What must be equal for an answer to be taken from an earlier run."""
     return {"model": args.model, "chat": not args.no_chat, "dtype": args.dtype}
-
-
-def _answered(path: Path, signature: dict[str, Any]) -> dict[tuple[str, str], dict[str, Any]]:
-    """The answers of earlier runs; a line that a kill cut short is cut off."""
-    if not path.exists():
-        return {}
-    text = path.read_text(encoding="utf-8")
-    whole = text[: text.rfind("\n") + 1]
-    if whole != text:
-        write_texts({path: whole})
-    rows = {}
-    for number, line in enumerate(whole.splitlines(), start=1):
-        try:
-            row = json.loads(line)
-            rows[row["label"], row["key"]] = row
-            other = {name: row[name] for name in signature if row[name] != signature[name]}
-        except (ValueError, KeyError, TypeError):
-            raise UserError(f"{path}:{number}: not an answer of this program; use another --out") from None
-        if other:
-            raise UserError(f"{path}: has answers of {other}; use another --out")
-    return rows
-
-
-def _load(args: argparse.Namespace) -> tuple[Any, Any]:
-    import torch
-
-    import xattn_video.integrations.transformers  # noqa: F401  (mends torchvision)
-
-    # isort: split
-    import transformers
-
-    name = args.device
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        model = transformers.AutoModelForCausalLM.from_pretrained(args.model, dtype=args.dtype)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(args.model)
-        return model.to(name).eval(), tokenizer
-    except (OSError, ValueError) as error:
-        raise UserError(offline_message(args.model, error)) from None
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {args.device}: {' '.join(str(error).split())[:200]}") from None
 
 
 def _mean(rows: Sequence[dict[str, Any]], name: str) -> float:

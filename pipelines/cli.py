@@ -31,6 +31,7 @@ COMMANDS = {
     ),
     "report": Command("eval.report", "one page about a run: tables, noise floor, players side by side, density"),
     "sweep": Command("eval.sweep", "quality and speed over thresholds, strides and warm-up steps"),
+    "qa": Command("pipelines.video_qa", "ask a video-understanding model about videos, with sparse prefill"),
     "demo": Command("pipelines.demo.command", "the whole path on a small model, in minutes on a CPU"),
     "judge": Command(
         "pipelines.demo.judging", "read colour, shape, motion and background back from videos of the shapes world"

@@ -118,8 +118,10 @@ def write_video(path: str | os.PathLike[str], frames: Frames, fps: float, *, los
     return info
 
 
-def iter_frames(path: str | os.PathLike[str]) -> Generator[np.ndarray, None, None]:
+def iter_frames(path: str | os.PathLike[str], *, filters: str | None = None) -> Generator[np.ndarray, None, None]:
     """Decode `path` frame by frame: uint8 RGB arrays `[H, W, 3]`, each its own memory.
+
+    `filters` is an ffmpeg filter chain that the frames go through, such as `fps=1`.
 
     Any format that ffmpeg reads will do. Sizes come from the decoded frames themselves. The end of the
     iteration means that the whole file decoded without an error; leaving it early stops ffmpeg.
@@ -135,7 +137,7 @@ def iter_frames(path: str | os.PathLike[str]) -> Generator[np.ndarray, None, Non
         raise VideoError(f"{path}: the video file is empty (0 bytes)")
     # PPM frames carry their own size; passthrough keeps ffmpeg from repeating or dropping any.
     command = [_ffmpeg(), "-hide_banner", "-nostdin", "-v", "error", "-xerror", "-i", f"file:{path}"]
-    command += ["-map", "0:v:0", "-fps_mode", "passthrough"]
+    command += ["-map", "0:v:0", "-fps_mode", "passthrough", *(["-vf", filters] if filters else [])]
     command += ["-sws_flags", "accurate_rnd+full_chroma_int+bicubic"]
     command += ["-f", "image2pipe", "-c:v", "ppm", "pipe:1"]
     count = 0

@@ -31,6 +31,10 @@ TEXT: dict[str, Any] = {
 # Rotary sections of the 6 pairs of a head of 12.
 SECTIONS = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 2, 2]}
 SPECIAL = {"image_token_id": 90, "video_token_id": 91, "vision_start_token_id": 92, "vision_end_token_id": 93}
+CHAT = (
+    "{% for message in messages %}{% for part in message.content %}{% if part.type == 'video' %}"
+    "<|vision_start|><|video_pad|><|vision_end|>{% else %} {{ part.text }}{% endif %}{% endfor %}{% endfor %}"
+)
 
 
 def _qwen2_vl() -> Any:
@@ -122,14 +126,33 @@ def build(family: str) -> Any:
 def save_language_model(folder: Path, family: str = "llama") -> Path:
     """A model of the family with a tokenizer whose tokens are the words w4 to w95; any other word is unknown."""
     build(family).save_pretrained(folder)
-    special = ["<pad>", "<s>", "</s>", "<unk>"]
-    words = {word: index for index, word in enumerate([*special, *(f"w{i}" for i in range(4, VOCABULARY))])}
+    _tokenizer({}).save_pretrained(folder)
+    return folder
+
+
+def save_video_model(folder: Path) -> Path:
+    """A Qwen2-VL with its processor, whose merged patches are 8 x 8 pixels of two frames."""
+    build("qwen2-vl").save_pretrained(folder)
+    patches = {"patch_size": 4, "size": {"shortest_edge": 64, "longest_edge": 64 * 64}}
+    processor = transformers.Qwen2VLProcessor(
+        transformers.Qwen2VLImageProcessor(**patches),
+        _tokenizer({"<|image_pad|>": 90, "<|video_pad|>": 91, "<|vision_start|>": 92, "<|vision_end|>": 93}),
+        transformers.Qwen2VLVideoProcessor(**patches),
+        chat_template=CHAT,
+    )
+    processor.save_pretrained(folder)
+    return folder
+
+
+def _tokenizer(special: dict[str, int]) -> Any:
+    words = {f"w{index}": index for index in range(4, VOCABULARY) if index not in special.values()}
+    words |= {"<pad>": 0, "<s>": 1, "</s>": 2, "<unk>": 3, **special}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
-    ).save_pretrained(folder)
-    return folder
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>",
+        additional_special_tokens=list(special),
+    )  # fmt: skip
 
 
 def prompt(batch: int, tokens: int, seed: int = 0) -> Tensor:

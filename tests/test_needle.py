@@ -157,4 +157,4 @@ def test_answers_of_another_model_are_not_mixed_in(model: Path, tmp_path: Path, 
     few = ("--tasks", "single", "--attention", "dense")
     assert main(arguments(model, out, *few)) == 0
     assert main(arguments(model, out, *few, "--no-chat")) == 2
-    assert "has answers of {'chat': True}; use another --out" in capfd.readouterr().err
+    assert "has answers with chat True; use another --out" in capfd.readouterr().err

@@ -1,0 +1,110 @@
+"""What the programs for language and video-understanding models share: options, loading, and answers kept in a file."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pipelines.errors import UserError
+from pipelines.files import write_texts
+from pipelines.models import offline_message
+from xattn_video import XAttnConfig
+
+ATTENTIONS = ("dense", "xattn", "both")
+
+Row = dict[str, Any]
+
+
+def add_attention_options(parser: Any, *, stride: int, default: str = "both") -> None:
+    """`--attention` and the settings of sparse prefill, on a parser or a group of one."""
+    parser.add_argument("--attention", choices=ATTENTIONS, default=default, help=f"default: {default}")
+    parser.add_argument("--stride", type=int, default=stride, help=f"antidiagonal stride ({stride})")
+    parser.add_argument("--threshold", type=float, default=0.9, help="share of the score mass to keep (0.9)")
+    parser.add_argument("--block-size", type=int, default=128, help="tokens a block (128)")
+    parser.add_argument("--min-tokens", type=int, default=1024, help="shorter prompts stay dense (1024)")
+
+
+def configurations(args: argparse.Namespace) -> dict[str, XAttnConfig | None]:
+    """What `--attention` asks for, by the name that its answers have; None is dense.
+
+    Raises:
+        UserError: a setting is out of its range.
+    """
+    try:
+        config = XAttnConfig(
+            stride=args.stride,
+            threshold=args.threshold,
+            block_size=args.block_size,
+            min_tokens=args.min_tokens,
+            warmup_steps=0,
+        )
+    except (ValueError, TypeError) as error:
+        raise UserError(str(error)) from None
+    both = {"dense": None, config.label(): config}
+    return {
+        label: one for label, one in both.items() if args.attention in ("both", "dense" if one is None else "xattn")
+    }
+
+
+def add_machine_options(parser: Any) -> None:
+    """`--device` and `--dtype`, for `load_model`."""
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1; default: auto")
+    parser.add_argument("--dtype", default="auto", help="auto (the weights'), float32, bfloat16, float16")
+
+
+def load_model(args: argparse.Namespace, model_class: str, processor_class: str) -> tuple[Any, Any]:
+    """A model of transformers and its tokenizer or processor, by the names of the classes that load them.
+
+    Raises:
+        UserError: neither here nor reachable, not such a model, or no such device or dtype.
+    """
+    import torch
+
+    import xattn_video.integrations.transformers  # noqa: F401  (mends torchvision)
+
+    # isort: split
+    import transformers
+
+    device = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    if args.dtype != "auto" and not isinstance(getattr(torch, args.dtype, None), torch.dtype):
+        raise UserError(f"--dtype must be auto or a dtype such as bfloat16, got {args.dtype}")
+    try:
+        model = getattr(transformers, model_class).from_pretrained(args.model, dtype=args.dtype)
+        processor = getattr(transformers, processor_class).from_pretrained(args.model)
+    except (OSError, ValueError) as error:
+        raise UserError(offline_message(args.model, error)) from None
+    try:
+        return model.to(device).eval(), processor
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {args.device}: {' '.join(str(error).split())[:200]}") from None
+
+
+def read_answers(path: Path, names: tuple[str, str], signature: Mapping[str, Any]) -> dict[tuple[str, str], Row]:
+    """The answers of earlier runs by the two fields that `names` gives; a line that a kill cut short is cut off.
+
+    Args:
+        signature: fields that must have these values for an answer to be taken.
+
+    Raises:
+        UserError: a line is no answer, or one with another signature.
+    """
+    if not path.exists():
+        return {}
+    text = path.read_text(encoding="utf-8")
+    whole = text[: text.rfind("\n") + 1]
+    if whole != text:
+        write_texts({path: whole})
+    rows = {}
+    for number, line in enumerate(whole.splitlines(), start=1):
+        try:
+            row = json.loads(line)
+            rows[row[names[0]], row[names[1]]] = row
+            other = [name for name in signature if row[name] != signature[name]]
+        except (ValueError, KeyError, TypeError):
+            raise UserError(f"{path}:{number}: not an answer of this program; use another --out") from None
+        if other:
+            raise UserError(f"{path}: has answers with {other[0]} {row[other[0]]}; use another --out")
+    return rows

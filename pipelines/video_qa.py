@@ -1,0 +1,258 @@
+"""Ask a video-understanding model about videos, with dense or sparse prefill: the program behind `xattn-video qa`.
+
+questions -> sampled frames -> answers, dense and sparse of one question after the other -> answers.jsonl, a summary
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pipelines.errors import UserError
+from pipelines.files import make_writable, write_texts
+from pipelines.language import (
+    Row,
+    add_attention_options,
+    add_machine_options,
+    configurations,
+    load_model,
+    read_answers,
+)
+from pipelines.qa_items import Question, check_answer, check_options, read_questions
+from pipelines.video_frames import SampledVideo, sample_video
+
+MODEL = "Qwen/Qwen2-VL-7B-Instruct"
+ANSWERS, SUMMARY = "answers.jsonl", "summary.json"
+
+EXAMPLE = """\
+example:
+  xattn-video qa --video cat.mp4 --question "What does the cat do?"
+  xattn-video qa --video cat.mp4 --question "Which animal?" --options dog cat --answer cat --attention both
+  xattn-video qa --items questions.jsonl --attention both --out answers
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `xattn-video qa`."""
+    parser.add_argument("--model", default=MODEL, help=f"Hub id or local folder (default: {MODEL})")
+    parser.add_argument("--out", type=Path, metavar="DIR", help=f"{ANSWERS} and {SUMMARY} go there; a run goes on")
+
+    group = parser.add_argument_group("what is asked")
+    group.add_argument("--video", type=Path, metavar="FILE")
+    group.add_argument("--question", metavar="TEXT")
+    group.add_argument("--options", nargs="+", metavar="TEXT", help="answers to choose from")
+    group.add_argument("--answer", metavar="TEXT", help="the right one")
+    group.add_argument(
+        "--items", type=Path, metavar="FILE.jsonl", help="many: video, question, and if wanted options, answer and id"
+    )
+
+    group = parser.add_argument_group("what the model sees")
+    group.add_argument("--fps", type=float, default=1.0, help="frames a second (1)")
+    group.add_argument("--max-frames", type=int, default=768, metavar="N", help="of a video (768)")
+    group.add_argument("--max-pixels", type=int, default=360 * 420, metavar="N", help="of a frame (151200)")
+
+    group = parser.add_argument_group("attention")
+    add_attention_options(group, stride=16, default="xattn")
+
+    group = parser.add_argument_group("machine")
+    group.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="of an answer (64)")
+    add_machine_options(group)
+    group.add_argument("--json", action="store_true", help="the summary as one JSON document on the last line")
+
+
+def run(args: argparse.Namespace) -> int:
+    """`xattn-video qa`: answer everything, print and write it; 0. Raises UserError."""
+    questions = _questions(args)
+    configs = configurations(args)
+    if args.max_new_tokens < 1:
+        raise UserError(f"--max-new-tokens must be 1 or more, got {args.max_new_tokens}")
+    rows: dict[tuple[str, str], Row] = {}
+    if args.out is not None:
+        make_writable(args.out)
+        rows = read_answers(args.out / ANSWERS, ("id", "attention"), _signature(args))
+    wanted = [(question, label) for question in questions for label in configs]
+    if any((question.id, label) not in rows for question, label in wanted):
+        _answer_all(args, questions, configs, rows)
+    document = summary([rows[question.id, label] for question, label in wanted])
+    if args.out is not None:
+        write_texts({args.out / SUMMARY: json.dumps(document, indent=2) + "\n"})
+    print(json.dumps(document) if args.json else table(document))
+    return 0
+
+
+def summary(rows: Sequence[Row]) -> dict[str, Any]:
+    """Means over the answers of each attention, and where both answered, how far sparse is from dense.
+
+    `accuracy` is over the questions whose answer is known, `agreement` the share of equal replies (with options, of
+    equal choices), `kl` and `logit_error` are those of the first token, `answering.first_token_divergence`.
+    """
+    configurations = {}
+    for label in dict.fromkeys(row["attention"] for row in rows):
+        own = [row for row in rows if row["attention"] == label]
+        known = [row["right"] for row in own if row["right"] is not None]
+        compared = [row for row in own if row["agrees"] is not None]
+        configurations[label] = {
+            "answers": len(own),
+            "accuracy": sum(known) / len(known) if known else None,
+            "with_known_answer": len(known),
+            **{name: _mean(own, name) for name in ("prompt_tokens", "prefill_seconds", "decode_seconds")},
+            "sparse_density": _mean(own, "sparse_density"),
+            "agreement": _mean(compared, "agrees"),
+            "kl": _mean(compared, "kl"),
+            "logit_error": _mean(compared, "logit_error"),
+        }
+    return {"configurations": configurations}
+
+
+def table(document: dict[str, Any]) -> str:
+    """The summary for people: a line a configuration."""
+    heads = {
+        "answers": "answers", "accuracy": "right", "prompt_tokens": "tokens", "prefill_seconds": "prefill s",
+        "decode_seconds": "decode s", "sparse_density": "density", "agreement": "as dense", "kl": "KL of 1st token",
+    }  # fmt: skip
+    styles = {"answers": "d", "accuracy": ".1%", "prompt_tokens": ",.0f", "agreement": ".1%", "kl": ".2g"}
+    lines = [["attention", *heads.values()]]
+    for label, values in document["configurations"].items():
+        cells = ["-" if values[name] is None else format(values[name], styles.get(name, ".3f")) for name in heads]
+        lines.append([label, *cells])
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
+    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines)
+
+
+def _answer_all(
+    args: argparse.Namespace, questions: Sequence[Question], configs: dict[str, Any], rows: dict[tuple[str, str], Row]
+) -> None:
+    """Answer the questions that lack an answer, each by every configuration, and add them to `rows` and the file."""
+    from tqdm.auto import tqdm
+
+    from xattn_video.integrations.transformers import use_xattention
+
+    model, processor = load_model(args, "AutoModelForImageTextToText", "AutoProcessor")
+    if getattr(processor, "video_processor", None) is None or not processor.chat_template:
+        raise UserError(f"--model {args.model}: its processor takes no video in a chat")
+    try:
+        # Before minutes of decoding: whether the model can be sparse at all, and the settings fit it.
+        for config in configs.values():
+            if config is not None:
+                use_xattention(model, config)
+    except ValueError as error:
+        raise UserError(f"--model {args.model}: {error}") from None
+    left = [question for question in questions if any((question.id, label) not in rows for label in configs)]
+    seen: tuple[Path, SampledVideo] | None = None
+    for question in tqdm(left, desc="questions", disable=None):
+        if seen is None or seen[0] != question.video:
+            options = {"fps": args.fps, "max_frames": args.max_frames, "max_pixels": args.max_pixels}
+            seen = question.video, sample_video(question.video, **options)
+        # All of a question's answers are written together: the comparison of two needs both.
+        made = _answer(args, model, processor, question, seen[1], configs)
+        if args.out is not None:
+            with open(args.out / ANSWERS, "a", encoding="utf-8") as file:
+                file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in made)
+        for row in made:
+            rows[question.id, row["attention"]] = row
+            tqdm.write(_line(row), file=sys.stdout if not args.json else sys.stderr)
+
+
+def _answer(
+    args: argparse.Namespace,
+    model: Any,
+    processor: Any,
+    question: Question,
+    video: SampledVideo,
+    configs: dict[str, Any],
+) -> list[Row]:
+    """One question's answers, a row for each configuration."""
+    import torch
+
+    from pipelines.answering import first_token_divergence, generate_answer
+    from xattn_video.integrations.transformers import stop_xattention, use_xattention
+
+    inputs = _inputs(processor, question, video, model)
+    rows: list[Row] = []
+    dense = None
+    for label, config in configs.items():
+        stop_xattention(model)
+        stats = None if config is None else use_xattention(model, config)
+        try:
+            answer = generate_answer(model, inputs, args.max_new_tokens)
+        except torch.OutOfMemoryError:
+            raise UserError(
+                f"{question.id}: {model.device} is out of memory with {inputs['input_ids'].shape[1]:,} tokens; "
+                "try --fps, --max-frames or --max-pixels with less"
+            ) from None
+        reply = processor.tokenizer.decode(answer.tokens, skip_special_tokens=True).strip()
+        told = {} if stats is None else stats.summary()
+        row: Row = {
+            "id": question.id, "video": str(question.video), "question": question.question,
+            "attention": label, "reply": reply, "answer": question.answer, "right": question.right(reply),
+            "frames": len(video.frames), "fps": video.fps, "prompt_tokens": answer.prompt_tokens,
+            "prefill_seconds": round(answer.prefill_seconds, 4), "decode_seconds": round(answer.decode_seconds, 4),
+            "sparse_density": told.get("sparse_density"), "dense_calls": told.get("dense_calls", {}),
+            "agrees": None, "kl": None, "logit_error": None, **_signature(args),
+        }  # fmt: skip
+        if config is None:
+            dense = answer, reply
+        elif dense is not None:
+            first = question.chosen if question.options else str.strip
+            row["agrees"] = first(reply) == first(dense[1])
+            row |= first_token_divergence(dense[0].first_logits, answer.first_logits)
+        rows.append(row)
+    return rows
+
+
+def _inputs(processor: Any, question: Question, video: SampledVideo, model: Any) -> dict[str, Any]:
+    messages = [{"role": "user", "content": [{"type": "video"}, {"type": "text", "text": question.prompt}]}]
+    text = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    count = len(video.frames)
+    metadata = {
+        "fps": video.fps,
+        "total_num_frames": count,
+        "frames_indices": list(range(count)),
+        "duration": count / video.fps,
+    }
+    inputs = processor(
+        text=[text], videos=[video.frames], video_metadata=[metadata], do_sample_frames=False, return_tensors="pt"
+    )
+    return {
+        name: value.to(model.device, model.dtype) if value.is_floating_point() else value.to(model.device)
+        for name, value in inputs.items()
+    }
+
+
+def _line(row: Row) -> str:
+    mark = {True: "right", False: "wrong", None: ""}[row["right"]]
+    density = "" if row["sparse_density"] is None else f"density {row['sparse_density']:.2f}"
+    parts = (f"{row['prompt_tokens']:,} tokens", f"prefill {row['prefill_seconds']:.2f} s", density, mark)
+    return f"{row['id']}  {row['attention']}: {row['reply']}  ({', '.join(part for part in parts if part)})"
+
+
+def _questions(args: argparse.Namespace) -> list[Question]:
+    if args.items is not None:
+        given = [name for name in ("video", "question", "options", "answer") if getattr(args, name) is not None]
+        if given:
+            raise UserError(f"--items and --{given[0]} exclude each other")
+        return read_questions(args.items)
+    for name in ("video", "question"):
+        if getattr(args, name) is None:
+            raise UserError(f"needs --{name}, or a file of questions as --items")
+    if not args.video.is_file():
+        raise UserError(f"--video {args.video}: no such video file")
+    options = check_options("--options", args.options or [])
+    return [Question("question", args.video, args.question, options, check_answer("--answer", args.answer, options))]
+
+
+def _signature(args: argparse.Namespace) -> Row:
+    """What must be equal for an answer to be taken from an earlier run."""
+    return {
+        "model": args.model, "asked_fps": args.fps, "max_frames": args.max_frames, "max_pixels": args.max_pixels,
+        "max_new_tokens": args.max_new_tokens, "dtype": args.dtype,
+    }  # fmt: skip
+
+
+def _mean(rows: Sequence[Row], name: str) -> float | None:
+    values = [row[name] for row in rows if row[name] is not None]
+    return sum(values) / len(values) if values else None

@@ -1,0 +1,199 @@
+"""`qa`: questions in, answers out, dense and sparse compared; sampled frames; and what is wrong with bad input."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pipelines.cli import main
+from pipelines.demo import world
+from pipelines.errors import UserError
+from pipelines.qa_items import Question, read_questions
+from pipelines.video_frames import sample_video
+from pipelines.video_io import VideoError, write_video
+from tests.language_families import LAYERS, save_video_model
+
+LABEL = "xattn-s8-t0.50-w0-b16-m0"
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model, a video of 33 frames (4 s at 8 a second) and a file of three questions about it."""
+    folder = tmp_path_factory.mktemp("qa")
+    save_video_model(folder / "model")
+    write_video(folder / "red.mp4", world.render(world.all_scenes()[0], 0), 8)
+    items: list[dict[str, Any]] = [
+        {"id": "colour", "video": "red.mp4", "question": "w5 w6 w7", "options": ["w8", "w9"], "answer": "w9"},
+        {"video": "red.mp4", "question": "w10 w11", "answer": "the w12"},
+        {"video": "red.mp4", "question": "w13"},
+    ]
+    (folder / "items.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
+    return folder
+
+
+def command(made: Path, *more: Any) -> list[str]:
+    given = ["qa", "--model", made / "model", "--fps", 8, "--max-new-tokens", 5, "--device", "cpu", "--stride", 8]
+    return [str(part) for part in (*given, "--threshold", 0.5, "--block-size", 16, "--min-tokens", 0, *more)]
+
+
+def test_questions_are_answered_dense_and_sparse_and_a_killed_run_goes_on(
+    made: Path, tmp_path: Path, capfd: Any
+) -> None:
+    ask = command(made, "--items", made / "items.jsonl", "--attention", "both", "--out", tmp_path / "out", "--json")
+    assert main(ask) == 0
+    printed = capfd.readouterr().out
+    path = tmp_path / "out" / "answers.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [(row["id"], row["attention"]) for row in rows] == [
+        (id, label) for id in ("colour", "0002", "0003") for label in ("dense", LABEL)
+    ]
+    for dense, sparse in zip(rows[::2], rows[1::2], strict=True):
+        # 33 frames in pairs, 8 x 8 tokens each, and the words.
+        assert dense["prompt_tokens"] == sparse["prompt_tokens"] > 17 * 64
+        assert dense["frames"] == 33
+        assert dense["sparse_density"] is None
+        assert 0 < sparse["sparse_density"] < 0.9
+        assert sparse["dense_calls"].keys() <= {"decode"}
+        assert sparse["dense_calls"].get("decode", 0) <= 4 * LAYERS
+        assert dense["agrees"] is None
+        assert sparse["agrees"] in (True, False)
+        assert sparse["kl"] > 0
+        assert sparse["logit_error"] > 0
+        assert min(dense["prefill_seconds"], dense["decode_seconds"]) > 0
+    assert [row["right"] for row in rows[4:]] == [None, None]
+    document = json.loads(printed)
+    assert document == json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert document["configurations"][LABEL]["answers"] == 3
+    assert document["configurations"][LABEL]["with_known_answer"] == 2
+
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join(lines[:3]) + lines[3][:40])
+    assert main(ask) == 0
+    assert path.read_bytes().splitlines(keepends=True)[:3] == lines[:3]
+    again = {(row["id"], row["attention"]): row for row in map(json.loads, path.read_text().splitlines())}
+    assert {key: row["reply"] for key, row in again.items()} == {(r["id"], r["attention"]): r["reply"] for r in rows}
+
+
+def test_with_threshold_1_sparse_says_what_dense_says(made: Path, capfd: Any) -> None:
+    ask = command(made, "--video", made / "red.mp4", "--question", "w5", "--attention", "both", "--threshold", 1)
+    assert main([*ask, "--json"]) == 0
+    found = json.loads(capfd.readouterr().out)["configurations"]["xattn-s8-t1.00-w0-b16-m0"]
+    assert (found["agreement"], found["sparse_density"]) == (1.0, 1.0)
+    assert found["kl"] < 1e-6
+    assert found["logit_error"] < 1e-3
+
+
+def test_for_people_there_is_a_line_an_answer_and_a_table(made: Path, capfd: Any) -> None:
+    assert main(command(made, "--video", made / "red.mp4", "--question", "w5", "--options", "w6", "w7")) == 0
+    lines = capfd.readouterr().out.splitlines()
+    assert re.match(rf"question  {re.escape(LABEL)}: .*tokens, prefill .* s, density 0\.\d\d", lines[0])
+    assert lines[1].split()[:3] == ["attention", "answers", "right"]
+    assert lines[2].split()[:3] == [LABEL, "1", "-"]
+
+
+@pytest.mark.parametrize(
+    ("fps", "most", "frames", "rate"),
+    [(8, 768, 33, 8), (2, 768, 8, 2), (8, 10, 10, 10 / (33 / 8)), (0.01, 768, 2, 2 / (33 / 8))],
+)
+def test_frames_are_sampled_evenly_within_the_limits(
+    made: Path, fps: float, most: int, frames: int, rate: float
+) -> None:
+    video = sample_video(made / "red.mp4", fps=fps, max_frames=most, max_pixels=10**6)
+    assert abs(len(video.frames) - frames) <= 1
+    assert len(video.frames) <= most
+    assert video.fps == pytest.approx(rate, rel=0.01)
+    assert video.frames.shape[1:] == (128, 128, 3)
+    # Each is the frame of its time: the shape moves, so another one would differ by more than compression.
+    shown = world.render(world.all_scenes()[0], 0)
+    for index, frame in enumerate(video.frames):
+        errors = np.abs(shown.astype(int) - frame).mean(axis=(1, 2, 3))
+        assert abs(int(errors.argmin()) - index * 8 / video.fps) <= 0.5 * 8 / video.fps + 1
+
+
+def test_large_frames_are_made_smaller_in_proportion_and_small_ones_stay(tmp_path: Path) -> None:
+    wide = np.repeat(world.render(world.all_scenes()[0], 0, frames=5, height=128, width=128), 2, axis=2)
+    write_video(tmp_path / "wide.mp4", wide, 8)
+    video = sample_video(tmp_path / "wide.mp4", fps=8, max_frames=8, max_pixels=64 * 128)
+    assert video.frames.shape == (5, 64, 128, 3)
+    assert sample_video(tmp_path / "wide.mp4", fps=8, max_frames=8, max_pixels=10**7).frames.shape == wide.shape
+
+
+def test_options_are_chosen_by_letter_or_by_their_text() -> None:
+    question = Question("q", Path(), "Which?", ("a cat", "a dog", "an Ant"), "B")
+    assert question.prompt.splitlines()[1:3] == ["A. a cat", "B. a dog"]
+    assert [question.right(reply) for reply in ("B", "B.", "(B) a dog", "The answer is B", "Dog!", "a dog")] == [
+        True
+    ] * 6
+    assert [question.right(reply) for reply in ("A", "cat", "Both", "", "D")] == [False] * 5
+    free = Question("q", Path(), "Which?", answer="the red Circle")
+    assert free.right("A red circle.") is True
+    assert free.right("a red circle and a square") is False
+    assert Question("q", Path(), "Which?").right("anything") is None
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", "not a JSON object"),
+        ('["red.mp4"]', "not a JSON object"),
+        ('{"video": "red.mp4"}', "needs question, a text"),
+        ('{"question": "w5"}', "needs video, a text"),
+        ('{"video": "blue.mp4", "question": "w5"}', "no such video file"),
+        ('{"video": "red.mp4", "question": "w5", "option": []}', "unknown keys option"),
+        ('{"video": "red.mp4", "question": "w5", "options": "ab"}', "options must be a list of texts"),
+        ('{"video": "red.mp4", "question": "w5", "options": ["a"]}', "two or more different texts"),
+        ('{"video": "red.mp4", "question": "w5", "options": ["a", "b"], "answer": "c"}', "one of the options"),
+        ('{"video": "red.mp4", "question": "w5", "id": "../x"}', "id must be letters"),
+        ('{"video": "red.mp4", "question": "w5", "id": "0001"}', "the id '0001' is already taken"),
+        (
+            json.dumps({"video": "red.mp4", "question": "w", "options": [f"{i}" for i in range(27)]}),
+            "27 options, but only 26",
+        ),
+    ],
+)
+def test_a_broken_line_is_named(made: Path, line: str, message: str) -> None:
+    path = made / "broken.jsonl"
+    path.write_text('{"video": "red.mp4", "question": "w5"}\n\n' + line + "\n")
+    with pytest.raises(UserError, match=re.escape(f"{path}:3: ")) as error:
+        read_questions(path)
+    assert message in str(error.value)
+
+
+def test_videos_that_cannot_be_read_are_named(made: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty.mp4").touch()
+    (tmp_path / "text.mp4").write_text("no video")
+    for name, message in (("missing.mp4", "no such video"), ("empty.mp4", "0 bytes"), ("text.mp4", "not a video")):
+        with pytest.raises(VideoError, match=message):
+            sample_video(tmp_path / name, fps=1, max_frames=8, max_pixels=100)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (("--video", "red.mp4"), "needs --question, or a file of questions as --items"),
+        (("--items", "items.jsonl", "--video", "red.mp4"), "--items and --video exclude each other"),
+        (("--items", "none.jsonl"), "none.jsonl: No such file"),
+        (("--items", "empty.jsonl"), "empty.jsonl: no question in it"),
+        (("--video", "none.mp4", "--question", "w5"), "none.mp4: no such video file"),
+        (("--video", "empty.jsonl", "--question", "w5"), "the video file is empty (0 bytes)"),
+        (("--video", "red.mp4", "--question", "w5", "--fps", "0"), "--fps must be a positive number, got 0.0"),
+        (("--video", "red.mp4", "--question", "w5", "--max-frames", "1"), "--max-frames must be 2 or more, got 1"),
+        (("--video", "red.mp4", "--question", "w5", "--max-new-tokens", "0"), "--max-new-tokens must be 1 or more"),
+        (("--video", "red.mp4", "--question", "w5", "--dtype", "half8"), "--dtype must be auto or a dtype"),
+        (("--video", "red.mp4", "--question", "w5", "--options", *map(str, range(27))), "27 options, but only 26"),
+        (("--video", "red.mp4", "--question", "w5", "--model", "nowhere"), "--model "),
+        (("--video", "red.mp4", "--question", "w5", "--threshold", "0"), "threshold must be in (0, 1]"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(made: Path, more: tuple[str, ...], message: str, capfd: Any) -> None:
+    (made / "empty.jsonl").touch()
+    files = (".mp4", ".jsonl", "nowhere")
+    assert main(command(made, *(made / part if part.endswith(files) else part for part in more))) == 2
+    error = capfd.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("xattn-video: error: ")
+    assert message in error
