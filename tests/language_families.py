@@ -29,7 +29,9 @@ TEXT: dict[str, Any] = {
     "eos_token_id": 2,
 }
 # Rotary sections of the 6 pairs of a head of 12.
-SECTIONS = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 2, 2]}
+_SECTIONS = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 2, 2]}
+# transformers 4 calls it otherwise.
+ROTARY = {"rope_scaling" if transformers.__version__.startswith("4.") else "rope_parameters": _SECTIONS}
 SPECIAL = {"image_token_id": 90, "video_token_id": 91, "vision_start_token_id": 92, "vision_end_token_id": 93}
 CHAT = (
     "{% for message in messages %}{% for part in message.content %}{% if part.type == 'video' %}"
@@ -39,7 +41,7 @@ CHAT = (
 
 def _qwen2_vl() -> Any:
     vision = {"depth": 1, "embed_dim": 32, "hidden_size": 48, "num_heads": 2, "mlp_ratio": 2, "patch_size": 4}
-    text = {**TEXT, "rope_parameters": SECTIONS}
+    text = {**TEXT, **ROTARY}
     config = transformers.Qwen2VLConfig(text_config=text, vision_config=vision, **SPECIAL)
     return transformers.Qwen2VLForConditionalGeneration(config)
 
@@ -49,7 +51,7 @@ def _qwen25_vl() -> Any:
         "depth": 1, "hidden_size": 32, "intermediate_size": 32, "out_hidden_size": 48, "num_heads": 2, "patch_size": 4,
         "window_size": 16, "fullatt_block_indexes": [0],
     }  # fmt: skip
-    text = {**TEXT, "rope_parameters": SECTIONS}
+    text = {**TEXT, **ROTARY}
     config = transformers.Qwen2_5_VLConfig(text_config=text, vision_config=vision, **SPECIAL)
     return transformers.Qwen2_5_VLForConditionalGeneration(config)
 
@@ -59,7 +61,7 @@ def _qwen3_vl() -> Any:
         "depth": 1, "hidden_size": 32, "intermediate_size": 32, "out_hidden_size": 48, "num_heads": 2, "patch_size": 4,
         "num_position_embeddings": 64, "deepstack_visual_indexes": [0],
     }  # fmt: skip
-    text = {**TEXT, "head_dim": 12, "rope_parameters": SECTIONS}
+    text = {**TEXT, "head_dim": 12, **ROTARY}
     config = transformers.Qwen3VLConfig(text_config=text, vision_config=vision, **SPECIAL)
     return transformers.Qwen3VLForConditionalGeneration(config)
 

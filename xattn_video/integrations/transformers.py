@@ -96,7 +96,7 @@ def use_xattention(
     counts = stats.add_model(list(modules))
     before = attached.before if (attached := getattr(model, _ATTRIBUTE, None)) else text._attn_implementation
     _set_text_attention(model, NAME)
-    if any(module.config._attn_implementation != NAME for module in modules.values()):
+    if any(getattr(module.config, "_attn_implementation", None) != NAME for module in modules.values()):
         _set_text_attention(model, before)
         raise ValueError(_UNSUITABLE.format(type(model).__name__))
     for module, layer, counted in zip(modules.values(), layers, counts.layers, strict=True):

@@ -8,7 +8,7 @@ mask of four dimensions; `end` is the number of keys that are in the cache, the 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from transformers.masking_utils import sdpa_mask  # noqa: E402
 
 # The most queries x keys of a mask that is kept for the other layers of a forward.
 _KEPT = 1 << 24
+_ATTRIBUTE = "_xattn_dense"
 
 
 def range_mask(
@@ -91,7 +92,7 @@ def padding_before(attention_mask: Tensor | None, batch: int, end: int) -> Tenso
     return None if several.any() else first.to(torch.int32)
 
 
-def is_range(attention_mask: Tensor | None) -> bool:
+def is_range(attention_mask: Tensor | None) -> TypeGuard[Tensor]:
     """Whether a mask is a range: no other mask of transformers holds integers."""
     return attention_mask is not None and attention_mask.dtype == torch.int32
 
@@ -101,7 +102,7 @@ def dense_mask(ranges: Tensor, queries: int, keys: int) -> Tensor:
 
     A small one, such as that of a few queries against a long cache, is kept with the range for the other layers.
     """
-    kept = getattr(ranges, "_xattn_dense", None)
+    kept = getattr(ranges, _ATTRIBUTE, None)
     if kept is not None and kept.shape[2:] == (queries, keys):
         return kept
     start, end = ranges[:, 0, 0, 0], ranges.shape[-1]
@@ -110,5 +111,5 @@ def dense_mask(ranges: Tensor, queries: int, keys: int) -> Tensor:
     position = torch.arange(keys, device=ranges.device)
     mask = (position >= first[:, None, :, None]) & (position < stop[:, None, :, None])
     if queries * keys <= _KEPT:
-        ranges._xattn_dense = mask
+        setattr(ranges, _ATTRIBUTE, mask)
     return mask
