@@ -302,6 +302,14 @@ def test_settings_that_do_not_fit_and_models_without_causal_attention_are_refuse
     with pytest.raises(ValueError, match="BertModel has no causal text attention"):
         use_xattention(encoder)
     assert encoder.config._attn_implementation == "sdpa"
+    # Causal, but its attention is of a class and not of a name.
+    config = transformers.FalconConfig(vocab_size=32, hidden_size=48, num_hidden_layers=1, num_attention_heads=4)
+    fixed = transformers.FalconForCausalLM(config)
+    before = fixed.config._attn_implementation
+    with pytest.raises(ValueError, match="FalconForCausalLM has no causal text attention that can be set"):
+        use_xattention(fixed)
+    assert fixed.config._attn_implementation == before
+    assert attention_stats(fixed) is None
 
 
 def test_training_is_dense_with_its_reason_and_gives_gradients() -> None:
