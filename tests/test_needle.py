@@ -114,7 +114,8 @@ def test_a_run_answers_dense_and_sparse_and_goes_on_where_it_was_killed(
     assert all(row["sparse_density"] is None for row in rows[:6])
     assert all(0 < row["sparse_density"] < 0.9 for row in rows[6:])
     assert all(row["dense_calls"].keys() == {"decode"} for row in rows[6:])
-    assert all(row["dense_calls"]["decode"] % LAYERS == 0 for row in rows[6:])
+    # Of this answer alone: at most 48 tokens, the first of them from prefill.
+    assert all(0 < row["dense_calls"]["decode"] <= 47 * LAYERS for row in rows[6:])
     summary = json.loads((out / "summary.json").read_text())
     assert summary["configurations"][label]["items"] == 6
     assert (out / "needle.png").read_bytes().startswith(b"\x89PNG")

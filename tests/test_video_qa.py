@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
+from pipelines.answering import generate_answer
 from pipelines.cli import main
 from pipelines.demo import world
 from pipelines.errors import UserError
 from pipelines.qa_items import Question, read_questions
 from pipelines.video_frames import sample_video
 from pipelines.video_io import VideoError, write_video
-from tests.language_families import LAYERS, save_video_model
+from tests.language_families import LAYERS, build, prompt, save_video_model
 
 LABEL = "xattn-s8-t0.50-w0-b16-m0"
 
@@ -94,6 +97,27 @@ def test_for_people_there_is_a_line_an_answer_and_a_table(made: Path, capfd: Any
     assert re.match(rf"question  {re.escape(LABEL)}: .*tokens, prefill .* s, density 0\.\d\d", lines[0])
     assert lines[1].split()[:3] == ["attention", "answers", "right"]
     assert lines[2].split()[:3] == [LABEL, "1", "-"]
+
+
+def test_an_answer_tells_its_first_token_from_the_others_and_has_no_end_token() -> None:
+    model, inputs = build("llama"), {"input_ids": prompt(1, 40), "attention_mask": torch.ones(1, 40)}
+
+    def wait(_: Any, __: Any, given: dict[str, Any]) -> None:
+        time.sleep(0.2 if given["input_ids"].shape[1] > 1 else 0.05)
+
+    model.register_forward_pre_hook(wait, with_kwargs=True)
+    model.generation_config.eos_token_id = None
+    started = time.perf_counter()
+    answer = generate_answer(model, inputs, 5)
+    seconds = time.perf_counter() - started
+    assert (len(answer.tokens), answer.prompt_tokens) == (5, 40)
+    # Waits of 0.2 s for the prompt and of 0.05 s for each later token.
+    assert answer.prefill_seconds > 0.2
+    assert answer.decode_seconds > 4 * 0.05
+    assert answer.prefill_seconds + answer.decode_seconds == pytest.approx(seconds, abs=0.1)
+    assert int(answer.first_logits.argmax()) == answer.tokens[0]
+    model.generation_config.eos_token_id = answer.tokens[0]
+    assert generate_answer(model, inputs, 5).tokens == ()
 
 
 @pytest.mark.parametrize(
