@@ -49,7 +49,7 @@ def sample_video(path: Path, *, fps: float, max_frames: int, max_pixels: int) ->
     # Even sides, in proportion, within the pixels.
     share = f"min(1,sqrt({max_pixels}/(iw*ih)))"
     scale = ":".join(f"{name}='max(2,trunc({size}*{share}/2)*2)'" for name, size in (("w", "iw"), ("h", "ih")))
-    frames = list(islice(iter_frames(path, filters=f"fps={rate:.9g}:round=near,scale={scale}"), max_frames))
+    frames = list(islice(iter_frames(path, filters=f"fps={rate:.9g},scale={scale}"), max_frames))
     return SampledVideo(np.stack(frames), rate, seconds)
 
 

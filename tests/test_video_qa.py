@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -80,6 +81,15 @@ def test_questions_are_answered_dense_and_sparse_and_a_killed_run_goes_on(
     assert path.read_bytes().splitlines(keepends=True)[:3] == lines[:3]
     again = {(row["id"], row["attention"]): row for row in map(json.loads, path.read_text().splitlines())}
     assert {key: row["reply"] for key, row in again.items()} == {(r["id"], r["attention"]): r["reply"] for r in rows}
+
+
+def test_a_run_that_is_complete_needs_the_model_no_more(made: Path, tmp_path: Path, capfd: Any) -> None:
+    shutil.copytree(made / "model", tmp_path / "model")
+    more = ("--video", made / "red.mp4", "--question", "w5", "--out", tmp_path / "out", "--model", tmp_path / "model")
+    assert main(command(made, *more)) == 0
+    shutil.rmtree(tmp_path / "model")
+    assert main(command(made, *more)) == 0
+    assert main(command(made, *more, "--attention", "dense")) == 2
 
 
 def test_with_threshold_1_sparse_says_what_dense_says(made: Path, capfd: Any) -> None:
