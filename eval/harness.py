@@ -22,7 +22,7 @@ from eval.ledger import provenance
 from pipelines.environment import device_name
 from pipelines.errors import UserError
 from pipelines.files import make_writable, write_texts
-from pipelines.language import add_attention_options, configurations
+from pipelines.language import add_attention_options, add_machine_options, configurations, load_model
 from pipelines.models import offline_message
 from pipelines.program import Parser, run_program
 from xattn_video import XAttnConfig
@@ -47,8 +47,10 @@ def main(arguments: list[str] | None = None) -> int:
     tools = parser.add_subparsers(dest="tool", metavar="TOOL", required=True)
     language = tools.add_parser("lm-eval", help="a text model, by lm-evaluation-harness", epilog=EXAMPLE)
     language.add_argument("--task-folder", metavar="DIR", help="more tasks, in the tool's .yaml files")
+    add_machine_options(language)
     language.add_argument("--lengths", type=int, nargs="+", metavar="N", help="tokens of the prompts of RULER's tasks")
     video = tools.add_parser("lmms-eval", help="a video model, by lmms-eval", epilog=EXAMPLE)
+    video.add_argument("--device", default="cuda", help="cuda")
     video.add_argument("--kind", default="qwen2_vl", help="lmms-eval's name of the model's class (qwen2_vl)")
     video.add_argument("--model-args", default="", metavar="A=B,...", help="more arguments of that class")
     for name, tool in tools.choices.items():
@@ -56,7 +58,6 @@ def main(arguments: list[str] | None = None) -> int:
         tool.add_argument("--tasks", required=True, nargs="+", metavar="NAME", help="the tool's names of its tasks")
         tool.add_argument("--out", type=Path, required=True, metavar="DIR", help=f"{RESULTS_JSON} goes there")
         tool.add_argument("--limit", type=int, metavar="N", help="items of each task (all); not the benchmark's score")
-        tool.add_argument("--device", default="cuda", help="cuda")
         add_attention_options(tool, stride=_STRIDES[name])
     return run_program(parser, run, arguments)
 
@@ -153,13 +154,7 @@ def _language(args: argparse.Namespace) -> tuple[Any, Evaluate]:
     import xattn_video.integrations.transformers  # noqa: F401  (mends torchvision)
 
     evaluator, models = _import(args.tool, "lm_eval.evaluator"), _import(args.tool, "lm_eval.models.huggingface")
-    import transformers
-
-    try:
-        model = transformers.AutoModelForCausalLM.from_pretrained(args.model, dtype="auto").to(args.device).eval()
-        tokenizer = transformers.AutoTokenizer.from_pretrained(args.model)
-    except (OSError, ValueError) as error:
-        raise UserError(offline_message(args.model, error)) from None
+    model, tokenizer = load_model(args, "AutoModelForCausalLM", "AutoTokenizer")
     # The longest prompt of a task must not be cut.
     longest = {} if args.lengths is None else {"max_length": max(args.lengths) + 1024}
     wrapped = models.HFLM(pretrained=model, tokenizer=tokenizer, batch_size=1, **longest)

@@ -24,6 +24,16 @@ class SampledVideo:
     seconds: float
 
 
+def check_sampling(*, fps: float, max_frames: int, max_pixels: int) -> None:
+    """Raise UserError if a number of `sample_video` is out of its range."""
+    if not 0 < fps < float("inf"):
+        raise UserError(f"--fps must be a positive number, got {fps}")
+    if max_frames < _FEWEST:
+        raise UserError(f"--max-frames must be {_FEWEST} or more, got {max_frames}")
+    if max_pixels < 1:
+        raise UserError(f"--max-pixels must be 1 or more, got {max_pixels}")
+
+
 def sample_video(path: Path, *, fps: float, max_frames: int, max_pixels: int) -> SampledVideo:
     """Frames at even distances.
 
@@ -37,12 +47,7 @@ def sample_video(path: Path, *, fps: float, max_frames: int, max_pixels: int) ->
         VideoError: missing, empty, damaged or cut-off file, or none of its length can be told.
         UserError: a number is out of its range.
     """
-    if not 0 < fps < float("inf"):
-        raise UserError(f"--fps must be a positive number, got {fps}")
-    if max_frames < _FEWEST:
-        raise UserError(f"--max-frames must be {_FEWEST} or more, got {max_frames}")
-    if max_pixels < 1:
-        raise UserError(f"--max-pixels must be 1 or more, got {max_pixels}")
+    check_sampling(fps=fps, max_frames=max_frames, max_pixels=max_pixels)
     seconds = _seconds(path)
     rate = min(fps, max_frames / seconds)
     rate = max(rate, _FEWEST / seconds)

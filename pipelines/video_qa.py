@@ -23,7 +23,7 @@ from pipelines.language import (
     read_answers,
 )
 from pipelines.qa_items import Question, check_answer, check_options, read_questions
-from pipelines.video_frames import SampledVideo, sample_video
+from pipelines.video_frames import SampledVideo, check_sampling, sample_video
 
 MODEL = "Qwen/Qwen2-VL-7B-Instruct"
 ANSWERS, SUMMARY = "answers.jsonl", "summary.json"
@@ -68,6 +68,7 @@ def run(args: argparse.Namespace) -> int:
     """`xattn-video qa`: answer everything, print and write it; 0. Raises UserError."""
     questions = _questions(args)
     configs = configurations(args)
+    check_sampling(**_sampling(args))
     if args.max_new_tokens < 1:
         raise UserError(f"--max-new-tokens must be 1 or more, got {args.max_new_tokens}")
     rows: dict[tuple[str, str], Row] = {}
@@ -145,8 +146,7 @@ def _answer_all(
     seen: tuple[Path, SampledVideo] | None = None
     for question in tqdm(left, desc="questions", disable=None):
         if seen is None or seen[0] != question.video:
-            options = {"fps": args.fps, "max_frames": args.max_frames, "max_pixels": args.max_pixels}
-            seen = question.video, sample_video(question.video, **options)
+            seen = question.video, sample_video(question.video, **_sampling(args))
         # All of a question's answers are written together: the comparison of two needs both.
         made = _answer(args, model, processor, question, seen[1], configs)
         if args.out is not None:
@@ -243,6 +243,10 @@ def _questions(args: argparse.Namespace) -> list[Question]:
         raise UserError(f"--video {args.video}: no such video file")
     options = check_options("--options", args.options or [])
     return [Question("question", args.video, args.question, options, check_answer("--answer", args.answer, options))]
+
+
+def _sampling(args: argparse.Namespace) -> dict[str, Any]:
+    return {"fps": args.fps, "max_frames": args.max_frames, "max_pixels": args.max_pixels}
 
 
 def _signature(args: argparse.Namespace) -> Row:

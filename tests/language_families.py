@@ -39,31 +39,18 @@ CHAT = (
 )
 
 
-def _qwen2_vl() -> Any:
-    vision = {"depth": 1, "embed_dim": 32, "hidden_size": 48, "num_heads": 2, "mlp_ratio": 2, "patch_size": 4}
-    text = {**TEXT, **ROTARY}
-    config = transformers.Qwen2VLConfig(text_config=text, vision_config=vision, **SPECIAL)
-    return transformers.Qwen2VLForConditionalGeneration(config)
+def _qwen_vl(name: str, vision: dict[str, Any], **changes: Any) -> Callable[[], Any]:
+    def build() -> Any:
+        config = getattr(transformers, f"{name}Config")(
+            text_config={**TEXT, **ROTARY, **changes}, vision_config={"depth": 1, "patch_size": 4, **vision}, **SPECIAL
+        )
+        return getattr(transformers, f"{name}ForConditionalGeneration")(config)
+
+    return build
 
 
-def _qwen25_vl() -> Any:
-    vision = {
-        "depth": 1, "hidden_size": 32, "intermediate_size": 32, "out_hidden_size": 48, "num_heads": 2, "patch_size": 4,
-        "window_size": 16, "fullatt_block_indexes": [0],
-    }  # fmt: skip
-    text = {**TEXT, **ROTARY}
-    config = transformers.Qwen2_5_VLConfig(text_config=text, vision_config=vision, **SPECIAL)
-    return transformers.Qwen2_5_VLForConditionalGeneration(config)
-
-
-def _qwen3_vl() -> Any:
-    vision = {
-        "depth": 1, "hidden_size": 32, "intermediate_size": 32, "out_hidden_size": 48, "num_heads": 2, "patch_size": 4,
-        "num_position_embeddings": 64, "deepstack_visual_indexes": [0],
-    }  # fmt: skip
-    text = {**TEXT, "head_dim": 12, **ROTARY}
-    config = transformers.Qwen3VLConfig(text_config=text, vision_config=vision, **SPECIAL)
-    return transformers.Qwen3VLForConditionalGeneration(config)
+# The vision part that Qwen2.5-VL and Qwen3-VL have in common; Qwen2-VL names its sizes otherwise.
+_VISION = {"hidden_size": 32, "intermediate_size": 32, "out_hidden_size": 48, "num_heads": 2}
 
 
 def _llava_onevision() -> Any:
@@ -100,9 +87,19 @@ def _plain(name: str, **changes: Any) -> Callable[[], Any]:
 
 
 BUILDERS: dict[str, Callable[[], Any]] = {
-    "qwen2-vl": _qwen2_vl,
-    "qwen2.5-vl": _qwen25_vl,
-    "qwen3-vl": _qwen3_vl,
+    "qwen2-vl": _qwen_vl(
+        "Qwen2VL",
+        {"embed_dim": 32, "hidden_size": 48, "num_heads": 2, "mlp_ratio": 2},
+    ),
+    "qwen2.5-vl": _qwen_vl(
+        "Qwen2_5_VL",
+        {**_VISION, "window_size": 16, "fullatt_block_indexes": [0]},
+    ),
+    "qwen3-vl": _qwen_vl(
+        "Qwen3VL",
+        {**_VISION, "num_position_embeddings": 64, "deepstack_visual_indexes": [0]},
+        head_dim=12,
+    ),
     "llava-onevision": _llava_onevision,
     "internvl": _internvl,
     "llama": _plain("Llama"),

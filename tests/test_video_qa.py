@@ -215,8 +215,14 @@ def test_videos_that_cannot_be_read_are_named(made: Path, tmp_path: Path) -> Non
         (("--items", "empty.jsonl"), "empty.jsonl: no question in it"),
         (("--video", "none.mp4", "--question", "w5"), "none.mp4: no such video file"),
         (("--video", "empty.jsonl", "--question", "w5"), "the video file is empty (0 bytes)"),
-        (("--video", "red.mp4", "--question", "w5", "--fps", "0"), "--fps must be a positive number, got 0.0"),
-        (("--video", "red.mp4", "--question", "w5", "--max-frames", "1"), "--max-frames must be 2 or more, got 1"),
+        (
+            ("--video", "red.mp4", "--question", "w5", "--fps", "0", "--model", "nowhere"),
+            "--fps must be a positive number, got 0.0",
+        ),
+        (
+            ("--video", "red.mp4", "--question", "w5", "--max-frames", "1", "--model", "nowhere"),
+            "--max-frames must be 2 or more, got 1",
+        ),
         (("--video", "red.mp4", "--question", "w5", "--max-new-tokens", "0"), "--max-new-tokens must be 1 or more"),
         (("--video", "red.mp4", "--question", "w5", "--dtype", "half8"), "--dtype must be auto or a dtype"),
         (("--video", "red.mp4", "--question", "w5", "--options", *map(str, range(27))), "27 options, but only 26"),
