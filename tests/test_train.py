@@ -19,19 +19,15 @@ from pipelines.demo.train import assemble, main, run, save_pipeline, save_sample
 from pipelines.demo.train_attention import TrainingAttention, padding_bias
 from pipelines.demo.train_latents import ClipSize, clip_scene
 from pipelines.demo.train_loop import Plan, schedule_at, train
-from pipelines.demo.train_transformer import (
-    CONTINUED_PHASES,
-    FULL,
-    PHASES,
-    Phase,
-    build_transformer,
-    draw_batch,
-    rotary_of,
-    train_transformer,
-)
+from pipelines.demo.train_phases import CONTINUED_PHASES, FULL, PHASES, Anchor, Phase, draw_batch
+from pipelines.demo.train_transformer import build_transformer, cut_out, noise_levels, rotary_of, train_transformer
 from pipelines.models import import_diffusers
 
-TINY = (Phase(0.5, ClipSize(1, 80), 3, 5), Phase(1.0, ClipSize(5, 80), 2, 3, kept=2))
+TINY = (
+    Phase(0.5, ClipSize(1, 80), 3, 5),
+    Phase(0.7, ClipSize(5, 80), 2, 3, kept=2),
+    Phase(1.0, ClipSize(5, 80), 2, 3, kept=2, cut=4, shift=8.0, anchor=Anchor(1.0, (0.2, 0.6))),
+)
 
 
 def tiny_transformer(seed: int) -> Any:
@@ -137,6 +133,78 @@ def test_the_kept_frames_of_a_step_are_distinct_in_order_and_reach_both_ends() -
     kept = [draw_batch(0, step, 2000, CONTINUED_PHASES).frames for step in range(100)]
     assert all((np.diff(frames) > 0).all() for frames in kept)
     assert set(np.concatenate(kept)) == set(range(FULL.latent_frames))
+
+
+def test_a_square_is_cut_out_of_each_clip_anywhere_in_it() -> None:
+    phase = Phase(1.0, FULL, 8, 100, kept=2, cut=10)
+    assert phase.tokens == 2 * 10 * 10
+    rows, columns = torch.meshgrid(torch.arange(32), torch.arange(32), indexing="ij")
+    # Latents that say which token they belong to: two of them a side.
+    clips = torch.stack([rows, columns]).div(2, rounding_mode="floor").expand(8, 3, 2, 32, 32).transpose(1, 2)
+    upper_left, lower_right = set(), set()
+    for step in range(60):
+        seen = cut_out(clips, draw_batch(0, step, 1, (phase,)))
+        assert seen.shape == (8, 2, 3, 20, 20)
+        for clip in seen[:, :, 0]:
+            assert torch.equal(clip - clip[:, :1, :1], clips[0, :, 0, :20, :20])
+            upper_left.add(tuple(clip[:, 0, 0].tolist()))
+            lower_right.add(tuple(clip[:, -1, -1].tolist()))
+    assert (0, 0) in upper_left
+    assert (15, 15) in lower_right
+    assert len(upper_left) == 7 * 7
+    whole = draw_batch(0, 0, 1, (Phase(1.0, FULL, 8, 100),))
+    assert cut_out(clips, whole) is clips
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["the first", "any"])
+def test_one_frame_has_less_noise_in_the_asked_share_of_the_steps(first: bool) -> None:
+    phase = Phase(1.0, FULL, 6, 100, kept=3, anchor=Anchor(0.75, (0.2, 0.4), first=first))
+    places = []
+    for step in range(400):
+        batch = draw_batch(0, step, 1, (phase,))
+        levels = noise_levels(batch) / torch.from_numpy(batch.sigmas).float()[:, None]
+        if batch.anchor is None:
+            assert (levels == 1).all()
+            continue
+        place = batch.anchor[0]
+        places.append(place)
+        assert ((levels[:, place] >= 0.2) & (levels[:, place] <= 0.4)).all()
+        assert (levels[:, [other for other in range(3) if other != place]] == 1).all()
+    assert 0.65 < len(places) / 400 < 0.85
+    assert set(places) == ({0} if first else {0, 1, 2})
+
+
+def test_the_frame_with_less_noise_is_told_so_and_does_not_count(vae: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(train_latents, "_SHARD", 4)
+    size, seen = ClipSize(5, 80), []
+
+    def build(seed: int) -> Any:
+        model = tiny_transformer(seed)
+        torch.nn.init.zeros_(model.proj_out.weight)
+        torch.nn.init.zeros_(model.proj_out.bias)
+        model.register_forward_pre_hook(lambda _, inputs: seen.append([part.clone() for part in inputs]))
+        return model
+
+    def loss_with(name: str, anchor: Anchor | None) -> float:
+        phase = Phase(1.0, size, 2, 3, anchor=anchor)
+        plan = plan_for(tmp_path / name, steps=1)
+        train_transformer(plan, vae, torch.device("cpu"), 0, tmp_path / "latents", phases=(phase,), build=build)
+        return json.loads((tmp_path / name / "log.jsonl").read_text())["loss"]
+
+    clean_first = loss_with("anchored", Anchor(1.0, (0.0, 0.0), first=True))
+    (mixed, times, _), tokens = seen[0], size.tokens // size.latent_frames
+    assert times.shape == (2, size.tokens)
+    assert (times[:, :tokens] == 0).all()
+    assert (times[:, tokens:] > 0).all()
+    batch = draw_batch(0, 0, 1, (Phase(1.0, size, 2, 3, anchor=Anchor(1.0, (0.0, 0.0), first=True)),))
+    latents = train_latents.load_latents(vae, size, 3, tmp_path / "latents")[torch.from_numpy(batch.clips)].float()
+    torch.testing.assert_close(mixed[:, :, 0], latents[:, :, 0])
+    # The model says zero, so its error is the target itself: that of the other frames.
+    sigmas = torch.from_numpy(batch.sigmas).float().view(-1, 1, 1, 1, 1)
+    noise = (mixed[:, :, 1:] - (1 - sigmas) * latents[:, :, 1:]) / sigmas
+    assert clean_first == pytest.approx(float((noise - latents[:, :, 1:]).square().mean()), rel=1e-3)
+    assert loss_with("alike", None) != pytest.approx(clean_first, rel=1e-3)
+    assert seen[1][1].shape == (2,)
 
 
 def test_an_interrupted_training_ends_with_the_very_same_weights(vae: Any, tmp_path: Path, monkeypatch: Any) -> None:
@@ -307,7 +375,7 @@ def test_training_begins_with_a_given_pipeline(vae: Any, tmp_path: Path) -> None
         assert_same(weights(getattr(first, part)), weights(getattr(second, part)))
 
 
-def test_from_a_given_pipeline_all_clips_move_and_the_rates_only_fall(
+def test_from_a_given_pipeline_all_clips_move_and_the_rates_fall_for_long(
     vae: Any, tmp_path: Path, monkeypatch: Any
 ) -> None:
     save_pipeline(assemble(vae, tiny_transformer(5)), tmp_path / "first")
@@ -322,7 +390,7 @@ def test_from_a_given_pipeline_all_clips_move_and_the_rates_only_fall(
     plan, phases = asked[0]
     assert phases == CONTINUED_PHASES
     assert all(phase.size.frames > 16 for phase in phases)
-    assert [schedule_at(plan, step) for step in (1000, 2000, 3000)] == [0.75, 0.5, 0.25]
+    assert [schedule_at(plan, step) for step in (1600, 2200, 2800, 3400)] == pytest.approx([1.0, 0.75, 0.5, 0.25])
 
 
 def test_a_start_that_is_no_pipeline_is_one_line(tmp_path: Path, capsys: Any) -> None:

@@ -23,7 +23,7 @@ from torch.overrides import TorchFunctionMode
 
 from pipelines import runner
 from pipelines.demo.train_latents import ClipSize
-from pipelines.demo.train_transformer import FULL
+from pipelines.demo.train_phases import FULL
 from pipelines.environment import versions
 from pipelines.errors import UserError
 from pipelines.files import make_writable, whole_files

@@ -21,15 +21,18 @@ import torch
 from pipelines.demo import text, world
 from pipelines.demo.train_latents import ClipSize
 from pipelines.demo.train_loop import COOLDOWN, Plan
-from pipelines.demo.train_transformer import (
+from pipelines.demo.train_phases import (
+    CONTINUED_COOLDOWN,
     CONTINUED_PHASES,
     CONTINUED_RATE,
     FLOW_SHIFT,
     FULL,
-    LEARNING_RATE,
-    MATRIX_LEARNING_RATE,
     PHASES,
     Phase,
+)
+from pipelines.demo.train_transformer import (
+    LEARNING_RATE,
+    MATRIX_LEARNING_RATE,
     build_transformer,
     train_transformer,
 )
@@ -125,8 +128,8 @@ def run(
         steps,
         LEARNING_RATE * (1.0 if start is None else CONTINUED_RATE),
         matrix_learning_rate=MATRIX_LEARNING_RATE * (1.0 if start is None else CONTINUED_RATE),
-        # What given weights know must not be lost: the rates fall from the first step on.
-        cooldown=COOLDOWN if start is None else 1.0,
+        # What given weights know must not be lost: the rates fall for long.
+        cooldown=COOLDOWN if start is None else CONTINUED_COOLDOWN,
         deadline=deadline,
         checkpoint_seconds=checkpoint_seconds,
     )

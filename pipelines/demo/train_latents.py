@@ -36,9 +36,14 @@ class ClipSize:
         return (self.frames - 1) // TEMPORAL + 1
 
     @property
+    def side_tokens(self) -> int:
+        """The transformer's tokens along a side: its patch is 1 x 2 x 2 latents."""
+        return self.side // SPATIAL // 2
+
+    @property
     def tokens(self) -> int:
-        """The transformer's tokens: its patch is 1 x 2 x 2 latents."""
-        return self.latent_frames * (self.side // SPATIAL // 2) ** 2
+        """The transformer's tokens."""
+        return self.latent_frames * self.side_tokens**2
 
     def __str__(self) -> str:
         return f"{self.frames}x{self.side}x{self.side}"

@@ -3,67 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
-from pipelines.demo import text, world
+from pipelines.demo import text
 from pipelines.demo.train_attention import TrainingAttention, padding_bias
-from pipelines.demo.train_latents import ClipSize, clip_scene, load_latents
+from pipelines.demo.train_latents import load_latents
 from pipelines.demo.train_loop import Plan, train
+from pipelines.demo.train_phases import PHASES, Batch, Phase, draw_batch
 from pipelines.demo.train_vae import LATENT_CHANNELS
 from pipelines.models import import_diffusers
 
 # AdamW's, and Muon's for the matrices of the blocks. After 120 steps of 24 clips the loss was 0.24 (with a rate of
 # 4e-3), with AdamW alone 0.31.
 LEARNING_RATE, MATRIX_LEARNING_RATE = 1e-3, 3e-3
-# Sampling's shift of the noise levels at full size; smaller clips have fewer tokens to average noise over.
-FLOW_SHIFT = 4.0
-# The share of captions that are left empty, for guidance.
-_DROPPED = 0.1
-
-
-@dataclass(frozen=True)
-class Phase:
-    """A part of the training: up to the share `until` of all steps, `batch` clips of one size from `clips` many.
-
-    With `kept`, a step sees that many latent frames of its clips, drawn anew each time, at their own places in time:
-    for a part of the price the model learns distances that only long clips have.
-    """
-
-    until: float
-    size: ClipSize
-    batch: int
-    clips: int
-    kept: int | None = None
-
-    @property
-    def tokens(self) -> int:
-        """The tokens that a step sees of each clip."""
-        return self.size.tokens if self.kept is None else self.size.tokens // self.size.latent_frames * self.kept
-
-
-FULL = ClipSize(33, 128)
-# Many small steps: 1,000 of eight times these batches left the shapes ragged.
-PHASES = (
-    Phase(0.40, ClipSize(1, 80), 24, 6144),
-    Phase(0.65, ClipSize(5, 80), 8, 3072),
-    Phase(0.83, ClipSize(9, 96), 4, 2304),
-    Phase(0.95, ClipSize(17, 104), 2, 768),
-    Phase(1.00, FULL, 1, 384),
-)
-# For a model that PHASES has taught to draw. Trained on short small clips alone, it repeats itself after 14 tokens in
-# time or space: there the second of the rotary frequencies comes around, and it has never had to tell the two apart.
-# Full size, one clip a step, is too slow a teacher of that.
-CONTINUED_PHASES = (
-    Phase(0.92, FULL, 3, 1536, kept=8),
-    Phase(1.00, FULL, 1, 1536),
-)
-# Of the learning rates, for weights that know something already.
-CONTINUED_RATE = 0.5
 
 
 def build_transformer(seed: int = 0) -> Any:
@@ -84,40 +39,28 @@ def build_transformer(seed: int = 0) -> Any:
         )
 
 
-@dataclass(frozen=True)
-class Batch:
-    """What a step sees: the numbers of its clips, their captions (empty where dropped), noise levels in (0, 1).
-
-    `frames` are the latent frames of them that are kept, in order.
-    """
-
-    phase: Phase
-    clips: np.ndarray
-    captions: list[str]
-    sigmas: np.ndarray
-    frames: np.ndarray
-
-
-def draw_batch(seed: int, step: int, steps: int, phases: tuple[Phase, ...] = PHASES) -> Batch:
-    """The batch of a step, from the seed and the step alone."""
-    rng = np.random.default_rng([seed, step])
-    phase = next((phase for phase in phases if step < phase.until * steps), phases[-1])
-    clips = rng.integers(phase.clips, size=phase.batch)
-    captions = [world.caption(clip_scene(int(number)), int(rng.integers(2**31))) for number in clips]
-    captions = ["" if rng.random() < _DROPPED else words for words in captions]
-    # One noise level from each of `batch` equal parts: less chance in the loss than with independent ones.
-    uniform = (rng.permutation(phase.batch) + rng.random(phase.batch)) / phase.batch
-    shift = max(1.0, FLOW_SHIFT * (phase.size.tokens / FULL.tokens) ** 0.5)
-    frames = np.arange(phase.size.latent_frames)
-    if phase.kept is not None:
-        frames = np.sort(rng.choice(frames, size=phase.kept, replace=False))
-    return Batch(phase, clips, captions, shift * uniform / (1 + (shift - 1) * uniform), frames)
-
-
 def rotary_of(transformer: Any, clip: torch.Tensor, frames: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """The rotary embedding of the tokens of `frames`, each at its place in the whole clip `[B, C, F, H, W]`."""
     whole = (part.unflatten(1, (clip.shape[2], -1)) for part in transformer.rope(clip))
     return tuple(part[:, frames.to(part.device)].flatten(1, 2) for part in whole)
+
+
+def cut_out(clips: torch.Tensor, batch: Batch) -> torch.Tensor:
+    """What a step sees of the whole latents `[B, C, F, H, W]` of its clips: all, or a square of each."""
+    if batch.corners is None or batch.phase.cut is None:
+        return clips
+    side = 2 * batch.phase.cut
+    corners = (2 * batch.corners).tolist()
+    return torch.stack([clip[..., y : y + side, x : x + side] for clip, (y, x) in zip(clips, corners, strict=True)])
+
+
+def noise_levels(batch: Batch) -> torch.Tensor:
+    """The noise level of each kept frame of each clip, float32 `[clips, frames]`."""
+    levels = torch.from_numpy(batch.sigmas).float()[:, None].repeat(1, len(batch.frames))
+    if batch.anchor is not None:
+        place, shares = batch.anchor
+        levels[:, place] *= torch.from_numpy(shares).float()
+    return levels
 
 
 def train_transformer(
@@ -150,19 +93,24 @@ def train_transformer(
         if batch.phase not in latents:
             latents.clear()
             latents[batch.phase] = load_latents(vae, batch.phase.size, batch.phase.clips, folder)
-        whole = latents[batch.phase][torch.from_numpy(batch.clips)].float().to(device)
+        whole = cut_out(latents[batch.phase][torch.from_numpy(batch.clips)], batch).float().to(device)
         frames = torch.from_numpy(batch.frames)
         clean = whole[:, :, frames]
         processor.rotary = rotary_of(transformer, whole, frames)
         words = text.encode(tokenizer, text_encoder, batch.captions).to(device)
         processor.text_bias = padding_bias(words, text.MAX_TEXT_TOKENS)
         noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(seed * 1_000_003 + step)).to(device)
-        sigmas = torch.from_numpy(batch.sigmas).float().to(device)
-        mix = sigmas.view(-1, 1, 1, 1, 1)
+        levels = noise_levels(batch).to(device)
+        # A time for each token only where they differ: it costs a modulation for each token.
+        times = levels[:, 0]
+        if batch.anchor is not None:
+            times = levels.repeat_interleave(batch.phase.tokens // len(frames), dim=1)
+        mix = levels[:, None, :, None, None]
         with torch.autocast(device.type, torch.bfloat16):
-            velocity = transformer((1 - mix) * clean + mix * noise, sigmas * 1000, words, return_dict=False)[0]
-        error = (velocity.float() - (noise - clean)).square().mean(dim=(1, 2, 3, 4))
-        return {"loss": error.mean(), "tokens": torch.tensor(float(batch.phase.tokens))}
+            velocity = transformer((1 - mix) * clean + mix * noise, times * 1000, words, return_dict=False)[0]
+        error = (velocity.float() - (noise - clean)).square().mean(dim=(1, 3, 4))
+        counted = [place for place in range(len(frames)) if batch.anchor is None or place != batch.anchor[0]]
+        return {"loss": error[:, counted].mean(), "tokens": torch.tensor(float(batch.phase.tokens))}
 
     def checkpointed(step: int, average: dict[str, torch.Tensor]) -> None:
         if on_checkpoint:
