@@ -143,7 +143,9 @@ def test_a_square_is_cut_out_of_each_clip_anywhere_in_it() -> None:
     clips = torch.stack([rows, columns]).div(2, rounding_mode="floor").expand(8, 3, 2, 32, 32).transpose(1, 2)
     upper_left, lower_right = set(), set()
     for step in range(60):
-        seen = cut_out(clips, draw_batch(0, step, 1, (phase,)))
+        batch = draw_batch(0, step, 1, (phase,))
+        seen = cut_out(clips, batch)
+        assert np.array_equal(seen[:, :, 0, 0, 0], batch.corners)
         assert seen.shape == (8, 2, 3, 20, 20)
         for clip in seen[:, :, 0]:
             assert torch.equal(clip - clip[:, :1, :1], clips[0, :, 0, :20, :20])
