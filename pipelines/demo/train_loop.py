@@ -35,7 +35,8 @@ class Plan:
     `name` is the log's and the checkpoint's; `steps` is the whole training, over all sittings; `deadline` is the
     `time.monotonic()` at which this sitting ends, or None. A checkpoint is written at the end and at least every
     `checkpoint_seconds`, a line of the log every `log_steps`. `matrix_learning_rate` is Muon's, see `build_optimizers`;
-    `cooldown` is the last share of the steps, over which the learning rates fall to zero.
+    `blocks` is in the names of its blocks. `cooldown` is the last share of the steps, over which the learning rates
+    fall to zero.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Plan:
     learning_rate: float
     weight_decay: float = 0.01
     matrix_learning_rate: float | None = None
+    blocks: tuple[str, ...] = ("blocks.",)
     cooldown: float = COOLDOWN
     deadline: float | None = None
     checkpoint_seconds: float = 300.0
@@ -62,7 +64,7 @@ def schedule_at(plan: Plan, step: int) -> float:
 
 
 def build_optimizers(plan: Plan, model: torch.nn.Module) -> list[torch.optim.Optimizer]:
-    """AdamW; where the plan has a `matrix_learning_rate`, Muon for the matrices of `model.blocks` and AdamW else.
+    """AdamW; where the plan has a `matrix_learning_rate`, Muon for the matrices of the model's blocks and AdamW else.
 
     Raises:
         RuntimeError: Muon is asked for and torch has none (before 2.9).
@@ -72,8 +74,9 @@ def build_optimizers(plan: Plan, model: torch.nn.Module) -> list[torch.optim.Opt
     if plan.matrix_learning_rate is not None:
         if not hasattr(torch.optim, "Muon"):
             raise RuntimeError(f"training needs torch 2.9 or newer for torch.optim.Muon, this is {torch.__version__}")
-        matrices = [value for name, value in named if name.startswith("blocks.") and value.ndim == 2]
-        others = [value for name, value in named if not (name.startswith("blocks.") and value.ndim == 2)]
+        inside = {name for name, value in named if value.ndim == 2 and any(part in name for part in plan.blocks)}
+        matrices = [value for name, value in named if name in inside]
+        others = [value for name, value in named if name not in inside]
     adamw = torch.optim.AdamW(others, lr=plan.learning_rate, betas=(0.9, 0.98), weight_decay=plan.weight_decay)
     if not matrices:
         return [adamw]

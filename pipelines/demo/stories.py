@@ -1,0 +1,156 @@
+"""Stories of the shapes world: several scenes in a row, and questions about them with their answers.
+
+A story is what a model of video understanding is asked about: long enough that its prompt is long, with questions
+that name a scene by its place ("the second shape") or by what it shows ("the red circle").
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+
+from pipelines.demo import world
+
+# Frames of a scene, at world.FPS: four seconds.
+SCENE_FRAMES = 32
+ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth")
+KINDS = ("colour", "shape", "motion", "background", "order")
+# How scenes are drawn: those that training may see, or the others.
+PARTS = ("training", "held-out")
+# How many colours and shapes even the longest story has only once: questions name scenes by them.
+_ONCE = 8
+
+_BY_PLACE = {
+    "colour": "what colour was the {} shape ?",
+    "shape": "what shape was the {} one ?",
+    "motion": "how did the {} shape move ?",
+    "background": "what was behind the {} shape ?",
+}
+_BY_LOOK = {"motion": "how did the {} move ?", "background": "what was behind the {} ?"}
+_ALONE = {
+    "colour": "what colour is the shape ?",
+    "shape": "what shape is it ?",
+    "motion": "how does the shape move ?",
+    "background": "what is behind the shape ?",
+}
+_AFTER, _FIRST = "what came after the {} ?", "what came first , the {} or the {} ?"
+
+
+@dataclass(frozen=True)
+class Story:
+    """Scenes in a row; `seed` says where in the picture, and how fast."""
+
+    scenes: tuple[world.Scene, ...]
+    seed: int
+
+    def render(self, every: int = 1) -> np.ndarray:
+        """Every `every`-th frame, uint8 RGB `[frames, 128, 128, 3]`; of each scene SCENE_FRAMES / `every`.
+
+        Raises:
+            ValueError: SCENE_FRAMES cannot be divided by `every`.
+        """
+        if SCENE_FRAMES % every:
+            raise ValueError(f"every must divide {SCENE_FRAMES}, got {every}")
+        seeds = np.random.default_rng([self.seed, 2]).integers(2**31, size=len(self.scenes))
+        clips = [
+            world.render(scene, int(seed), frames=SCENE_FRAMES)[::every]
+            for scene, seed in zip(self.scenes, seeds, strict=True)
+        ]
+        return np.concatenate(clips)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A question about a story: one of KINDS, its words, and the words of its answer."""
+
+    kind: str
+    question: str
+    answer: str
+
+
+def draw_story(rng: np.random.Generator, scenes: int, part: str) -> Story:
+    """A story of so many scenes of a part of the world; neighbours differ in colour or shape.
+
+    Raises:
+        ValueError: no scene, or an unknown part.
+    """
+    if scenes < 1:
+        raise ValueError(f"scenes must be at least 1, got {scenes}")
+    if part not in PARTS:
+        raise ValueError(f"part must be one of {', '.join(PARTS)}, got {part!r}")
+    pool = world.training_scenes() if part == "training" else world.held_out_scenes()
+    of_look: dict[str, list[world.Scene]] = {}
+    for scene in pool:
+        of_look.setdefault(look(scene), []).append(scene)
+    looks = [str(one) for one in rng.permutation(list(of_look))]
+    # Long stories show things again, but never the first few.
+    while len(looks) < scenes:
+        looks += [str(one) for one in rng.permutation(looks[_ONCE : len(of_look)])]
+    looks = looks[:scenes]
+    while True:
+        looks = [str(one) for one in rng.permutation(looks)]
+        if all(one != other for one, other in pairwise(looks)):
+            break
+    chosen = [of_look[one][rng.integers(len(of_look[one]))] for one in looks]
+    return Story(tuple(chosen), int(rng.integers(2**31)))
+
+
+def look(scene: world.Scene) -> str:
+    """What a question calls a scene: its colour and shape."""
+    return f"{scene.colour} {scene.shape}"
+
+
+def draw_question(rng: np.random.Generator, story: Story, kind: str) -> Asked:
+    """A question of one of KINDS about a story.
+
+    Raises:
+        ValueError: unknown kind, or one about the order of a single scene.
+    """
+    if kind not in KINDS:
+        raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
+    scenes = story.scenes
+    if kind == "order":
+        if len(scenes) < 2:
+            raise ValueError("a single scene has no order")
+        return _order(rng, scenes)
+    if len(scenes) == 1:
+        return Asked(kind, _ALONE[kind], str(getattr(scenes[0], kind)))
+    if kind in _BY_LOOK and rng.random() < 0.5:
+        once = _once(scenes)
+        number = once[rng.integers(len(once))]
+        question = _BY_LOOK[kind].format(look(scenes[number]))
+    else:
+        places = min(len(scenes), len(ORDINALS))
+        number = int(rng.integers(places + 1))
+        # The last has a name in a story of any length.
+        place = "last" if number == places else ORDINALS[number]
+        number = len(scenes) - 1 if number == places else number
+        question = _BY_PLACE[kind].format(place)
+    return Asked(kind, question, str(getattr(scenes[number], kind)))
+
+
+def words() -> list[str]:
+    """Every word of the questions and answers, each once."""
+    templates = (*_BY_PLACE.values(), *_BY_LOOK.values(), *_ALONE.values(), _AFTER, _FIRST)
+    own = [word for template in templates for word in template.replace("{}", "").split()]
+    named = (*world.COLOURS, *world.SHAPES, *world.MOTIONS, *world.BACKGROUNDS)
+    return list(dict.fromkeys([*own, *ORDINALS, "last", *named]))
+
+
+def _order(rng: np.random.Generator, scenes: tuple[world.Scene, ...]) -> Asked:
+    once = _once(scenes)
+    if rng.random() < 0.5:
+        befores = [number for number in once if number + 1 < len(scenes)]
+        number = befores[rng.integers(len(befores))]
+        return Asked("order", _AFTER.format(look(scenes[number])), look(scenes[number + 1]))
+    one, other = (int(number) for number in rng.choice(once, size=2, replace=False))
+    return Asked("order", _FIRST.format(look(scenes[one]), look(scenes[other])), look(scenes[min(one, other)]))
+
+
+def _once(scenes: tuple[world.Scene, ...]) -> list[int]:
+    """The scenes whose look no other has."""
+    counts = Counter(map(look, scenes))
+    return [number for number, scene in enumerate(scenes) if counts[look(scene)] == 1]

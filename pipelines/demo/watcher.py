@@ -1,0 +1,119 @@
+"""The demo's video-understanding model: a small `Qwen2VLForConditionalGeneration` with its processor.
+
+It watches stories of the shapes world and answers questions about them. A token stands for 16 x 16 pixels of two
+frames, so a scene that is watched at FPS frames a second has 256 of them.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import xattn_video.integrations.transformers  # noqa: F401  (mends torchvision before transformers needs it)
+from pipelines.demo import stories, world
+
+# isort: split
+import torch
+import transformers
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+
+# Frames a second that it is trained to be shown: every fourth of the world's.
+EVERY = 4
+FPS = world.FPS / EVERY
+SCENE_TOKENS = 256
+
+_PATCH, _MERGE = 8, 2
+_SPECIAL = (
+    "<pad>",
+    "</s>",
+    "<unk>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|video_pad|>",
+    "<|image_pad|>",
+    "<answer>",
+)
+_IDS = {word: number for number, word in enumerate(_SPECIAL)}
+_TEMPLATE = (
+    "{% for message in messages %}{% for part in message.content %}{% if part.type == 'video' %}"
+    "<|vision_start|><|video_pad|><|vision_end|>{% else %}{{ part.text }}{% endif %}{% endfor %}{% endfor %}"
+    "{% if add_generation_prompt %}<answer>{% endif %}"
+)
+
+
+def build_watcher(seed: int = 0) -> Any:
+    """An untrained model in float32; torch's global generator is left as it was."""
+    config = transformers.Qwen2VLConfig(
+        text_config={
+            "vocab_size": len(vocabulary()),
+            "hidden_size": 256,
+            "intermediate_size": 704,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 32768,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [16, 8, 8]},
+            "tie_word_embeddings": True,
+            "pad_token_id": _IDS["<pad>"],
+            "bos_token_id": None,
+            "eos_token_id": _IDS["</s>"],
+        },
+        vision_config={
+            "depth": 2,
+            "embed_dim": 128,
+            "hidden_size": 256,
+            "num_heads": 2,
+            "mlp_ratio": 2,
+            "patch_size": _PATCH,
+            "spatial_merge_size": _MERGE,
+            "temporal_patch_size": 2,
+        },
+        image_token_id=_IDS["<|image_pad|>"],
+        video_token_id=_IDS["<|video_pad|>"],
+        vision_start_token_id=_IDS["<|vision_start|>"],
+        vision_end_token_id=_IDS["<|vision_end|>"],
+        tie_word_embeddings=True,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return transformers.Qwen2VLForConditionalGeneration(config)
+
+
+def build_processor() -> Any:
+    """What turns a question and the frames of a video into the model's inputs."""
+    pixels = {"shortest_edge": 4 * (_PATCH * _MERGE) ** 2, "longest_edge": 1 << 24}
+    sizes = {"patch_size": _PATCH, "merge_size": _MERGE, "temporal_patch_size": 2, "size": pixels}
+    return transformers.Qwen2VLProcessor(
+        transformers.Qwen2VLImageProcessor(**sizes),
+        build_tokenizer(),
+        transformers.Qwen2VLVideoProcessor(**sizes),
+        chat_template=_TEMPLATE,
+    )
+
+
+def build_tokenizer() -> Any:
+    """A tokenizer with one token a word, case ignored; unknown words are `<unk>`."""
+    ids = {word: number for number, word in enumerate(vocabulary())}
+    tokenizer = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        additional_special_tokens=[word for word in _SPECIAL if word not in ("<pad>", "</s>", "<unk>")],
+    )
+
+
+def vocabulary() -> list[str]:
+    """Every token in the order of its id: special ones, then the words of questions and answers."""
+    return [*_SPECIAL, *stories.words()]
+
+
+def save_watcher(model: Any, folder: Path) -> None:
+    """Write model and processor, for `from_pretrained`; the model in bfloat16, and left as it was."""
+    dtype = model.dtype
+    model.to(torch.bfloat16).save_pretrained(folder)
+    model.to(dtype)
+    build_processor().save_pretrained(folder)
