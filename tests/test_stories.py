@@ -76,6 +76,7 @@ def test_the_scenes_are_shown_one_after_the_other() -> None:
             scene.colour, scene.shape, scene.motion, scene.background,
         )  # fmt: skip
     assert np.array_equal(story.render(every=4), frames[::4])
+    assert np.array_equal(story.render(every=8, offset=3), frames[3::8])
 
 
 def test_questions_use_every_way_to_name_a_scene() -> None:
@@ -98,5 +99,6 @@ def test_what_cannot_be_told_or_asked() -> None:
         draw_question(rng, Story((RED,), 0), "size")
     with pytest.raises(ValueError, match="a single scene has no order"):
         draw_question(rng, Story((RED,), 0), "order")
-    with pytest.raises(ValueError, match="every must divide 32, got 5"):
-        Story((RED,), 0).render(every=5)
+    for every, offset in ((5, 0), (4, 4), (4, -1)):
+        with pytest.raises(ValueError, match=f"every must divide 32 and offset be below it, got {every} and {offset}"):
+            Story((RED,), 0).render(every, offset)

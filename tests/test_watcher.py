@@ -91,10 +91,14 @@ def test_an_interrupted_training_ends_with_the_same_model(tmp_path: Path, monkey
     assert whole.keys() == parts.keys()
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
     assert {value.dtype for value in whole.values()} == {torch.bfloat16}
+    # What is saved is the average that the checkpoint has.
+    average = load_file(tmp_path / "whole" / "watcher.safetensors")
+    name = "model.language_model.layers.0.mlp.up_proj.weight"
+    torch.testing.assert_close(whole[name], average[f"average.{name}"].bfloat16(), rtol=0, atol=0)
 
 
 def test_a_step_of_training_learns_its_batch(processor: Any) -> None:
-    batch = Batch(*[list(part) for part in _fixed()])
+    batch = _fixed()
     model = watcher.build_watcher(seed=0)
     seen = processor.video_processor(
         [story.render(watcher.EVERY) for story in batch.stories], do_sample_frames=False, return_tensors="pt"
@@ -115,7 +119,8 @@ def test_a_step_of_training_learns_its_batch(processor: Any) -> None:
     assert losses[-1] < 0.3 * losses[0]
 
 
-def _fixed() -> tuple[list[stories.Story], list[list[stories.Asked]]]:
+def _fixed() -> Batch:
     rng = np.random.default_rng(0)
     told = [stories.draw_story(rng, 1, "training") for _ in range(2)]
-    return told, [[stories.draw_question(rng, story, kind) for kind in stories.KINDS[:-1]] for story in told]
+    asked = [[stories.draw_question(rng, story, kind) for kind in stories.KINDS[:-1]] for story in told]
+    return Batch(told, asked, [0, 0])

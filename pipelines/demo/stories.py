@@ -46,17 +46,17 @@ class Story:
     scenes: tuple[world.Scene, ...]
     seed: int
 
-    def render(self, every: int = 1) -> np.ndarray:
-        """Every `every`-th frame, uint8 RGB `[frames, 128, 128, 3]`; of each scene SCENE_FRAMES / `every`.
+    def render(self, every: int = 1, offset: int = 0) -> np.ndarray:
+        """Every `every`-th frame from the `offset`-th on, uint8 RGB `[frames, 128, 128, 3]`.
 
         Raises:
-            ValueError: SCENE_FRAMES cannot be divided by `every`.
+            ValueError: `every` does not divide SCENE_FRAMES, or `offset` is not below it.
         """
-        if SCENE_FRAMES % every:
-            raise ValueError(f"every must divide {SCENE_FRAMES}, got {every}")
+        if SCENE_FRAMES % every or not 0 <= offset < every:
+            raise ValueError(f"every must divide {SCENE_FRAMES} and offset be below it, got {every} and {offset}")
         seeds = np.random.default_rng([self.seed, 2]).integers(2**31, size=len(self.scenes))
         clips = [
-            world.render(scene, int(seed), frames=SCENE_FRAMES)[::every]
+            world.render(scene, int(seed), frames=SCENE_FRAMES)[offset::every]
             for scene, seed in zip(self.scenes, seeds, strict=True)
         ]
         return np.concatenate(clips)

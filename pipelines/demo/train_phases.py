@@ -69,11 +69,11 @@ PHASES = (
 # does not. First one frame says where the shape is, and the words where it goes from there; then that frame has more
 # and more noise, and is any frame.
 CONTINUED_PHASES = (
-    Phase(0.18, FULL, 12, 1536, kept=4, cut=10, shift=24.0, anchor=Anchor(1.0, (0.0, 0.6), first=True)),
-    Phase(0.34, FULL, 12, 1536, kept=4, cut=10, shift=24.0, anchor=Anchor(1.0, (0.2, 1.0))),
-    Phase(0.52, FULL, 8, 1536, kept=6, cut=10, shift=16.0, anchor=Anchor(0.5, (0.6, 1.0))),
-    Phase(0.67, FULL, 5, 1536, kept=5, shift=12.0, anchor=Anchor(0.25, (0.2, 1.0))),
-    Phase(0.90, FULL, 3, 1536, kept=8),
+    Phase(0.19, FULL, 12, 1536, kept=4, cut=10, shift=24.0, anchor=Anchor(1.0, (0.0, 0.6), first=True)),
+    Phase(0.37, FULL, 12, 1536, kept=4, cut=10, shift=24.0, anchor=Anchor(1.0, (0.2, 1.0))),
+    Phase(0.56, FULL, 8, 1536, kept=6, cut=10, shift=16.0, anchor=Anchor(0.5, (0.6, 1.0))),
+    Phase(0.72, FULL, 5, 1536, kept=5, shift=12.0, anchor=Anchor(0.25, (0.2, 1.0))),
+    Phase(0.92, FULL, 3, 1536, kept=8),
     Phase(1.00, FULL, 1, 1536),
 )
 # Of the learning rates, for weights that know something already, and of the steps, over which the rates fall.

@@ -43,10 +43,11 @@ PHASES = (
 
 @dataclass(frozen=True)
 class Batch:
-    """What a step sees: stories of the same number of scenes, and for each its questions."""
+    """What a step sees: stories of the same number of scenes, and for each its questions and its first frame."""
 
     stories: list[stories.Story]
     asked: list[list[stories.Asked]]
+    offsets: list[int]
 
 
 def draw_batch(seed: int, step: int, steps: int, phases: tuple[Phase, ...] = PHASES) -> Batch:
@@ -60,7 +61,7 @@ def draw_batch(seed: int, step: int, steps: int, phases: tuple[Phase, ...] = PHA
         [stories.draw_question(rng, story, kinds[number % len(kinds)]) for number in range(phase.questions)]
         for story in told
     ]
-    return Batch(told, asked)
+    return Batch(told, asked, rng.integers(watcher.EVERY, size=len(told)).tolist())
 
 
 @dataclass(frozen=True)
@@ -124,7 +125,9 @@ def train_watcher(plan: Plan, device: torch.device, seed: int, phases: tuple[Pha
 
     def loss_of(step: int) -> dict[str, torch.Tensor]:
         batch = draw_batch(seed, step, plan.steps, phases)
-        videos = [story.render(watcher.EVERY) for story in batch.stories]
+        videos = [
+            story.render(watcher.EVERY, offset) for story, offset in zip(batch.stories, batch.offsets, strict=True)
+        ]
         seen = processor.video_processor(videos, do_sample_frames=False, return_tensors="pt").to(device)
         time, height, width = seen["video_grid_thw"][0].tolist()
         merge = processor.video_processor.merge_size

@@ -1,0 +1,152 @@
+"""What sparse prefill costs the demo's video-understanding model: does it still answer what was asked?
+
+    held-out stories -> videos and questions -> `xattn-video qa`, dense and sparse -> paired differences -> rows
+
+A row a length. The model was trained on stories of up to 16 scenes (4,096 tokens of video); longer ones are reported
+as they come. A run that was killed goes on when started again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from eval.demo_quality import paired_difference
+from eval.ledger import RESULTS, append_rows, provenance
+from pipelines import cli
+from pipelines.demo import stories
+from pipelines.errors import UserError
+from pipelines.files import make_writable, write_texts
+from pipelines.language import configurations, read_answers
+from pipelines.program import Parser, run_program
+from pipelines.video_io import write_video
+from pipelines.video_qa import ANSWERS
+
+EXAMPLE = """\
+example:
+  python -m eval.story_quality --out stories --record
+  python -m eval.story_quality --out quick --scenes 4 --stories 4
+"""
+
+LEDGER = RESULTS / "story_quality.jsonl"
+SCENES = (4, 8, 16, 32, 64)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `python -m eval.story_quality`."""
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="of videos and answers; a run goes on")
+    parser.add_argument("--model", default="demo", help="name or folder of a model of such stories (demo)")
+    parser.add_argument(
+        "--scenes", type=int, nargs="+", default=list(SCENES), metavar="N", help=f"lengths; default: {SCENES}"
+    )
+    parser.add_argument("--stories", type=int, default=20, metavar="N", help="of each length, five questions each (20)")
+    parser.add_argument("--stride", type=int, default=16, help="of the sparse prefill (16)")
+    parser.add_argument("--threshold", type=float, default=0.9, metavar="T", help="of the sparse prefill (0.9)")
+    parser.add_argument("--device", default="auto", help="as of xattn-video qa")
+    parser.add_argument("--dtype", default="auto", help="as of xattn-video qa")
+    parser.add_argument("--record", action="store_true", help=f"append the rows to eval/results/{LEDGER.name}")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Tell the stories, ask, compare, print a table; 0. Raises UserError."""
+    if min(args.scenes) < 2 or args.stories < 1:
+        raise UserError("--scenes must be 2 or more, --stories 1 or more")
+    rows = [_row(args, scenes) for scenes in args.scenes]
+    print(table(rows))
+    if args.record:
+        append_rows(LEDGER, rows)
+    print(json.dumps(rows))
+    return 0
+
+
+def write_stories(folder: Path, scenes: int, count: int) -> Path:
+    """Write `count` held-out stories as mp4 and a file of questions, one of each kind about each; the file's path.
+
+    The same arguments give the same stories. A video that is there is kept: it is written whole or not at all.
+    """
+    lines = []
+    for number in range(count):
+        rng = np.random.default_rng([scenes, number, 3])
+        story = stories.draw_story(rng, scenes, "held-out")
+        video = folder / f"story-{scenes:03d}-{number:03d}.mp4"
+        if not video.exists():
+            write_video(video, story.render(), stories.world.FPS)
+        for kind in stories.KINDS:
+            asked = stories.draw_question(rng, story, kind)
+            id = f"{video.stem}-{kind}"
+            record = {"id": id, "video": video.name, "question": asked.question, "answer": asked.answer}
+            lines.append(json.dumps(record) + "\n")
+    file = folder / f"questions-{scenes:03d}.jsonl"
+    write_texts({file: "".join(lines)})
+    return file
+
+
+def _row(args: argparse.Namespace, scenes: int) -> dict[str, Any]:
+    make_writable(args.out)
+    items = write_stories(args.out, scenes, args.stories)
+    out = args.out / f"answers-{scenes:03d}"
+    asked = ["qa", "--items", str(items), "--out", str(out), "--attention", "both", "--fps", "2"]
+    asked += ["--max-frames", str(64 * max(args.scenes)), "--max-new-tokens", "4", "--min-tokens", "0"]
+    for name in ("model", "stride", "threshold", "device", "dtype"):
+        asked += [f"--{name}", str(getattr(args, name))]
+    code = cli.main(asked)
+    if code != 0:
+        raise UserError(f"xattn-video {' '.join(asked)} failed with exit code {code}")
+    answers = read_answers(out / ANSWERS, ("id", "attention"), {})
+    options = argparse.Namespace(**vars(args), attention="both", block_size=128, min_tokens=0)
+    _, sparse = configurations(options).items()
+    ids = [json.loads(line)["id"] for line in items.read_text(encoding="utf-8").splitlines()]
+    sides = [[answers[id, label] for id in ids] for label in ("dense", sparse[0])]
+    right = [[row["right"] for row in side] for side in sides]
+    return {
+        "scenes": scenes,
+        "config": sparse[1].to_dict(),
+        "stories": args.stories,
+        "questions": len(ids),
+        "prompt_tokens": float(np.mean([row["prompt_tokens"] for row in sides[0]])),
+        "right": {name: float(np.mean(values)) for name, values in zip(("dense", "sparse"), right, strict=True)},
+        "right_by_kind": {
+            kind: [float(np.mean([row["right"] for row in side if row["id"].endswith(kind)])) for side in sides]
+            for kind in stories.KINDS
+        },
+        "difference": paired_difference(*right),
+        **{name: _mean(sides[1], name) for name in ("sparse_density", "kl", "logit_error")},
+        "agreement": _mean(sides[1], "agrees"),
+        "prefill_seconds": [_mean(side, "prefill_seconds") for side in sides],
+        **provenance("transformers"),
+    }
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """A line a length: shares in percent, the paired difference in points with its interval."""
+    head = "scenes  tokens  dense  sparse  difference              density  as dense  prefill s"
+    lines = [head]
+    for row in rows:
+        points = {name: 100 * value for name, value in row["difference"].items()}
+        change = f"{points['difference']:+.1f} [{points['low']:+.1f}, {points['high']:+.1f}]"
+        dense, sparse = (100 * row["right"][side] for side in ("dense", "sparse"))
+        seconds = " -> ".join(f"{value:.2f}" for value in row["prefill_seconds"])
+        lines.append(
+            f"{row['scenes']:6d}  {row['prompt_tokens']:6,.0f}  {dense:4.0f}%  {sparse:5.0f}%  {change:22}  "
+            f"{row['sparse_density']:7.3f}  {100 * row['agreement']:7.0f}%  {seconds}"
+        )
+    return "\n".join(lines)
+
+
+def _mean(rows: list[dict[str, Any]], name: str) -> float:
+    return float(np.mean([row[name] for row in rows]))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run as a program: 0, or 2 with one line for bad input."""
+    parser = Parser(prog="python -m eval.story_quality", description=__doc__, epilog=EXAMPLE)
+    add_arguments(parser)
+    return run_program(parser, run, arguments)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
