@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,8 +53,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Generate what is missing, judge and compare it all, print the table; 0. Raises UserError."""
-    row = _row(args, _prompt_records(args.videos))
+    """Make what is missing, judge and compare it, print the table; 0, or a failed program's code. Raises UserError."""
+    prompts = _prompt_records(args.videos)
+    # It has said itself what was wrong.
+    if code := _generate(args, prompts):
+        return code
+    row = _row(args, prompts)
     print(_table(row))
     if args.record:
         append_rows(LEDGER, [row])
@@ -61,8 +66,11 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def paired_difference(dense: list[bool], sparse: list[bool], *, seed: int = 0) -> dict[str, float]:
+def paired_difference(dense: Sequence[float], sparse: Sequence[float], *, seed: int = 0) -> dict[str, float]:
     """Mean of `sparse - dense` over the same prompts, with the 95 % percentile bootstrap interval over prompts.
+
+    Args:
+        dense, sparse: for each prompt whether it is right, or a share of it.
 
     Returns:
         `difference`, `low` and `high`, as shares (0.01 is one point).
@@ -87,18 +95,19 @@ def _prompt_records(count: int) -> list[dict[str, Any]]:
     return evenly_spaced(records, count)
 
 
-def _row(args: argparse.Namespace, prompts: list[dict[str, Any]]) -> dict[str, Any]:
-    """Make the videos of `prompts` that are missing, dense and sparse, and measure them all."""
+def _generate(args: argparse.Namespace, prompts: list[dict[str, Any]]) -> int:
+    """Make the videos of `prompts` that are missing, dense and sparse; the exit code of `xattn-video generate`."""
     make_writable(args.out)
     file = args.out / "prompts.jsonl"
     write_texts({file: "".join(json.dumps(record) + "\n" for record in prompts)})
     generate = ["generate", "--model", args.model, "--prompts", str(file), "--attention", "both", "--lossless"]
     for name in ("threshold", "steps", "num_frames", "device", "dtype", "out"):
         generate += [f"--{name.replace('_', '-')}", str(getattr(args, name))]
-    code = cli.main([*generate, "--height", "128", "--width", "128", "--guidance-scale", "1"])
-    if code != 0:
-        raise UserError(f"xattn-video {' '.join(generate)} failed with exit code {code}")
+    return cli.main([*generate, "--height", "128", "--width", "128", "--guidance-scale", "1"])
 
+
+def _row(args: argparse.Namespace, prompts: list[dict[str, Any]]) -> dict[str, Any]:
+    """What the videos of `prompts` show, dense and sparse."""
     config = XAttnConfig(threshold=args.threshold)
     dense, sparse = args.out / "dense", args.out / config.label()
     keys = [(record["id"], record["seed"]) for record in prompts]

@@ -2,8 +2,8 @@
 
     held-out stories -> videos and questions -> `xattn-video qa`, dense and sparse -> paired differences -> rows
 
-A row a length. The model was trained on stories of up to 16 scenes (4,096 tokens of video); longer ones are reported
-as they come. A run that was killed goes on when started again.
+A row a length. The model is trained on stories of up to 16 scenes (4,096 tokens of video); longer ones are reported
+as they come. The interval is the bootstrap over stories. A run that was killed goes on when started again.
 """
 
 from __future__ import annotations
@@ -18,18 +18,19 @@ import numpy as np
 from eval.demo_quality import paired_difference
 from eval.ledger import RESULTS, append_rows, provenance
 from pipelines import cli
-from pipelines.demo import stories
+from pipelines.demo import stories, watcher, world
 from pipelines.errors import UserError
 from pipelines.files import make_writable, write_texts
 from pipelines.language import configurations, read_answers
 from pipelines.program import Parser, run_program
+from pipelines.qa_items import read_questions
 from pipelines.video_io import write_video
-from pipelines.video_qa import ANSWERS
+from pipelines.video_qa import ANSWERS, SUMMARY
 
 EXAMPLE = """\
 example:
-  python -m eval.story_quality --out stories --record
-  python -m eval.story_quality --out quick --scenes 4 --stories 4
+  python -m eval.story_quality --model watcher/model --out stories --record
+  python -m eval.story_quality --model watcher/model --out quick --scenes 4 --stories 4
 """
 
 LEDGER = RESULTS / "story_quality.jsonl"
@@ -39,7 +40,7 @@ SCENES = (4, 8, 16, 32, 64)
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `python -m eval.story_quality`."""
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="of videos and answers; a run goes on")
-    parser.add_argument("--model", default="demo", help="name or folder of a model of such stories (demo)")
+    parser.add_argument("--model", required=True, metavar="DIR", help="what pipelines.demo.train_watcher made")
     parser.add_argument(
         "--scenes", type=int, nargs="+", default=list(SCENES), metavar="N", help=f"lengths; default: {SCENES}"
     )
@@ -52,10 +53,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Tell the stories, ask, compare, print a table; 0. Raises UserError."""
-    if min(args.scenes) < 2 or args.stories < 1:
-        raise UserError("--scenes must be 2 or more, --stories 1 or more")
-    rows = [_row(args, scenes) for scenes in args.scenes]
+    """Tell the stories, ask, compare, print a table; 0, or the code of the program that failed. Raises UserError."""
+    if min(args.scenes) < 2:
+        raise UserError(f"--scenes must be 2 or more, got {min(args.scenes)}")
+    if args.stories < 1:
+        raise UserError(f"--stories must be 1 or more, got {args.stories}")
+    options = argparse.Namespace(**vars(args), attention="both", block_size=128, min_tokens=0)
+    _, (label, config) = configurations(options).items()
+    make_writable(args.out)
+    rows = []
+    for scenes in args.scenes:
+        items = write_stories(args.out, scenes, args.stories)
+        answers = args.out / f"answers-{scenes:03d}"
+        # It has said itself what was wrong.
+        if code := cli.main(_asking(args, items, answers, scenes)):
+            return code
+        rows.append({"scenes": scenes, "config": config.to_dict(), **_row(args, items, answers, label)})
     print(table(rows))
     if args.record:
         append_rows(LEDGER, rows)
@@ -74,7 +87,7 @@ def write_stories(folder: Path, scenes: int, count: int) -> Path:
         story = stories.draw_story(rng, scenes, "held-out")
         video = folder / f"story-{scenes:03d}-{number:03d}.mp4"
         if not video.exists():
-            write_video(video, story.render(), stories.world.FPS)
+            write_video(video, story.render(), world.FPS)
         for kind in stories.KINDS:
             asked = stories.draw_question(rng, story, kind)
             id = f"{video.stem}-{kind}"
@@ -85,38 +98,44 @@ def write_stories(folder: Path, scenes: int, count: int) -> Path:
     return file
 
 
-def _row(args: argparse.Namespace, scenes: int) -> dict[str, Any]:
-    make_writable(args.out)
-    items = write_stories(args.out, scenes, args.stories)
-    out = args.out / f"answers-{scenes:03d}"
-    asked = ["qa", "--items", str(items), "--out", str(out), "--attention", "both", "--fps", "2"]
-    asked += ["--max-frames", str(64 * max(args.scenes)), "--max-new-tokens", "4", "--min-tokens", "0"]
+def _asking(args: argparse.Namespace, items: Path, out: Path, scenes: int) -> list[str]:
+    """The command that asks the questions of one length."""
+    frames = scenes * stories.SCENE_FRAMES // watcher.EVERY
+    asked = ["qa", "--items", str(items), "--out", str(out), "--attention", "both", "--fps", str(watcher.FPS)]
+    asked += ["--max-frames", str(frames), "--max-new-tokens", "4", "--min-tokens", "0"]
     for name in ("model", "stride", "threshold", "device", "dtype"):
         asked += [f"--{name}", str(getattr(args, name))]
-    code = cli.main(asked)
-    if code != 0:
-        raise UserError(f"xattn-video {' '.join(asked)} failed with exit code {code}")
+    return asked
+
+
+def _row(args: argparse.Namespace, items: Path, out: Path, label: str) -> dict[str, Any]:
+    """What one length gave, dense and sparse."""
     answers = read_answers(out / ANSWERS, ("id", "attention"), {})
-    options = argparse.Namespace(**vars(args), attention="both", block_size=128, min_tokens=0)
-    _, sparse = configurations(options).items()
-    ids = [json.loads(line)["id"] for line in items.read_text(encoding="utf-8").splitlines()]
-    sides = [[answers[id, label] for id in ids] for label in ("dense", sparse[0])]
-    right = [[row["right"] for row in side] for side in sides]
+    questions = read_questions(items)
+    sides = [[answers[question.id, side] for question in questions] for side in ("dense", label)]
+    for question, *both in zip(questions, *sides, strict=True):
+        if any(row["question"] != question.question for row in both):
+            raise UserError(f"{out}: {question.id} was asked in other words; use another --out")
+    told = json.loads((out / SUMMARY).read_text(encoding="utf-8"))["configurations"]
+    # The questions about a story share its video: the story is what is drawn anew.
+    per_story = [
+        np.array([row["right"] for row in side], float).reshape(-1, len(stories.KINDS)).mean(1) for side in sides
+    ]
     return {
-        "scenes": scenes,
-        "config": sparse[1].to_dict(),
         "stories": args.stories,
-        "questions": len(ids),
-        "prompt_tokens": float(np.mean([row["prompt_tokens"] for row in sides[0]])),
-        "right": {name: float(np.mean(values)) for name, values in zip(("dense", "sparse"), right, strict=True)},
+        "questions": len(questions),
+        "prompt_tokens": told["dense"]["prompt_tokens"],
+        "right": {"dense": told["dense"]["accuracy"], "sparse": told[label]["accuracy"]},
         "right_by_kind": {
-            kind: [float(np.mean([row["right"] for row in side if row["id"].endswith(kind)])) for side in sides]
+            kind: [float(np.mean([row["right"] for row in side if row["id"].endswith(f"-{kind}")])) for side in sides]
             for kind in stories.KINDS
         },
-        "difference": paired_difference(*right),
-        **{name: _mean(sides[1], name) for name in ("sparse_density", "kl", "logit_error")},
-        "agreement": _mean(sides[1], "agrees"),
-        "prefill_seconds": [_mean(side, "prefill_seconds") for side in sides],
+        "difference": paired_difference(*(side.tolist() for side in per_story)),
+        **{name: told[label][name] for name in ("sparse_density", "agreement", "kl", "logit_error")},
+        "prefill_seconds": [told[side]["prefill_seconds"] for side in ("dense", label)],
+        "model": args.model,
+        "device": sides[0][0]["device"],
+        "dtype": sides[0][0]["model_dtype"],
         **provenance("transformers"),
     }
 
@@ -135,10 +154,6 @@ def table(rows: list[dict[str, Any]]) -> str:
             f"{row['sparse_density']:7.3f}  {100 * row['agreement']:7.0f}%  {seconds}"
         )
     return "\n".join(lines)
-
-
-def _mean(rows: list[dict[str, Any]], name: str) -> float:
-    return float(np.mean([row[name] for row in rows]))
 
 
 def main(arguments: list[str] | None = None) -> int:

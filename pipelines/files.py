@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from pipelines.errors import UserError
 
@@ -38,6 +41,29 @@ def write_texts(texts: Mapping[Path, str]) -> None:
     with whole_files(*texts) as partial:
         for name, text in zip(partial, texts.values(), strict=True):
             name.write_text(text, encoding="utf-8")
+
+
+@contextlib.contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """A name beside `folder` to write to; it replaces `folder` at the end, and not if anything fails before."""
+    partial, old = (folder.with_name(f".{folder.name}.{part}") for part in ("partial", "old"))
+    for leftover in (partial, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    try:
+        yield partial
+        if folder.exists():
+            os.replace(folder, old)
+        os.replace(partial, folder)
+    finally:
+        for leftover in (partial, old):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
+def edit_json(path: Path, **changes: Any) -> None:
+    """Set keys of a JSON file; None removes one."""
+    values = {**json.loads(path.read_text(encoding="utf-8")), **changes}
+    kept = {name: value for name, value in values.items() if name not in changes or value is not None}
+    write_texts({path: json.dumps(kept, indent=2) + "\n"})
 
 
 def make_writable(folder: Path) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from pipelines.environment import device_name
 from pipelines.errors import UserError
 from pipelines.files import make_writable, write_texts
 from pipelines.language import (
@@ -193,6 +194,7 @@ def _answer(
             "prefill_seconds": round(answer.prefill_seconds, 4), "decode_seconds": round(answer.decode_seconds, 4),
             "sparse_density": told.get("sparse_density"), "dense_calls": told.get("dense_calls", {}),
             "agrees": None, "kl": None, "logit_error": None, **_signature(args),
+            "device": device_name(model.device), "model_dtype": str(model.dtype).removeprefix("torch."),
         }  # fmt: skip
         if config is None:
             dense = answer, reply

@@ -75,3 +75,10 @@ def test_the_program_makes_and_measures(tmp_path, capsys, monkeypatch):
 def test_more_videos_than_prompts_is_one_line(tmp_path, capsys):
     assert main(["--out", str(tmp_path), "--videos", "1000"]) == 2
     assert capsys.readouterr().err.strip() == "demo_quality: error: --videos must be from 1 to 192, got 1000"
+
+
+def test_what_generate_finds_wrong_is_said_once(tmp_path, capsys):
+    assert main(["--out", str(tmp_path), "--videos", "1", "--model", "nowhere"]) == 2
+    errors = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
+    assert len(errors) == 1
+    assert "--model nowhere" in errors[0]

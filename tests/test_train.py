@@ -165,10 +165,10 @@ def test_one_frame_has_less_noise_in_the_asked_share_of_the_steps(first: bool) -
     for step in range(400):
         batch = draw_batch(0, step, 1, (phase,))
         levels = noise_levels(batch) / torch.from_numpy(batch.sigmas).float()[:, None]
-        if batch.anchor is None:
+        if batch.anchored is None:
             assert (levels == 1).all()
             continue
-        place = batch.anchor[0]
+        place = batch.anchored[0]
         places.append(place)
         assert ((levels[:, place] >= 0.2) & (levels[:, place] <= 0.4)).all()
         assert (levels[:, [other for other in range(3) if other != place]] == 1).all()

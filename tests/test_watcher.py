@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,10 @@ import torch
 from safetensors.torch import load_file
 
 from pipelines.demo import stories, train_watcher, watcher, world
-from pipelines.demo.train_watcher import PHASES, Batch, Phase, draw_batch, tokenise
+from pipelines.demo.train_loop import Plan
+from pipelines.demo.train_watcher import PHASES, Batch, Phase, batch_loss, draw_batch, tokenise
+
+import transformers  # isort: skip
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +40,7 @@ def test_a_scene_has_256_tokens(processor: Any) -> None:
     story = stories.draw_story(np.random.default_rng(0), 3, "training")
     inputs = single(processor, story, "What colour was the second shape?")
     video = processor.tokenizer.convert_tokens_to_ids("<|video_pad|>")
-    assert int((inputs["input_ids"] == video).sum()) == 3 * watcher.SCENE_TOKENS
+    assert int((inputs["input_ids"] == video).sum()) == 3 * 256
     assert processor.tokenizer.unk_token_id not in inputs["input_ids"]
 
 
@@ -75,48 +80,90 @@ def test_no_held_out_scene_is_in_a_training_batch() -> None:
         seen.update(scene for story in batch.stories for scene in story.scenes)
     assert not any(map(world.is_held_out, seen))
     assert len(seen) > 500
-    assert lengths == {length for phase in PHASES for length in phase.scenes}
+    assert lengths == {length for phase in PHASES for length in phase.lengths}
 
 
-def test_an_interrupted_training_ends_with_the_same_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_training_ends_with_the_very_same_weights(tmp_path: Path, monkeypatch: Any) -> None:
+    phases = (Phase(1.0, (1,), 1, 2),)
+
+    def go(name: str, **changes: Any) -> tuple[Any, int]:
+        values = {"matrix_learning_rate": 3e-3, "blocks": train_watcher.BLOCKS, "log_steps": 1, **changes}
+        return train_watcher.train_watcher(
+            Plan("watcher", tmp_path / name, 4, 1e-3, **values), torch.device("cpu"), 0, phases
+        )
+
+    def kill_later(*arguments: Any) -> Batch:
+        if arguments[1] == 2:
+            raise KeyboardInterrupt
+        return draw_batch(*arguments)
+
+    whole, steps = go("whole")
+    assert steps == 4
+    with monkeypatch.context() as patch:
+        patch.setattr(train_watcher, "draw_batch", kill_later)
+        with pytest.raises(KeyboardInterrupt):
+            go("parts", checkpoint_seconds=0.0)
+    parts, steps = go("parts")
+    assert steps == 4
+    untrained = watcher.build_watcher(seed=0)
+    for (name, value), other, first in zip(
+        whole.named_parameters(), parts.parameters(), untrained.parameters(), strict=True
+    ):
+        assert torch.equal(value, other), name
+        assert value.ndim < 2 or not torch.equal(value, first), name
+    lines = [json.loads(line) for line in (tmp_path / "parts" / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]
+
+
+def test_the_program_trains_and_saves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(train_watcher, "PHASES", (Phase(1.0, (1,), 1, 2),))
-
-    def go(name: str, *more: str) -> int:
-        return train_watcher.main(["--out", str(tmp_path / name), "--steps", "3", "--device", "cpu", *more])
-
-    assert go("whole") == 0
-    assert go("parts", "--minutes", "0") == 3
-    assert go("parts") == 0
-    whole, parts = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("whole", "parts"))
-    assert whole.keys() == parts.keys()
-    assert all(torch.equal(whole[name], parts[name]) for name in whole)
-    assert {value.dtype for value in whole.values()} == {torch.bfloat16}
-    # What is saved is the average that the checkpoint has.
-    average = load_file(tmp_path / "whole" / "watcher.safetensors")
+    arguments = ["--out", str(tmp_path), "--steps", "2", "--device", "cpu"]
+    assert train_watcher.main([*arguments, "--minutes", "0"]) == 3
+    assert train_watcher.main(arguments) == 0
+    saved = load_file(tmp_path / "model" / "model.safetensors")
+    average = load_file(tmp_path / "watcher.safetensors")
     name = "model.language_model.layers.0.mlp.up_proj.weight"
-    torch.testing.assert_close(whole[name], average[f"average.{name}"].bfloat16(), rtol=0, atol=0)
+    assert torch.equal(saved[name], average[f"average.{name}"].bfloat16())
 
 
-def test_a_step_of_training_learns_its_batch(processor: Any) -> None:
+def test_saving_leaves_the_model_as_it_was(tmp_path: Path, model: Any) -> None:
+    before = {name: value.clone() for name, value in [*model.named_parameters(), *model.named_buffers()]}
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "old").touch()
+    watcher.save_watcher(model, tmp_path / "model")
+    for name, value in [*model.named_parameters(), *model.named_buffers()]:
+        assert value.dtype == before[name].dtype
+        assert torch.equal(value, before[name]), name
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    files = {path.name for path in (tmp_path / "model").iterdir()}
+    assert "old" not in files
+    assert {Path(name).suffix for name in files} <= {".json", ".safetensors", ".jinja"}
+    loaded = transformers.AutoModelForImageTextToText.from_pretrained(tmp_path / "model", dtype=torch.float32)
+    for name, value in loaded.named_parameters():
+        assert torch.equal(value, before[name].bfloat16().float()), name
+    processor = transformers.AutoProcessor.from_pretrained(tmp_path / "model")
+    story = stories.draw_story(np.random.default_rng(0), 1, "training")
+    own, again = (single(one, story, "What shape is it?") for one in (watcher.build_processor(), processor))
+    for name, value in own.items():
+        assert torch.equal(value, again[name]), name
+
+
+def test_training_learns_a_batch(processor: Any) -> None:
     batch = _fixed()
     model = watcher.build_watcher(seed=0)
-    seen = processor.video_processor(
-        [story.render(watcher.EVERY) for story in batch.stories], do_sample_frames=False, return_tensors="pt"
-    )
-    tokens = tokenise(processor.tokenizer, batch, (4, 8, 8))
-    counted = tokens.labels != -100
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     losses = []
     for _ in range(12):
-        hidden = model.model(
-            input_ids=tokens.ids, position_ids=tokens.positions, attention_mask=tokens.mask, use_cache=False, **seen
-        )[0]
-        loss = torch.nn.functional.cross_entropy(model.lm_head(hidden[counted]), tokens.labels[counted])
-        loss.backward()
+        values = batch_loss(model, processor, batch)
+        values["loss"].backward()
         optimizer.step()
         optimizer.zero_grad()
-        losses.append(loss.item())
+        losses.append(values["loss"].item())
     assert losses[-1] < 0.3 * losses[0]
+    assert values["right"] > 0.6
+    with torch.no_grad():
+        other = batch_loss(model, processor, dataclasses.replace(batch, offsets=[2, 3]))["loss"].item()
+        assert other != batch_loss(model, processor, batch)["loss"].item()
 
 
 def _fixed() -> Batch:

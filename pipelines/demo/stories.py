@@ -6,9 +6,9 @@ that name a scene by its place ("the second shape") or by what it shows ("the re
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from dataclasses import dataclass
-from itertools import pairwise
 
 import numpy as np
 
@@ -20,23 +20,23 @@ ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth", "seventh", "
 KINDS = ("colour", "shape", "motion", "background", "order")
 # How scenes are drawn: those that training may see, or the others.
 PARTS = ("training", "held-out")
-# How many colours and shapes even the longest story has only once: questions name scenes by them.
+# So many looks occur only once in a story of any length: questions use them as names.
 _ONCE = 8
 
 _BY_PLACE = {
-    "colour": "what colour was the {} shape ?",
-    "shape": "what shape was the {} one ?",
-    "motion": "how did the {} shape move ?",
-    "background": "what was behind the {} shape ?",
+    "colour": "What colour was the {} shape?",
+    "shape": "What shape was the {} one?",
+    "motion": "How did the {} shape move?",
+    "background": "What was behind the {} shape?",
 }
-_BY_LOOK = {"motion": "how did the {} move ?", "background": "what was behind the {} ?"}
+_BY_LOOK = {"motion": "How did the {} move?", "background": "What was behind the {}?"}
 _ALONE = {
-    "colour": "what colour is the shape ?",
-    "shape": "what shape is it ?",
-    "motion": "how does the shape move ?",
-    "background": "what is behind the shape ?",
+    "colour": "What colour is the shape?",
+    "shape": "What shape is it?",
+    "motion": "How does the shape move?",
+    "background": "What is behind the shape?",
 }
-_AFTER, _FIRST = "what came after the {} ?", "what came first , the {} or the {} ?"
+_AFTER, _FIRST = "What came after the {}?", "What came first, the {} or the {}?"
 
 
 @dataclass(frozen=True)
@@ -86,16 +86,25 @@ def draw_story(rng: np.random.Generator, scenes: int, part: str) -> Story:
     for scene in pool:
         of_look.setdefault(look(scene), []).append(scene)
     looks = [str(one) for one in rng.permutation(list(of_look))]
-    # Long stories show things again, but never the first few.
+    # Only in stories longer than that do looks come again, and even there not all of them.
     while len(looks) < scenes:
         looks += [str(one) for one in rng.permutation(looks[_ONCE : len(of_look)])]
-    looks = looks[:scenes]
-    while True:
-        looks = [str(one) for one in rng.permutation(looks)]
-        if all(one != other for one, other in pairwise(looks)):
-            break
+    looks = _apart(rng, looks[:scenes])
     chosen = [of_look[one][rng.integers(len(of_look[one]))] for one in looks]
     return Story(tuple(chosen), int(rng.integers(2**31)))
+
+
+def _apart(rng: np.random.Generator, looks: list[str]) -> list[str]:
+    """The looks in a random order in which no two neighbours are the same."""
+    while True:
+        left, order = list(looks), [""]
+        while left:
+            others = [number for number, one in enumerate(left) if one != order[-1]]
+            if not others:
+                break
+            order.append(left.pop(others[rng.integers(len(others))]))
+        if not left:
+            return order[1:]
 
 
 def look(scene: world.Scene) -> str:
@@ -106,8 +115,11 @@ def look(scene: world.Scene) -> str:
 def draw_question(rng: np.random.Generator, story: Story, kind: str) -> Asked:
     """A question of one of KINDS about a story.
 
+    A scene is named by its place, one of the first eight or the last, or where that is not what is asked, by a look
+    that no other scene has.
+
     Raises:
-        ValueError: unknown kind, or one about the order of a single scene.
+        ValueError: unknown kind, one about the order of a single scene, or about looks where none occurs once.
     """
     if kind not in KINDS:
         raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
@@ -133,9 +145,9 @@ def draw_question(rng: np.random.Generator, story: Story, kind: str) -> Asked:
 
 
 def words() -> list[str]:
-    """Every word of the questions and answers, each once."""
+    """Every word and sign of the questions and answers, in lower case, each once."""
     templates = (*_BY_PLACE.values(), *_BY_LOOK.values(), *_ALONE.values(), _AFTER, _FIRST)
-    own = [word for template in templates for word in template.replace("{}", "").split()]
+    own = re.findall(r"\w+|[^\w\s]", " ".join(templates).replace("{}", "").lower())
     named = (*world.COLOURS, *world.SHAPES, *world.MOTIONS, *world.BACKGROUNDS)
     return list(dict.fromkeys([*own, *ORDINALS, "last", *named]))
 
@@ -151,6 +163,9 @@ def _order(rng: np.random.Generator, scenes: tuple[world.Scene, ...]) -> Asked:
 
 
 def _once(scenes: tuple[world.Scene, ...]) -> list[int]:
-    """The scenes whose look no other has."""
+    """The scenes whose look no other has, at least two."""
     counts = Counter(map(look, scenes))
-    return [number for number, scene in enumerate(scenes) if counts[look(scene)] == 1]
+    once = [number for number, scene in enumerate(scenes) if counts[look(scene)] == 1]
+    if len(once) < 2:
+        raise ValueError("a question by look needs two looks that occur once")
+    return once

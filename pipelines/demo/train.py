@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import os
 import shutil
 import time
 from pathlib import Path
@@ -20,7 +19,7 @@ import torch
 
 from pipelines.demo import text, world
 from pipelines.demo.train_latents import ClipSize
-from pipelines.demo.train_loop import COOLDOWN, Plan
+from pipelines.demo.train_loop import COOLDOWN, Plan, phase_at
 from pipelines.demo.train_phases import (
     CONTINUED_COOLDOWN,
     CONTINUED_PHASES,
@@ -39,7 +38,7 @@ from pipelines.demo.train_transformer import (
 from pipelines.demo.train_vae import LEARNING_RATE as VAE_LEARNING_RATE
 from pipelines.demo.train_vae import reconstruction_psnr, train_vae
 from pipelines.errors import UserError
-from pipelines.files import whole_files
+from pipelines.files import edit_json, whole_files, whole_folder
 from pipelines.models import import_diffusers
 from pipelines.program import Parser, run_program
 
@@ -118,8 +117,8 @@ def run(
     def on_checkpoint(step: int, transformer: Any) -> None:
         nonlocal sampled
         if time.monotonic() - sampled >= 60 * sample_minutes:
-            phase = next((phase for phase in phases if step <= phase.until * steps), phases[-1])
-            save_samples(out / f"samples-{step:06d}.png", assemble(vae, transformer), phase.size)
+            size = phase_at(phases, step - 1, steps).size
+            save_samples(out / f"samples-{step:06d}.png", assemble(vae, transformer), size)
             sampled = time.monotonic()
 
     plan = Plan(
@@ -144,8 +143,7 @@ def run(
     )
     pipeline = assemble(vae, transformer)
     if finished:
-        phase = next((phase for phase in phases if finished <= phase.until * steps), phases[-1])
-        save_samples(out / f"samples-{finished:06d}.png", pipeline, phase.size)
+        save_samples(out / f"samples-{finished:06d}.png", pipeline, phase_at(phases, finished - 1, steps).size)
     save_pipeline(pipeline, out / "pipeline")
     return finished >= steps
 
@@ -167,29 +165,17 @@ def assemble(vae: Any, transformer: Any) -> Any:
 def save_pipeline(pipeline: Any, folder: Path) -> None:
     """Write a bfloat16 copy, whole or not at all; what diffusers keeps in float32 stays so, and so does `pipeline`."""
     import_diffusers()
-    partial, full, old = (folder.with_name(f".{folder.name}.{part}") for part in ("partial", "float32", "old"))
-    for leftover in (partial, full, old):
-        shutil.rmtree(leftover, ignore_errors=True)
-    pipeline.save_pretrained(full)
-    type(pipeline).from_pretrained(full, torch_dtype=torch.bfloat16).save_pretrained(partial)
-    shutil.rmtree(full)
-    # transformers 5 writes a class name that 4 does not have, and diffusers the folder that it loaded from.
-    _edit_json(partial / "model_index.json", tokenizer=["transformers", "PreTrainedTokenizerFast"])
-    _edit_json(partial / "tokenizer" / "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast")
-    for config in partial.rglob("*.json"):
-        if "_name_or_path" in config.read_text(encoding="utf-8"):
-            _edit_json(config, _name_or_path=None)
-    if folder.exists():
-        os.replace(folder, old)
-    os.replace(partial, folder)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _edit_json(path: Path, **changes: Any) -> None:
-    """Set the keys of a JSON file; None removes one."""
-    values = {**json.loads(path.read_text(encoding="utf-8")), **changes}
-    kept = {name: value for name, value in values.items() if name not in changes or value is not None}
-    path.write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
+    full = folder.with_name(f".{folder.name}.float32")
+    with whole_folder(folder) as partial:
+        pipeline.save_pretrained(full)
+        type(pipeline).from_pretrained(full, torch_dtype=torch.bfloat16).save_pretrained(partial)
+        shutil.rmtree(full)
+        # transformers 5 writes a class name that 4 does not have, and diffusers the folder that it loaded from.
+        edit_json(partial / "model_index.json", tokenizer=["transformers", "PreTrainedTokenizerFast"])
+        edit_json(partial / "tokenizer" / "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast")
+        for config in partial.rglob("*.json"):
+            if "_name_or_path" in config.read_text(encoding="utf-8"):
+                edit_json(config, _name_or_path=None)
 
 
 def save_samples(path: Path, pipeline: Any, size: ClipSize = FULL) -> None:
@@ -236,10 +222,8 @@ def _finished_vae(plan: Plan, device: torch.device, seed: int) -> Any | None:
     logger.info("vae: held-out clips come back at %.1f dB", quality)
     with open(plan.folder / "log.jsonl", "a", encoding="utf-8") as file:
         file.write(json.dumps({"stage": "vae", "step": steps, "held_out_psnr": round(quality, 2)}) + "\n")
-    partial = plan.folder / ".vae.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    vae.save_pretrained(partial)
-    os.replace(partial, folder)
+    with whole_folder(folder) as partial:
+        vae.save_pretrained(partial)
     return vae
 
 

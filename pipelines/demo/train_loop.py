@@ -1,4 +1,4 @@
-"""The loop that the demo's two trainings share: schedule, moving average, log, checkpoints that survive a kill.
+"""The loop that the demo's trainings share: schedule, moving average, log, checkpoints that survive a kill.
 
 What a step does depends on its number alone (its random numbers are drawn from the seed and the step), so a run
 that is killed and started again gives the same weights as one that is not.
@@ -9,10 +9,10 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import torch
 from safetensors import safe_open
@@ -54,6 +54,21 @@ class Plan:
     @property
     def checkpoint(self) -> Path:
         return self.folder / f"{self.name}.safetensors"
+
+
+class HasEnd(Protocol):
+    """A part of a training: `until` is the share of all steps at which it ends."""
+
+    @property
+    def until(self) -> float: ...
+
+
+P = TypeVar("P", bound=HasEnd)
+
+
+def phase_at(phases: Sequence[P], step: int, steps: int) -> P:
+    """The phase of a step, the first being 0, of `steps`."""
+    return next((phase for phase in phases if step < phase.until * steps), phases[-1])
 
 
 def schedule_at(plan: Plan, step: int) -> float:

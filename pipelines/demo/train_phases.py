@@ -8,6 +8,7 @@ import numpy as np
 
 from pipelines.demo import world
 from pipelines.demo.train_latents import ClipSize, clip_scene
+from pipelines.demo.train_loop import phase_at
 
 # Sampling's shift of the noise levels at full size; smaller clips have fewer tokens to average noise over.
 FLOW_SHIFT = 4.0
@@ -36,6 +37,9 @@ class Phase:
     for a part of the price the model learns distances that only long clips have. With `cut`, it sees a square of so
     many tokens a side of each clip, anywhere in it. `shift` moves the noise levels upwards as a sampler's flow shift
     does; None is what goes with the size.
+
+    Raises:
+        ValueError: an anchor, but no frame beside it.
     """
 
     until: float
@@ -46,6 +50,10 @@ class Phase:
     cut: int | None = None
     shift: float | None = None
     anchor: Anchor | None = None
+
+    def __post_init__(self) -> None:
+        if self.anchor is not None and (self.kept or self.size.latent_frames) < 2:
+            raise ValueError("an anchor needs another frame beside it")
 
     @property
     def tokens(self) -> int:
@@ -67,7 +75,7 @@ PHASES = (
 # of the rotary frequencies comes around) nor which way a shape goes. That is settled while there is almost nothing but
 # noise, and where a shape is gives it away, since its whole way lies in the picture. In a square cut out anywhere it
 # does not. First one frame says where the shape is, and the words where it goes from there; then that frame has more
-# and more noise, and is any frame.
+# noise, and is any frame; then most steps do without it, and whole pictures come back.
 CONTINUED_PHASES = (
     Phase(0.19, FULL, 12, 1536, kept=4, cut=10, shift=24.0, anchor=Anchor(1.0, (0.0, 0.6), first=True)),
     Phase(0.37, FULL, 12, 1536, kept=4, cut=10, shift=24.0, anchor=Anchor(1.0, (0.2, 1.0))),
@@ -85,7 +93,7 @@ class Batch:
     """What a step sees: the numbers of its clips, their captions (empty where dropped), noise levels in (0, 1).
 
     `frames` are the latent frames of them that are kept, in order. `corners` `[clips, 2]` are the upper left tokens
-    (row, column) of what is cut out of each, None where nothing is. `anchor` is which of `frames` has less noise, and
+    (row, column) of what is cut out of each, None where nothing is. `anchored` is which of `frames` has less noise, and
     for each clip the share of its noise level that is left there; None without one.
     """
 
@@ -95,13 +103,13 @@ class Batch:
     sigmas: np.ndarray
     frames: np.ndarray
     corners: np.ndarray | None = None
-    anchor: tuple[int, np.ndarray] | None = None
+    anchored: tuple[int, np.ndarray] | None = None
 
 
 def draw_batch(seed: int, step: int, steps: int, phases: tuple[Phase, ...] = PHASES) -> Batch:
     """The batch of a step, from the seed and the step alone."""
     rng = np.random.default_rng([seed, step])
-    phase = next((phase for phase in phases if step < phase.until * steps), phases[-1])
+    phase = phase_at(phases, step, steps)
     clips = rng.integers(phase.clips, size=phase.batch)
     captions = [world.caption(clip_scene(int(number)), int(rng.integers(2**31))) for number in clips]
     captions = ["" if rng.random() < _DROPPED else words for words in captions]
@@ -111,10 +119,10 @@ def draw_batch(seed: int, step: int, steps: int, phases: tuple[Phase, ...] = PHA
     frames = np.arange(phase.size.latent_frames)
     if phase.kept is not None:
         frames = np.sort(rng.choice(frames, size=phase.kept, replace=False))
-    corners = anchor = None
+    corners = anchored = None
     if phase.cut is not None:
         corners = rng.integers(phase.size.side_tokens - phase.cut + 1, size=(phase.batch, 2))
     if phase.anchor is not None and rng.random() < phase.anchor.share:
         place = 0 if phase.anchor.first else int(rng.integers(len(frames)))
-        anchor = place, rng.uniform(*phase.anchor.noise, size=phase.batch)
-    return Batch(phase, clips, captions, shift * uniform / (1 + (shift - 1) * uniform), frames, corners, anchor)
+        anchored = place, rng.uniform(*phase.anchor.noise, size=phase.batch)
+    return Batch(phase, clips, captions, shift * uniform / (1 + (shift - 1) * uniform), frames, corners, anchored)

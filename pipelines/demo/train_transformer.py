@@ -40,7 +40,7 @@ def build_transformer(seed: int = 0) -> Any:
 
 
 def rotary_of(transformer: Any, clip: torch.Tensor, frames: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """The rotary embedding of the tokens of `frames`, each at its place in the whole clip `[B, C, F, H, W]`."""
+    """The rotary embedding of the tokens of `frames`, each at its place in `clip` `[B, C, F, H, W]`."""
     whole = (part.unflatten(1, (clip.shape[2], -1)) for part in transformer.rope(clip))
     return tuple(part[:, frames.to(part.device)].flatten(1, 2) for part in whole)
 
@@ -57,8 +57,8 @@ def cut_out(clips: torch.Tensor, batch: Batch) -> torch.Tensor:
 def noise_levels(batch: Batch) -> torch.Tensor:
     """The noise level of each kept frame of each clip, float32 `[clips, frames]`."""
     levels = torch.from_numpy(batch.sigmas).float()[:, None].repeat(1, len(batch.frames))
-    if batch.anchor is not None:
-        place, shares = batch.anchor
+    if batch.anchored is not None:
+        place, shares = batch.anchored
         levels[:, place] *= torch.from_numpy(shares).float()
     return levels
 
@@ -93,23 +93,23 @@ def train_transformer(
         if batch.phase not in latents:
             latents.clear()
             latents[batch.phase] = load_latents(vae, batch.phase.size, batch.phase.clips, folder)
-        whole = cut_out(latents[batch.phase][torch.from_numpy(batch.clips)], batch).float().to(device)
+        seen = cut_out(latents[batch.phase][torch.from_numpy(batch.clips)], batch).float().to(device)
         frames = torch.from_numpy(batch.frames)
-        clean = whole[:, :, frames]
-        processor.rotary = rotary_of(transformer, whole, frames)
+        clean = seen[:, :, frames]
+        processor.rotary = rotary_of(transformer, seen, frames)
         words = text.encode(tokenizer, text_encoder, batch.captions).to(device)
         processor.text_bias = padding_bias(words, text.MAX_TEXT_TOKENS)
         noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(seed * 1_000_003 + step)).to(device)
         levels = noise_levels(batch).to(device)
         # A time for each token only where they differ: it costs a modulation for each token.
         times = levels[:, 0]
-        if batch.anchor is not None:
+        if batch.anchored is not None:
             times = levels.repeat_interleave(batch.phase.tokens // len(frames), dim=1)
         mix = levels[:, None, :, None, None]
         with torch.autocast(device.type, torch.bfloat16):
             velocity = transformer((1 - mix) * clean + mix * noise, times * 1000, words, return_dict=False)[0]
         error = (velocity.float() - (noise - clean)).square().mean(dim=(1, 3, 4))
-        counted = [place for place in range(len(frames)) if batch.anchor is None or place != batch.anchor[0]]
+        counted = [place for place in range(len(frames)) if batch.anchored is None or place != batch.anchored[0]]
         return {"loss": error[:, counted].mean(), "tokens": torch.tensor(float(batch.phase.tokens))}
 
     def checkpointed(step: int, average: dict[str, torch.Tensor]) -> None:

@@ -1,14 +1,15 @@
 """Trains the demo's video-understanding model on stories of the shapes world: one scene first, long stories last.
 
 Every step shows new stories and asks several questions about each at once. A question sees its story and itself
-alone and stands where it would stand as the only one, so a step is worth as many as it has questions, and the model
-learns no more than what one question at a time will show it.
+alone and stands where it would stand as the only one, so one step does the work of many, and no question can be
+answered from another.
 """
 
 from __future__ import annotations
 
 import argparse
 import logging
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,20 +18,25 @@ import numpy as np
 import torch
 
 from pipelines.demo import stories, watcher
-from pipelines.demo.train_loop import Plan, train
+from pipelines.demo.train_loop import Plan, phase_at, train
 from pipelines.program import Parser, run_program
 
 LEARNING_RATE, MATRIX_LEARNING_RATE = 1e-3, 3e-3
+# In the names of the parameters that Muon trains.
+BLOCKS = ("visual.blocks.", "language_model.layers.")
 _IGNORED = -100
 
 
 @dataclass(frozen=True)
 class Phase:
-    """Up to the share `until` of all steps: stories of one of `scenes` lengths, about `most` scenes a step."""
+    """Up to the share `until` of all steps: stories that all have one of `lengths`, drawn anew for each step.
+
+    A step shows as many of them as come to at most `scenes`, but at least one, and asks `questions` about each.
+    """
 
     until: float
-    scenes: tuple[int, ...]
-    most: int
+    lengths: tuple[int, ...]
+    scenes: int
     questions: int
 
 
@@ -43,7 +49,7 @@ PHASES = (
 
 @dataclass(frozen=True)
 class Batch:
-    """What a step sees: stories of the same number of scenes, and for each its questions and its first frame."""
+    """What a step sees: stories of the same number of scenes, and for each its questions and the first frame shown."""
 
     stories: list[stories.Story]
     asked: list[list[stories.Asked]]
@@ -53,10 +59,10 @@ class Batch:
 def draw_batch(seed: int, step: int, steps: int, phases: tuple[Phase, ...] = PHASES) -> Batch:
     """The batch of a step, from the seed and the step alone."""
     rng = np.random.default_rng([seed, step])
-    phase = next((phase for phase in phases if step < phase.until * steps), phases[-1])
-    scenes = int(rng.choice(phase.scenes))
-    told = [stories.draw_story(rng, scenes, "training") for _ in range(max(1, phase.most // scenes))]
-    kinds = [kind for kind in stories.KINDS if scenes > 1 or kind != "order"]
+    phase = phase_at(phases, step, steps)
+    length = int(rng.choice(phase.lengths))
+    told = [stories.draw_story(rng, length, "training") for _ in range(max(1, phase.scenes // length))]
+    kinds = [kind for kind in stories.KINDS if length > 1 or kind != "order"]
     asked = [
         [stories.draw_question(rng, story, kinds[number % len(kinds)]) for number in range(phase.questions)]
         for story in told
@@ -95,27 +101,50 @@ def tokenise(tokenizer: Any, batch: Batch, grid: tuple[int, int, int]) -> Tokens
     prefix = torch.cat([torch.zeros(3, 1), 1 + places, torch.full((3, 1), after)], dim=1).long()
     rows = []
     for asked in batch.asked:
-        ids, labels, spot, owner = list(head), [_IGNORED] * len(head), [], [0] * len(head)
+        ids, row_labels, spots, owner = list(head), [_IGNORED] * len(head), [], [0] * len(head)
         for number, one in enumerate(asked, start=1):
             question = [*tokenizer(one.question).input_ids, answer]
             reply = [*tokenizer(one.answer).input_ids, stop]
             ids += question + reply[:-1]
-            labels += [_IGNORED] * (len(question) - 1) + reply
-            spot += range(after + 1, after + len(question) + len(reply))
+            row_labels += [_IGNORED] * (len(question) - 1) + reply
+            spots += range(after + 1, after + len(question) + len(reply))
             owner += [number] * (len(question) + len(reply) - 1)
-        rows.append((ids, labels, spot, owner))
+        rows.append((ids, row_labels, spots, owner))
     longest = max(len(ids) for ids, *_ in rows)
     shape = (len(rows), longest)
-    tokens, labels_, owners = torch.zeros(shape).long(), torch.full(shape, _IGNORED), torch.full(shape, -1)
+    tokens, labels, owners = torch.zeros(shape).long(), torch.full(shape, _IGNORED), torch.full(shape, -1)
     positions = torch.zeros(3, *shape).long()
-    for number, (ids, labels, spot, owner) in enumerate(rows):
+    for number, (ids, row_labels, spots, owner) in enumerate(rows):
         tokens[number, : len(ids)] = torch.tensor(ids)
-        labels_[number, : len(ids)] = torch.tensor(labels)
+        labels[number, : len(ids)] = torch.tensor(row_labels)
         owners[number, : len(ids)] = torch.tensor(owner)
-        positions[:, number, : len(ids)] = torch.cat([prefix, torch.tensor(spot).expand(3, -1)], dim=1)
+        positions[:, number, : len(ids)] = torch.cat([prefix, torch.tensor(spots).expand(3, -1)], dim=1)
     same = owners[:, :, None] == owners[:, None]
     mask = (same | (owners[:, None] == 0)).tril()
-    return Tokens(tokens, labels_, positions, mask[:, None])
+    return Tokens(tokens, labels, positions, mask[:, None])
+
+
+def batch_loss(model: Any, processor: Any, batch: Batch) -> dict[str, torch.Tensor]:
+    """The mean cross-entropy of the answers' tokens as `loss`, the share of them that the model gets `right`."""
+    device = model.device
+    videos = [story.render(watcher.EVERY, offset) for story, offset in zip(batch.stories, batch.offsets, strict=True)]
+    seen = processor.video_processor(videos, do_sample_frames=False, return_tensors="pt").to(device)
+    frames, height, width = seen["video_grid_thw"][0].tolist()
+    merge = processor.video_processor.merge_size
+    tokens = tokenise(processor.tokenizer, batch, (frames, height // merge, width // merge))
+    with torch.autocast(device.type, torch.bfloat16):
+        hidden = model.model(
+            input_ids=tokens.ids.to(device),
+            position_ids=tokens.positions.to(device),
+            attention_mask=tokens.mask.to(device),
+            use_cache=False,
+            **seen,
+        )[0]
+        wanted = tokens.labels.to(device)
+        counted = wanted != _IGNORED
+        logits = model.lm_head(hidden[counted]).float()
+    right = (logits.argmax(-1) == wanted[counted]).float().mean()
+    return {"loss": torch.nn.functional.cross_entropy(logits, wanted[counted]), "right": right}
 
 
 def train_watcher(plan: Plan, device: torch.device, seed: int, phases: tuple[Phase, ...] = PHASES) -> tuple[Any, int]:
@@ -125,27 +154,8 @@ def train_watcher(plan: Plan, device: torch.device, seed: int, phases: tuple[Pha
 
     def loss_of(step: int) -> dict[str, torch.Tensor]:
         batch = draw_batch(seed, step, plan.steps, phases)
-        videos = [
-            story.render(watcher.EVERY, offset) for story, offset in zip(batch.stories, batch.offsets, strict=True)
-        ]
-        seen = processor.video_processor(videos, do_sample_frames=False, return_tensors="pt").to(device)
-        time, height, width = seen["video_grid_thw"][0].tolist()
-        merge = processor.video_processor.merge_size
-        tokens = tokenise(processor.tokenizer, batch, (time, height // merge, width // merge))
-        with torch.autocast(device.type, torch.bfloat16):
-            hidden = model.model(
-                input_ids=tokens.ids.to(device),
-                position_ids=tokens.positions.to(device),
-                attention_mask=tokens.mask.to(device),
-                use_cache=False,
-                **seen,
-            )[0]
-            counted = tokens.labels.to(device) != _IGNORED
-            logits = model.lm_head(hidden[counted]).float()
-        wanted = tokens.labels.to(device)[counted]
-        right = (logits.argmax(-1) == wanted).float().mean()
-        loss = torch.nn.functional.cross_entropy(logits, wanted)
-        return {"loss": loss, "right": right, "scenes": torch.tensor(float(len(batch.stories[0].scenes)))}
+        scenes = torch.tensor(float(len(batch.stories[0].scenes)))
+        return {**batch_loss(model, processor, batch), "scenes": scenes}
 
     steps, average = train(plan, model, loss_of)
     averaged.load_state_dict(average, strict=False)
@@ -168,8 +178,6 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
-    import time
-
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     deadline = None if options.minutes is None else time.monotonic() + 60 * options.minutes
     plan = Plan(
@@ -178,7 +186,7 @@ def _run(options: argparse.Namespace) -> int:
         options.steps,
         LEARNING_RATE,
         matrix_learning_rate=MATRIX_LEARNING_RATE,
-        blocks=("visual.blocks.", "language_model.layers."),
+        blocks=BLOCKS,
         deadline=deadline,
     )
     model, steps = train_watcher(plan, torch.device(options.device), options.seed, PHASES)

@@ -6,11 +6,13 @@ frames, so a scene that is watched at FPS frames a second has 256 of them.
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
 import xattn_video.integrations.transformers  # noqa: F401  (mends torchvision before transformers needs it)
 from pipelines.demo import stories, world
+from pipelines.files import edit_json, whole_folder
 
 # isort: split
 import torch
@@ -20,9 +22,10 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 # Frames a second that it is trained to be shown: every fourth of the world's.
 EVERY = 4
 FPS = world.FPS / EVERY
-SCENE_TOKENS = 256
 
 _PATCH, _MERGE = 8, 2
+# transformers 4 calls it otherwise.
+_ROTARY = "rope_scaling" if transformers.__version__.startswith("4.") else "rope_parameters"
 _SPECIAL = (
     "<pad>",
     "</s>",
@@ -52,7 +55,7 @@ def build_watcher(seed: int = 0) -> Any:
             "num_attention_heads": 4,
             "num_key_value_heads": 2,
             "max_position_embeddings": 32768,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [16, 8, 8]},
+            _ROTARY: {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [16, 8, 8]},
             "tie_word_embeddings": True,
             "pad_token_id": _IDS["<pad>"],
             "bos_token_id": None,
@@ -112,8 +115,9 @@ def vocabulary() -> list[str]:
 
 
 def save_watcher(model: Any, folder: Path) -> None:
-    """Write model and processor, for `from_pretrained`; the model in bfloat16, and left as it was."""
-    dtype = model.dtype
-    model.to(torch.bfloat16).save_pretrained(folder)
-    model.to(dtype)
-    build_processor().save_pretrained(folder)
+    """Write a bfloat16 copy of the model, and its processor, for `from_pretrained`; whole or not at all."""
+    with whole_folder(folder) as partial:
+        copy.deepcopy(model).to(torch.bfloat16).save_pretrained(partial)
+        build_processor().save_pretrained(partial)
+        # transformers 5 writes a class name that 4 does not have.
+        edit_json(partial / "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast")
