@@ -48,6 +48,7 @@ example:
   xattn-video bench --tokens 8192 16384 --head-dim 128 --dtype bf16
   xattn-video bench --inputs demo
   xattn-video bench --full --record --plot plots
+  xattn-video bench --model Qwen/Qwen3-8B --tokens 16384 65536
 
 a row is timed only if its results are right; a kernel that is missing, raises or is wrong is listed with the reason.
 effective TFLOP/s: dense 4*heads*tokens^2*head_dim operations (half if causal), score 1/(2*stride) of it,
@@ -59,6 +60,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `xattn-video bench`."""
     parser.add_argument("--device", default="auto", help="cpu, cuda, or auto (a GPU if there is one)")
     parser.add_argument("--tokens", type=int, nargs="+", help="sequence lengths (default: 7168 on a CPU)")
+    parser.add_argument(
+        "--model",
+        metavar="NAME",
+        help="the time to the first token of a language model instead (Hub id or local folder), dense and sparse",
+    )
     parser.add_argument("--heads", type=int, help="attention heads (default 4)")
     parser.add_argument("--head-dim", type=int, nargs="+", help="head dimensions (default 64)")
     parser.add_argument("--dtype", nargs="+", choices=sorted(DTYPES), help="data types (default: fp32 on a CPU)")
@@ -92,7 +98,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Measure and print; returns 0, or 1 where the correctness gate fails."""
-    device = _device(args.device)
     if args.rounds < 1:
         raise UserError(f"--rounds must be 1 or more, got {args.rounds}")
     if not 0 <= args.locality <= 1:
@@ -101,6 +106,11 @@ def run(args: argparse.Namespace) -> int:
         config = XAttnConfig(stride=args.stride, block_size=args.block_size, threshold=args.threshold, min_tokens=0)
     except ValueError as error:
         raise UserError(str(error)) from error
+    if args.model is not None:
+        from eval import first_token
+
+        return first_token.run(args, config)
+    device = _device(args.device)
     if args.plot is not None:
         bench_plots.check(args.plot)
     cases = chosen_cases(args, device)

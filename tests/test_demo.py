@@ -75,14 +75,11 @@ def test_the_model_draws_what_is_asked_in_combinations_it_never_saw(pipe, scene)
     assert world.is_held_out(scene)
     video = pipe(
         world.caption(scene, 0),
-        height=96, width=96, num_frames=17, num_inference_steps=10, guidance_scale=1.0,
+        height=128, width=128, num_frames=33, num_inference_steps=10, guidance_scale=1.0,
         generator=torch.Generator().manual_seed(0), output_type="np",
     ).frames[0]  # fmt: skip
     right = judge((video * 255).round().astype("uint8")).right(scene)
-    # Not its motion: which way a shape goes is chance, as the model card says.
-    assert right["colour"]
-    assert right["shape"]
-    assert right["background"]
+    assert all(right.values()), right
 
 
 def test_the_model_is_small_safe_and_as_large_as_promised(pipe):

@@ -1,0 +1,95 @@
+"""`xattn-video bench --model`: the time to the first token, dense and sparse, after a check of the logits."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from eval import first_token
+from pipelines.cli import main
+from tests.language_families import save_language_model
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_language_model(tmp_path_factory.mktemp("language") / "model")
+
+
+def command(model: Path, *more: str) -> list[str]:
+    sizes = ["--tokens", "400", "700", "--block-size", "16", "--threshold", "0.5", "--rounds", "2"]
+    return ["bench", "--model", str(model), "--device", "cpu", *sizes, *more]
+
+
+def test_a_row_a_length_with_both_times_and_the_density(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
+) -> None:
+    monkeypatch.setattr(first_token, "LEDGER", tmp_path / "rows.jsonl")
+    assert main(command(model, "--record")) == 0
+    printed = capfd.readouterr().out.splitlines()
+    document = json.loads(printed[-1])
+    assert document["ok"]
+    rows = document["rows"]
+    assert [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()] == rows
+    for row, length in zip(rows, (400, 700), strict=True):
+        assert 0.9 * length < row["tokens"] <= length + 1
+        assert 0 < row["density"] < 0.9
+        assert row["dense_calls"] == {}
+        for side in ("dense", "sparse"):
+            assert 0 < row["best_seconds"][side] <= row["median_seconds"][side]
+        assert row["speedup"] == row["best_seconds"]["dense"] / row["best_seconds"]["sparse"]
+        assert row["ideal_of_attention"] == pytest.approx(1 / (row["density"] + 1 / 16))
+        assert (row["dtype"], row["config"]["warmup_steps"]) == ("float32", 0)
+        assert row["device"]
+        assert any(line.split()[:2] == [f"{row['tokens']:,}", f"{row['density']:.3f}"] for line in printed)
+
+
+def test_a_model_whose_sparse_logits_are_wrong_is_not_timed(
+    model: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
+) -> None:
+    forward, calls = first_token._forward, []
+
+    def off_by_a_little(model: Any, prompt: torch.Tensor) -> torch.Tensor:
+        calls.append(prompt.shape)
+        return forward(model, prompt) * (1.001 if len(calls) == 2 else 1.0)
+
+    monkeypatch.setattr(first_token, "_forward", off_by_a_little)
+    assert main(command(model)) == 1
+    printed = capfd.readouterr().out.splitlines()
+    assert len(calls) == 2
+    assert printed[0].startswith("wrong result, nothing timed: threshold 1 is off dense logits by 1.0")
+    assert json.loads(printed[-1])["rows"] == []
+
+
+def test_the_model_stays_dense_in_its_own_rounds(model: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
+    forward, seen = first_token._forward, []
+
+    def note(model: Any, prompt: torch.Tensor) -> torch.Tensor:
+        seen.append(model.config._attn_implementation)
+        return forward(model, prompt)
+
+    monkeypatch.setattr(first_token, "_forward", note)
+    assert main(command(model)) == 0
+    # The gate, then for each of two lengths a warm-up and two rounds.
+    assert seen == ["sdpa", "xattention"] * (1 + 2 * 3)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--heads", "4"], "--heads does not go with --model"),
+        (["--inputs", "text"], "--inputs does not go with --model"),
+        (["--causal"], "--causal does not go with --model"),
+        (["--dtype", "fp32", "bf16"], "--dtype takes one type with --model, got fp32 bf16"),
+        (["--tokens", "5"], "--tokens: "),
+        (["--model", "/nowhere"], "--model /nowhere"),
+    ],
+)
+def test_bad_input_is_one_line(options: list[str], message: str, model: Path, capfd: Any) -> None:
+    assert main(command(model, *options)) == 2
+    error = capfd.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("xattn-video: error: ")
+    assert message in error
