@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import signal
 import subprocess
@@ -17,6 +18,7 @@ import torch
 from pipelines.demo import text, train_latents, train_vae, world
 from pipelines.demo.train import assemble, main, run, save_pipeline, save_samples
 from pipelines.demo.train_attention import TrainingAttention, padding_bias
+from pipelines.demo.train_curve import draw_curve
 from pipelines.demo.train_latents import ClipSize, clip_scene
 from pipelines.demo.train_loop import Plan, schedule_at, train
 from pipelines.demo.train_phases import CONTINUED_PHASES, FULL, PHASES, Anchor, Phase, draw_batch
@@ -239,6 +241,29 @@ def test_an_interrupted_training_ends_with_the_very_same_weights(vae: Any, tmp_p
     lines = [json.loads(line) for line in (tmp_path / "parts" / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
     assert all(np.isfinite(line["loss"]) for line in lines)
+    assert (tmp_path / "parts" / "loss.png").exists() == (importlib.util.find_spec("matplotlib") is not None)
+
+
+def test_the_curve_shows_every_stage_and_goes_on(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="the curve needs matplotlib")
+    assert draw_curve(tmp_path / "log.jsonl") is None
+
+    def write(*stages: str, steps: int) -> bytes:
+        lines = [{"stage": stage, "step": step, "loss": 1 / (step + 1)} for stage in stages for step in range(steps)]
+        lines.append({"stage": "vae", "step": 600, "held_out_psnr": 31.4})
+        (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        path = draw_curve(tmp_path / "log.jsonl")
+        assert path == tmp_path / "loss.png"
+        return path.read_bytes()
+
+    def height(picture: bytes) -> int:
+        return int.from_bytes(picture[20:24])
+
+    one, longer, two = write("vae", steps=5), write("vae", steps=9), write("vae", "transformer", steps=5)
+    assert one[:8] == b"\x89PNG\r\n\x1a\n"
+    assert one != longer
+    assert height(two) == 2 * height(one)
+    assert {path.name for path in tmp_path.iterdir()} == {"log.jsonl", "loss.png"}
 
 
 LOOP = """

@@ -1,4 +1,4 @@
-"""The loop that the demo's trainings share: schedule, moving average, log, checkpoints that survive a kill.
+"""The loop that the demo's trainings share: schedule, moving average, log with its curve, checkpoints that survive.
 
 What a step does depends on its number alone (its random numbers are drawn from the seed and the step), so a run
 that is killed and started again gives the same weights as one that is not.
@@ -18,6 +18,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from pipelines.demo.train_curve import draw_curve
 from pipelines.files import whole_files, write_texts
 
 logger = logging.getLogger(__name__)
@@ -54,6 +55,11 @@ class Plan:
     @property
     def checkpoint(self) -> Path:
         return self.folder / f"{self.name}.safetensors"
+
+    @property
+    def log(self) -> Path:
+        """A JSON line every `log_steps`, of all stages that share the folder."""
+        return self.folder / "log.jsonl"
 
 
 class HasEnd(Protocol):
@@ -155,11 +161,13 @@ def train(
             losses = {}
         if now - saved >= plan.checkpoint_seconds:
             _save(plan, model, average, optimizers, step, seconds + now - started)
+            draw_curve(plan.log)
             if on_checkpoint:
                 on_checkpoint(step, average)
             saved = time.monotonic()
     if not plan.checkpoint.exists() or step > _checkpoint_step(plan):
         _save(plan, model, average, optimizers, step, seconds + time.monotonic() - started)
+        draw_curve(plan.log)
         if on_checkpoint:
             on_checkpoint(step, average)
     return step, average
@@ -213,7 +221,7 @@ def _checkpoint_step(plan: Plan) -> int:
 def _log(plan: Plan, step: int, losses: dict[str, list[float]], rate: float, seconds: float) -> None:
     means = {name: round(sum(values) / len(values), 6) for name, values in losses.items()}
     line = {"stage": plan.name, "step": step, **means, "learning_rate": rate, "seconds": round(seconds, 1)}
-    with open(plan.folder / "log.jsonl", "a", encoding="utf-8") as file:
+    with open(plan.log, "a", encoding="utf-8") as file:
         file.write(json.dumps(line) + "\n")
     left = (plan.steps - step) * seconds / step / 60
     shown = " ".join(f"{name} {value:.4f}" for name, value in means.items())
@@ -222,7 +230,7 @@ def _log(plan: Plan, step: int, losses: dict[str, list[float]], rate: float, sec
 
 def _truncate_log(plan: Plan, step: int) -> None:
     """Drop the lines of steps that a killed run did after its last checkpoint: they are done again."""
-    path = plan.folder / "log.jsonl"
+    path = plan.log
     if not path.exists():
         return
     lines: list[dict[str, Any]] = []
