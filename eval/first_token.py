@@ -128,6 +128,7 @@ def _measure(model: Any, prompt: Tensor, config: XAttnConfig, rounds: int) -> di
         "config": config.to_dict(),
         "density": density,
         "dense_calls": summary["dense_calls"],
+        "seconds": seconds,
         "best_seconds": best,
         "median_seconds": median,
         "speedup": best["dense"] / best["sparse"],

@@ -39,7 +39,9 @@ def test_a_row_a_length_with_both_times_and_the_density(
         assert 0 < row["density"] < 0.9
         assert row["dense_calls"] == {}
         for side in ("dense", "sparse"):
-            assert 0 < row["best_seconds"][side] <= row["median_seconds"][side]
+            # Not the warm-up.
+            assert len(row["seconds"][side]) == row["rounds"] == 2
+            assert 0 < row["best_seconds"][side] == min(row["seconds"][side]) <= row["median_seconds"][side]
         assert row["speedup"] == row["best_seconds"]["dense"] / row["best_seconds"]["sparse"]
         assert row["ideal_of_attention"] == pytest.approx(1 / (row["density"] + 1 / 16))
         assert (row["dtype"], row["config"]["warmup_steps"]) == ("float32", 0)

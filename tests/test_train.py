@@ -248,8 +248,8 @@ def test_the_curve_shows_every_stage_and_goes_on(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="the curve needs matplotlib")
     assert draw_curve(tmp_path / "log.jsonl") is None
 
-    def write(*stages: str, steps: int) -> bytes:
-        lines = [{"stage": stage, "step": step, "loss": 1 / (step + 1)} for stage in stages for step in range(steps)]
+    def write(*stages: str, steps: int, loss: float = 1.0) -> bytes:
+        lines = [{"stage": stage, "step": step, "loss": loss / (step + 1)} for stage in stages for step in range(steps)]
         lines.append({"stage": "vae", "step": 600, "held_out_psnr": 31.4})
         (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
         path = draw_curve(tmp_path / "log.jsonl")
@@ -262,6 +262,7 @@ def test_the_curve_shows_every_stage_and_goes_on(tmp_path: Path) -> None:
     one, longer, two = write("vae", steps=5), write("vae", steps=9), write("vae", "transformer", steps=5)
     assert one[:8] == b"\x89PNG\r\n\x1a\n"
     assert one != longer
+    assert write("vae", steps=5, loss=0.1) != one
     assert height(two) == 2 * height(one)
     assert {path.name for path in tmp_path.iterdir()} == {"log.jsonl", "loss.png"}
 
