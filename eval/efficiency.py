@@ -16,8 +16,6 @@ import argparse
 import json
 import statistics
 import sys
-import time
-from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -31,6 +29,7 @@ from eval.bench_cases import DTYPES, INPUTS, Case, chosen_cases, make_inputs
 from eval.bench_tables import format_stages, format_table
 from eval.dense_kernels import Problem, attend_blocks, dense_candidates, judge, sparse_candidates
 from eval.ledger import RESULTS, append_rows, provenance
+from eval.timing import peak_extra_mb, seconds_of
 from pipelines.environment import device_name
 from pipelines.errors import UserError
 from xattn_video import XAttnConfig, block_sparse_attention, score_blocks, select_blocks, xattention
@@ -246,8 +245,8 @@ def _measure(
     for done in range(rounds):
         print(f"{case.name} {case.dtype} D {case.head_dim}: round {done + 1} of {rounds}", file=sys.stderr)
         for name, function in stages.items():
-            seconds[name].append(_seconds(function, device))
-    peak = {name: _peak_extra_mb(function, device) for name, function in stages.items()}
+            seconds[name].append(seconds_of(function, device))
+    peak = {name: peak_extra_mb(function, device) for name, function in stages.items()}
     return summarize(case, config, density, seconds, tuple(dense.kernels)) | {
         "not_timed": dense.refused | other.refused,
         "peak_extra_mb": peak if device.type == "cuda" else None,
@@ -285,28 +284,3 @@ def summarize(
         "reached": speedup / ideal,
         "tflops": {name: shares[name] * flop / time / 1e9 for name, time in best.items() if name != "select"},
     }
-
-
-def _seconds(function: Callable[[], Any], device: torch.device) -> float:
-    _wait_for(device)
-    begin = time.perf_counter()
-    function()
-    _wait_for(device)
-    return time.perf_counter() - begin
-
-
-def _wait_for(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def _peak_extra_mb(function: Callable[[], Any], device: torch.device) -> float | None:
-    """Memory beyond what is there already, the output included; None on a CPU, where nobody counts it."""
-    if device.type != "cuda":
-        return None
-    _wait_for(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    before = torch.cuda.memory_allocated(device)
-    function()
-    _wait_for(device)
-    return (torch.cuda.max_memory_allocated(device) - before) / 1e6

@@ -13,7 +13,7 @@ import argparse
 import json
 import statistics
 import sys
-import time
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from eval.bench_cases import DTYPES
 from eval.bench_tables import aligned
 from eval.ledger import RESULTS, append_rows, provenance
 from eval.needle_items import make_item
+from eval.timing import seconds_of
 from pipelines.environment import device_name
 from pipelines.errors import UserError
 from pipelines.language import load_model
@@ -111,12 +112,9 @@ def _measure(model: Any, prompt: Tensor, config: XAttnConfig, rounds: int) -> di
         print(f"{prompt.shape[1]:,} tokens: {told}", file=sys.stderr)
         for name, side in sides.items():
             stats = _attach(model, side)
-            _wait(model.device)
-            begin = time.perf_counter()
-            _forward(model, prompt)
-            _wait(model.device)
+            taken = seconds_of(partial(_forward, model, prompt), model.device)
             if done:
-                seconds[name].append(time.perf_counter() - begin)
+                seconds[name].append(taken)
             if stats is not None:
                 summary = stats.summary()
     _attach(model, None)
@@ -166,8 +164,3 @@ def _forward(model: Any, prompt: Tensor) -> Tensor:
         return model(prompt, use_cache=True, logits_to_keep=1).logits
     except torch.OutOfMemoryError:
         raise UserError(f"--tokens: {model.device} is out of memory with {prompt.shape[1]:,} tokens") from None
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

@@ -167,6 +167,7 @@ def save_pipeline(pipeline: Any, folder: Path) -> None:
     import_diffusers()
     full = folder.with_name(f".{folder.name}.float32")
     with whole_folder(folder) as partial:
+        shutil.rmtree(full, ignore_errors=True)
         pipeline.save_pretrained(full)
         type(pipeline).from_pretrained(full, torch_dtype=torch.bfloat16).save_pretrained(partial)
         shutil.rmtree(full)
