@@ -15,6 +15,7 @@ import itertools
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -88,7 +89,7 @@ def run(args: argparse.Namespace) -> int:
     labels += [] if args.no_floor else [("dense-alt", None)]
     labels += [(config.label(), config) for config in configs]
     options = _generate_options(args)
-    plan = make_plan(options, labels)
+    plan = prompt_by_prompt(make_plan(options, labels))
     if not args.no_plot:
         _check_matplotlib()
     print(forecast(plan, len(configs), len(plan.pending)), file=sys.stderr)
@@ -136,6 +137,16 @@ def settings(args: argparse.Namespace) -> list[XAttnConfig]:
     except ValueError as error:
         raise UserError(str(error)) from None
     return list(dict.fromkeys(configs))
+
+
+def prompt_by_prompt(plan: Plan) -> Plan:
+    """The plan with its videos in the order of prompts and seeds, dense beside sparse.
+
+    A machine that slows down in a run of hours then slows down every configuration alike.
+    """
+    order = list(dict.fromkeys((job.prompt.id, job.seed) for job in plan.jobs))
+    places = {key: place for place, key in enumerate(order)}
+    return replace(plan, pending=tuple(sorted(plan.pending, key=lambda job: places[job.prompt.id, job.seed])))
 
 
 def forecast(plan: Plan, configs: int, left: int) -> str:

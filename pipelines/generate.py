@@ -138,18 +138,19 @@ def _make_videos(plan: Plan, args: argparse.Namespace, on_record: Callable[[Reco
     records = []
     with VideoProgress(len(plan.pending), synchronize) as progress:
         pipe.progress_bar = progress.steps
-        for jobs in by_folder(plan.pending).values():
-            processor = runner.attach(pipe, jobs[0].config)
-            for job in jobs:
-                record = _make_video(pipe, processor, plan, job, progress, lossless=args.lossless)
-                record |= common
-                append_record(job.folder, record)
-                records.append(record)
-                progress.finish()
-                if not args.json:
-                    progress.print(_result_line(job, record))
-                if on_record:
-                    on_record(record)
+        label, processor = None, None
+        for job in plan.pending:
+            if job.attention != label:
+                label, processor = job.attention, runner.attach(pipe, job.config)
+            record = _make_video(pipe, processor, plan, job, progress, lossless=args.lossless)
+            record |= common
+            append_record(job.folder, record)
+            records.append(record)
+            progress.finish()
+            if not args.json:
+                progress.print(_result_line(job, record))
+            if on_record:
+                on_record(record)
     return records
 
 

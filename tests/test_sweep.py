@@ -100,6 +100,20 @@ def test_a_sweep_makes_measures_draws_and_goes_on(model, tmp_path, xattn, monkey
     assert json.loads(again.out.splitlines()[-1])["rows"] == rows
 
 
+def test_dense_and_sparse_videos_of_a_prompt_are_made_one_after_another(model, tmp_path, xattn):
+    prompts, out = tmp_path / "prompts.txt", tmp_path / "out"
+    prompts.write_text("a cat\na dog\n", encoding="utf-8")
+    command = ("sweep", "--model", model, "--prompts", prompts, "--out", out, "--grid", "--thresholds", "0.3")
+    command += ("--strides", "8", "--warmup-steps", "1", "--no-floor", "--no-plot", *TINY, "--no-lpips")
+    done = xattn(*command)
+    assert done.code == 0, done.err
+    files = [Path(line.split()[0]) for line in done.out.splitlines() if ".mp4  " in line]
+    assert [file.stem for file in files] == ["0001-s0"] * 2 + ["0002-s0"] * 2
+    assert [file.parent.name for file in files] == ["dense", "xattn-s8-t0.30-w1-b16-m0"] * 2
+    # Each was made with what its folder says.
+    assert [read_manifest(file.parent)[file.stem[:4], 0]["mean_density"] == 1 for file in files] == [True, False] * 2
+
+
 def test_other_prompts_are_not_judged(model, tmp_path, xattn):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a red fox\n", encoding="utf-8")
