@@ -32,6 +32,7 @@ from pipelines.files import write_texts
 from pipelines.program import Parser, run_program
 from xattn_video.blocks import num_blocks
 from xattn_video.kernels import antidiagonal_scores, block_sparse
+from xattn_video.kernels.launch import launch_config
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -52,6 +53,8 @@ MATRIX_INSTRUCTION = {
     "gfx942": r"\bv_mfma_",
 }
 TENSOR_MEMORY_COLUMNS = 512
+# fetch whole tiles by tensor descriptors
+COPY_ENGINE = ("sm_90", "sm_100", "sm_120")
 LOCAL_LOAD = {"cuda": r"\bLDL\b", "hip": r"\bscratch_load"}
 CONFIG_NAMES = ("BLOCK_R", "BLOCK_C", "BLOCK_K", "BLOCK_M", "BLOCK_N", "num_warps", "num_stages")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -69,6 +72,7 @@ class Case:
     causal: bool = False
     block_size: int = 128
     stride: int = 8
+    tma: bool = False
 
     def kernel_and_arguments(self) -> tuple[JITFunction, dict[str, Any]]:
         """The kernel and what its launcher would pass for one large video."""
@@ -89,6 +93,8 @@ class Case:
         lse = _meta(1, HEADS, TOKENS, dtype=torch.float32)
         indices = _meta(1, HEADS, blocks, blocks, dtype=torch.int32)
         counts = _meta(1, HEADS, blocks, dtype=torch.int32)
+        if self.tma:
+            options["config"] = {**launch_config("block_sparse", dtype, self.head_dim), "TMA": 1}
         _, arguments = block_sparse.block_sparse_arguments(query, query, query, query, lse, indices, counts, **options)
         return block_sparse._block_sparse_kernel, arguments
 
@@ -111,6 +117,7 @@ class Evidence:
     tensor_memory_columns: int
     matrix_instructions: int
     async_copies: int
+    tile_copies: int
     local_loads_in_loop: int
     compile_seconds: float
 
@@ -127,6 +134,8 @@ class Evidence:
             found.append(f"no matrix instruction {MATRIX_INSTRUCTION[self.target]}")
         if self.local_loads_in_loop and self.case.dtype != "fp32" and self.case.head_dim in (64, 128):
             found.append(f"{self.local_loads_in_loop} local loads in the inner loop")
+        if self.case.tma and not self.tile_copies:
+            found.append("asked for tensor descriptors, and the copy engine is not used")
         return found
 
     def row(self) -> dict[str, Any]:
@@ -189,7 +198,9 @@ def _read_nvidia(compiled: CompiledKernel, target: str) -> dict[str, int]:
         "registers": resources["REG"],
         "stack": resources["STACK"] + resources["LOCAL"],
         "spills": len(re.findall(r"\bSTL\b", sass)),
-        "async_copies": len(re.findall(r"\bLDGSTS\b", sass)),
+        # of single rows into shared memory, and of whole tiles by the copy engine
+        "async_copies": len(re.findall(r"\b(?:LDGSTS|UTMALDG)\b", sass)),
+        "tile_copies": len(re.findall(r"\bUTMALDG\b", sass)),
         **_matrix_loops(code, backward, target),
     }
 
@@ -209,6 +220,7 @@ def _read_amd(compiled: CompiledKernel, target: str) -> dict[str, int]:
         "stack": counts["private_segment_fixed_size"],
         "spills": counts["vgpr_spill_count"] + counts["sgpr_spill_count"],
         "async_copies": 0,
+        "tile_copies": 0,
         **_matrix_loops(code, backward, target),
     }
 
@@ -252,6 +264,7 @@ def all_cases() -> Iterator[Case]:
         yield Case("antidiagonal_scores", "bf16", 128, block_size=block_size, stride=stride)
     for head_dim in (64, 128):
         yield Case("block_sparse", "bf16", head_dim, block_size=64)
+        yield Case("block_sparse", "bf16", head_dim, tma=True)
 
 
 HEADER = (
@@ -278,6 +291,8 @@ def run(cases: Iterable[Case], targets: Iterable[str]) -> list[Evidence]:
     print(HEADER)
     gathered = []
     for case, target in itertools.product(cases, targets):
+        if case.tma and target not in COPY_ENGINE:
+            continue
         evidence = gather(case, target)
         print(format_row(evidence), flush=True)
         gathered.append(evidence)

@@ -59,7 +59,9 @@ class Trial:
 # --- pure: which configurations, and which of them wins ------------------------------------------------------
 
 
-def candidates(kernel: str, bits: str, head_dim: int, own: LaunchConfig) -> list[LaunchConfig]:
+def candidates(
+    kernel: str, bits: str, head_dim: int, own: LaunchConfig, *, descriptors: bool = False
+) -> list[LaunchConfig]:
     """Configurations worth a try, the package's own first, none twice.
 
     Args:
@@ -67,6 +69,7 @@ def candidates(kernel: str, bits: str, head_dim: int, own: LaunchConfig) -> list
         bits: `16-bit` or `32-bit`, the width of the inputs.
         head_dim: of the problem; tiles that cannot pay at it are left out.
         own: the package's for this problem. Names that only it has keep its value.
+        descriptors: whether the GPU has a copy engine for tiles (sm_90 and newer): each is tried with it too.
     """
     wide = bits == "32-bit"
     stages = (1, 2) if wide else (2, 3, 4)
@@ -84,6 +87,8 @@ def candidates(kernel: str, bits: str, head_dim: int, own: LaunchConfig) -> list
         config = {**own, **dict(zip(axes, values, strict=True))}
         if config not in found and accumulators(kernel, config, head_dim) <= MOST_ACCUMULATORS:
             found.append(config)
+    if kernel == "block_sparse" and descriptors:
+        found += [{**config, "TMA": 1} for config in found if "TMA" not in config]
     return [*found]
 
 
@@ -359,9 +364,12 @@ def _tune(
     kernel: str, dtype: torch.dtype, head_dim: int, tokens: int, heads: int, rounds: int, device: torch.device
 ) -> list[Trial]:
     """All trials of one kernel on this GPU."""
+    from xattn_video.kernels.descriptors import has_copy_engine
+
     bits = launch_tables.width(dtype)
     packaged = launch_tables.packaged_table(launch_tables.device_class(device))
-    configs = candidates(kernel, bits, head_dim, launch_tables.lookup(packaged, kernel, bits, head_dim))
+    own = launch_tables.lookup(packaged, kernel, bits, head_dim)
+    configs = candidates(kernel, bits, head_dim, own, descriptors=has_copy_engine(device))
     check = checker([small_runner(kernel, dtype, head_dim, causal, device) for causal in (False, True)])
     measure = timer(large_runner(kernel, dtype, head_dim, tokens, heads, device), rounds)
     numbers = iter(range(1, len(configs) + 1))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,8 +12,12 @@ from torch import Tensor
 from xattn_video import reference, xattention
 from xattn_video.blocks import forced_blocks, mask_to_lists, num_blocks, valid_blocks
 from xattn_video.kernels import antidiagonal_scores as scores_kernel
+from xattn_video.kernels import block_lists as lists_kernel
 from xattn_video.kernels import block_selection as selection_kernel
 from xattn_video.kernels import block_sparse as attention_kernel
+from xattn_video.kernels import block_sparse_forward as attention_operator
+from xattn_video.kernels.descriptors import has_copy_engine
+from xattn_video.kernels.launch import launch_config, unit_inner_stride
 
 
 @dataclasses.dataclass(frozen=True)
@@ -217,7 +222,9 @@ def _any_in(flags: Tensor, size: int) -> Tensor:
     return _in_blocks(flags, size).any(-1)
 
 
-def check_attention(problem: Problem, device: str, density: float = 0.5) -> None:
+def check_attention(
+    problem: Problem, device: str, density: float = 0.5, config: Mapping[str, int] | None = None
+) -> None:
     """Output and log-sum-exp against float64, every element written, rows without a key exactly 0 and -inf."""
     query, key, value = problem.tensors(device)
     options = problem.options(device)
@@ -228,7 +235,7 @@ def check_attention(problem: Problem, device: str, density: float = 0.5) -> None
     indices = indices.masked_fill(past, 2**30)
     output = torch.full(query.shape, torch.nan, dtype=query.dtype, device=device)
     lse = torch.full(query.shape[:3], torch.nan, device=device)
-    attention_kernel.launch_block_sparse(query, key, value, output, lse, indices, counts, **options)
+    attention_kernel.launch_block_sparse(query, key, value, output, lse, indices, counts, config=config, **options)
     assert not output.isnan().any(), "output elements were not written"
     assert not lse.isnan().any(), "log-sum-exp elements were not written"
 
@@ -244,6 +251,21 @@ def check_attention(problem: Problem, device: str, density: float = 0.5) -> None
     torch.testing.assert_close(lse[~blind], wanted_lse[~blind].float(), rtol=1e-5, atol=1e-5)
 
 
+def check_descriptors(problem: Problem, device: str) -> None:
+    """The same through tensor descriptors, where the layout has them."""
+    config = {**launch_config("block_sparse", problem.dtype, problem.head_dim), "TMA": 1}
+    query, key, value = map(unit_inner_stride, problem.tensors(device))
+    lists = mask_to_lists(problem.block_mask(device))
+    options = problem.options(device)
+    _, arguments = attention_kernel.block_sparse_arguments(
+        query, key, value, query, query, *lists, config=config, **options
+    )
+    aligned = problem.head_dim * query.element_size() % 16 == 0
+    assert arguments["TMA"] == (aligned and has_copy_engine(query.device))
+    assert not arguments["TMA"] or arguments["HEADS_INSIDE"] == (problem.layout == "bshd")
+    check_attention(problem, device, config=config)
+
+
 def check_public_functions(problem: Problem, device: str) -> None:
     """The public functions return what the launchers write, in the layout of the query."""
     query, key, value = problem.tensors(device)
@@ -253,7 +275,7 @@ def check_public_functions(problem: Problem, device: str) -> None:
     assert scores.dtype == torch.float32
     torch.testing.assert_close(scores, wanted, rtol=1e-4, atol=1e-4)
     mask = problem.block_mask(device)
-    output, lse = attention_kernel.block_sparse_forward(query, key, value, mask, **options)
+    output, lse = attention_operator.block_sparse_forward(query, key, value, mask, **options)
     wanted_output, wanted_lse = reference.block_sparse_forward(query, key, value, mask, **options)
     assert output.dtype == query.dtype
     assert lse.dtype == torch.float32
@@ -286,17 +308,17 @@ def check_wrong_block_shows(problem: Problem, device: str) -> None:
     kept = reference.select(scores, everything, none, threshold=0.97)
     assert kept.float().mean() < 0.5
     dense, _ = reference.block_sparse_forward(query.double(), key.double(), value.double(), everything, **options)
-    sparse, _ = attention_kernel.block_sparse_forward(query, key, value, kept, **options)
+    sparse, _ = attention_operator.block_sparse_forward(query, key, value, kept, **options)
     assert (relative_errors(sparse, dense) < 0.1).all(), relative_errors(sparse, dense)
     worst = torch.where(kept, scores, -1).argmax(-1, keepdim=True)
-    damaged, _ = attention_kernel.block_sparse_forward(query, key, value, kept.scatter(-1, worst, False), **options)
+    damaged, _ = attention_operator.block_sparse_forward(query, key, value, kept.scatter(-1, worst, False), **options)
     assert (relative_errors(damaged, dense) > 0.1).all(), relative_errors(damaged, dense)
 
 
 def check_all_kept_is_sdpa(problem: Problem, device: str) -> None:
     """With every block kept the kernel is PyTorch's own attention."""
     query, key, value = problem.tensors(device)
-    output, _ = attention_kernel.block_sparse_forward(
+    output, _ = attention_operator.block_sparse_forward(
         query, key, value, torch.ones_like(problem.block_mask(device)), **problem.options(device)
     )
     wanted = torch.nn.functional.scaled_dot_product_attention(
@@ -313,7 +335,7 @@ def check_same_twice(problem: Problem, device: str) -> None:
     mask = problem.block_mask(device)
     for run in (
         lambda: (scores_kernel.antidiagonal_scores(query, key, stride=problem.stride, **options),),
-        lambda: attention_kernel.block_sparse_forward(query, key, value, mask, **options),
+        lambda: attention_operator.block_sparse_forward(query, key, value, mask, **options),
     ):
         assert all(torch.equal(one, other) for one, other in zip(run(), run(), strict=True))
 
@@ -333,3 +355,11 @@ def check_selection(problem: Problem, device: str, kind: str) -> None:
     for threshold in (0.05, 0.9, per_head):
         kept = selection_kernel.select(scores, valid, forced, threshold=threshold)
         assert torch.equal(kept, reference.select(scores, valid, forced, threshold=threshold)), threshold
+        # as lists, by either way
+        indices, counts = mask_to_lists(kept)
+        for made in (
+            selection_kernel.select_lists(scores, valid, forced, threshold=threshold),
+            lists_kernel.mask_to_lists(kept.transpose(1, 2).contiguous().transpose(1, 2)),
+        ):
+            assert torch.equal(made[0], indices), threshold
+            assert torch.equal(made[1], counts), threshold

@@ -13,6 +13,7 @@ import torch
 from xattn_video.kernels import launch_tables
 
 GPU = torch.device("cuda", 0)
+SCORES = {"BLOCK_R": 64, "BLOCK_C": 64, "BLOCK_K": 32, "num_warps": 2, "num_stages": 5}
 OWN = {"BLOCK_M": 32, "BLOCK_N": 16, "num_warps": 2, "num_stages": 5}
 
 
@@ -102,6 +103,11 @@ def entry(**changes: Any) -> dict[str, Any]:
     return {"block_sparse": {"16-bit": {"128": {**OWN, **changes}}}}
 
 
+def test_an_entry_may_ask_for_tensor_descriptors(folder):
+    (folder / "sm_90.json").write_text(json.dumps(entry(TMA=1)))
+    assert launch_tables.find_config("block_sparse", torch.bfloat16, 128, GPU) == {**OWN, "TMA": 1}
+
+
 @pytest.mark.parametrize(
     ("document", "words"),
     [
@@ -114,6 +120,11 @@ def entry(**changes: Any) -> dict[str, Any]:
         ({"block_sparse": {"16-bit": {"128": 3}}}, "16-bit, 128: must be a JSON object, got 3"),
         ({"block_sparse": {"16-bit": {"128": {}}}}, "must have BLOCK_M, BLOCK_N, num_stages, num_warps, got nothing"),
         (entry(BLOCK_X=1), "must have BLOCK_M, BLOCK_N, num_stages, num_warps, got BLOCK_M, BLOCK_N, BLOCK_X"),
+        (entry(TMA=0), "TMA must be a positive number, got 0"),
+        (
+            {"antidiagonal_scores": {"16-bit": {"128": {**SCORES, "TMA": 1}}}},
+            "num_warps, got BLOCK_C, BLOCK_K, BLOCK_R, TMA",
+        ),
         (entry(BLOCK_M=96), "128: BLOCK_M must be a power of two, got 96"),
         (entry(num_warps=3), "num_warps must be a power of two, got 3"),
         (entry(num_stages=0), "num_stages must be a positive number, got 0"),

@@ -7,6 +7,7 @@ import json
 import os
 
 import pytest
+import torch
 
 triton = pytest.importorskip("triton", reason="Triton is for Linux only")
 if os.environ.get("TRITON_INTERPRET") == "1":
@@ -15,6 +16,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 # after the skips: these import triton
 from eval import static_evidence  # noqa: E402
 from eval.static_evidence import Case  # noqa: E402
+from xattn_video.kernels import block_lists, block_selection  # noqa: E402
 from xattn_video.kernels.launch import launch_config  # noqa: E402
 from xattn_video.kernels.launch_tables import shipped_table  # noqa: E402
 
@@ -74,6 +76,42 @@ def test_scoring_fills_matrix_tiles_where_blocks_have_few_rows(stride, block_siz
     assert evidence.complaints() == []
 
 
+@pytest.mark.parametrize("target", static_evidence.COPY_ENGINE)
+def test_tensor_descriptors_use_the_copy_engine(target):
+    """Keys and values come in whole tiles, nothing spills, and the matrix instructions stay what they are."""
+    evidence = static_evidence.gather(Case("block_sparse", "bf16", 128, tma=True), target)
+    assert evidence.complaints() == []
+    assert evidence.tile_copies > 0
+    assert (evidence.spills, evidence.local_loads_in_loop) == (0, 0)
+    pointers = static_evidence.gather(Case("block_sparse", "bf16", 128), target)
+    assert pointers.tile_copies == 0
+    assert evidence.matrix_instructions == pointers.matrix_instructions
+
+
+@pytest.mark.parametrize("target", static_evidence.TARGETS)
+def test_selection_and_lists_compile(target):
+    scores = torch.empty(1, 24, 931, 931, device="meta")
+    flags = scores.to(torch.int8)
+    indices, counts = block_lists.empty_lists(scores)
+    sizes = {"heads": 24, "Nq": 931, "Nk": 931, **block_lists.row_options(931)}
+    for lists in (False, True):
+        tensors = {"scores_ptr": scores, "valid_ptr": flags, "forced_ptr": flags}
+        tensors |= {"threshold_ptr": torch.empty(24, dtype=torch.float64, device="meta")}
+        tensors |= {"kept_ptr": None, "indices_ptr": indices, "counts_ptr": counts} if lists else {}
+        tensors |= {} if lists else {"kept_ptr": flags, "indices_ptr": None, "counts_ptr": None}
+        strides = {f"stride_{name}{axis}": scores.stride(at) for name in "svf" for at, axis in enumerate("bhqk")}
+        compiled = static_evidence.compile_like_jit(
+            block_selection._block_selection_kernel,
+            {**tensors, **strides, **sizes, "LISTS": lists},
+            static_evidence.TARGETS[target],
+        )
+        assert compiled.metadata.shared < 16 * 1024
+    strides = {f"stride_m{axis}": scores.stride(at) for at, axis in enumerate("bhqk")}
+    tensors = {"mask_ptr": flags, "indices_ptr": indices, "counts_ptr": counts}
+    arguments = {**tensors, **strides, **sizes}
+    static_evidence.compile_like_jit(block_lists._block_lists_kernel, arguments, static_evidence.TARGETS[target])
+
+
 def test_specialisation_is_the_launchs():
     """Pointers and strides are known to be divisible by 16 and unit integers are constants, as in a launch."""
     kernel, arguments = Case("block_sparse", "bf16", 128).kernel_and_arguments()
@@ -107,6 +145,7 @@ def test_bad_evidence_is_refused(change, words):
         tensor_memory_columns=0,
         matrix_instructions=64,
         async_copies=8,
+        tile_copies=0,
         local_loads_in_loop=0,
         compile_seconds=1.0,
     )

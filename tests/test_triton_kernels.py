@@ -73,6 +73,7 @@ def gpu_test(check_name):
 
 test_scores_on_a_gpu = gpu_test("check_scores")
 test_attention_on_a_gpu = gpu_test("check_attention")
+test_attention_through_tensor_descriptors_on_a_gpu = gpu_test("check_descriptors")
 test_same_bits_twice_on_a_gpu = gpu_test("check_same_twice")
 
 

@@ -49,6 +49,19 @@ def test_a_candidate_keeps_what_only_the_own_configuration_has():
     assert all(config["DESCRIPTORS"] == 1 for config in found)
 
 
+def test_where_there_is_a_copy_engine_each_candidate_is_tried_with_it_too():
+    found = tune.candidates("block_sparse", "16-bit", 128, CONFIG, descriptors=True)
+    without = tune.candidates("block_sparse", "16-bit", 128, CONFIG)
+    assert found[: len(without)] == without
+    assert found[len(without) :] == [{**config, "TMA": 1} for config in without]
+    for config in found:
+        launch_tables.format_table({"block_sparse": {"16-bit": {"128": config}}}, {})
+    scores = launch_tables.lookup(launch_tables.packaged_table("default"), "antidiagonal_scores", "16-bit", 128)
+    assert not any(
+        "TMA" in config for config in tune.candidates(tune.KERNELS[0], "16-bit", 128, scores, descriptors=True)
+    )
+
+
 def test_an_unknown_kernel_is_a_value_error():
     with pytest.raises(ValueError, match="kernel must be one of antidiagonal_scores, block_sparse, got 'x'"):
         tune.candidates("x", "16-bit", 128, CONFIG)
@@ -204,7 +217,8 @@ def test_checks_pass_right_launches_and_see_wrong_ones_and_launches_are_timed(tm
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA or ROCm device")
 def test_it_measures_on_a_gpu(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv(launch_tables.FOLDER_VARIABLE, str(tmp_path))
-    monkeypatch.setattr(tune, "candidates", lambda kernel, bits, head_dim, own: [own, {**own, "num_stages": 1}])
+    few = [{}, {"num_stages": 1}]
+    monkeypatch.setattr(tune, "candidates", lambda *args, **kwargs: [{**args[3], **change} for change in few])
     assert main(["tune", "--tokens", "4096", "--heads", "2", "--rounds", "3"]) == 0
     report = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert [row["kernel"] for row in report["rows"]] == list(tune.KERNELS)

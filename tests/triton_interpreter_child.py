@@ -15,7 +15,10 @@ from triton.runtime.interpreter import InterpreterBuilder
 from tests import kernel_checks
 from tests.kernel_checks import Problem
 from xattn_video.kernels import antidiagonal_scores as scores_kernel
-from xattn_video.kernels import block_sparse as attention_kernel
+from xattn_video.kernels import block_lists as lists_kernel
+from xattn_video.kernels import block_selection as selection_kernel
+from xattn_video.kernels import block_sparse_forward as attention_operator
+from xattn_video.kernels.descriptors import describe
 
 FP16, BF16 = torch.float16, torch.bfloat16
 
@@ -82,6 +85,22 @@ def test_attention(problem):
     kernel_checks.check_attention(problem, "cpu")
 
 
+@pytest.mark.parametrize("problem", SHARED, ids=str)
+def test_attention_through_tensor_descriptors(problem):
+    kernel_checks.check_descriptors(problem, "cpu")
+
+
+def test_layouts_without_a_descriptor():
+    """Each is attended through pointers instead: the copy engine wants falling strides of 16 bytes, none of them 0."""
+    tensor = torch.zeros(2, 4, 64, 32)
+    assert describe(tensor, tensor, 32, 32) is not None
+    assert describe(tensor.transpose(1, 2), tensor.transpose(1, 2), 32, 32) is not None
+    odd = torch.zeros(2, 4, 64, 33)[..., 1:]
+    for refused in (odd, tensor[:1].expand(2, -1, -1, -1), tensor[:, :, :0], tensor.permute(1, 0, 2, 3)):
+        assert describe(refused, refused, 32, 32) is None, refused.stride()
+    assert describe(tensor, tensor.transpose(1, 2).contiguous().transpose(1, 2), 32, 32) is None
+
+
 @pytest.mark.parametrize("block_size", [16, 64, 128, 256])
 def test_attention_for_every_block_size(block_size):
     problem = Problem(lengths=(300, 300), block_size=block_size, causal=True, kv_start=(20,))
@@ -134,12 +153,20 @@ def test_operators_keep_their_contract():
     options = problem.options("cpu")
     bounds = (options["kv_start"], options["kv_lens"])
     torch.library.opcheck(scores_kernel._antidiagonal_scores, (query, key, 8, 32, False, 0.2, *bounds))
-    indices, counts = attention_kernel.mask_to_lists(problem.block_mask("cpu"))
-    torch.library.opcheck(attention_kernel._block_sparse, (query, key, value, indices, counts, 32, False, 0.2, *bounds))
+    block_mask = problem.block_mask("cpu")
+    indices, counts = lists_kernel.mask_to_lists(block_mask)
+    torch.library.opcheck(lists_kernel._block_lists, (block_mask,))
+    chosen = (torch.rand(block_mask.shape), torch.ones_like(block_mask), block_mask)
+    shares = torch.full(block_mask.shape[1:2], 0.9, dtype=torch.float64)
+    for operator in (selection_kernel._block_selection, selection_kernel._block_selection_lists):
+        torch.library.opcheck(operator, (*chosen, shares))
+    torch.library.opcheck(
+        attention_operator._block_sparse, (query, key, value, indices, counts, 32, False, 0.2, *bounds)
+    )
 
     def both(query, key, value):
         scores = scores_kernel.antidiagonal_scores(query, key, stride=8, **options)
-        return attention_kernel.block_sparse_forward(query, key, value, scores > scores.mean(), **options)[0]
+        return attention_operator.block_sparse_forward(query, key, value, scores > scores.mean(), **options)[0]
 
     compiled = torch.compile(both, fullgraph=True, backend="eager")
     torch.testing.assert_close(compiled(query, key, value), both(query, key, value), rtol=0, atol=0)
@@ -163,6 +190,6 @@ def test_scores_refuse_what_they_cannot_do(change, words):
 def test_attention_refuses_blocks_below_a_tile():
     problem = Problem(block_size=8)
     with pytest.raises(ValueError, match=r"block_size must be at least 16 .* got 8"):
-        attention_kernel.block_sparse_forward(
+        attention_operator.block_sparse_forward(
             *problem.tensors("cpu"), problem.block_mask("cpu"), **problem.options("cpu")
         )

@@ -112,19 +112,25 @@ def xattention(
     valid = valid_blocks(batch, q_len, kv_len, device=device, **geometry)
     forced = forced_blocks(batch, q_len, kv_len, device=device, dense_tokens=dense_tokens, **geometry)
     scores = backend.antidiagonal_scores(query, key, stride=config.stride, scale=factor, **geometry)
-    block_mask = select_valid(
-        scores,
-        valid,
-        forced,
-        select=backend.select,
-        threshold=threshold,
-        top_k=config.top_k,
-        top_ratio=config.top_ratio,
-    )
-    output, _ = backend.block_sparse_forward(query, key, value, block_mask, scale=factor, **geometry)
+    if backend.lists is not None and config.selection == "threshold":
+        kept = backend.lists.select(scores, valid, forced, threshold=threshold)
+        output, _ = backend.lists.block_sparse_forward(query, key, value, *kept, scale=factor, **geometry)
+        kept_blocks = kept[1]
+    else:
+        kept_blocks = select_valid(
+            scores,
+            valid,
+            forced,
+            select=backend.select,
+            threshold=threshold,
+            top_k=config.top_k,
+            top_ratio=config.top_ratio,
+        )
+        output, _ = backend.block_sparse_forward(query, key, value, kept_blocks, scale=factor, **geometry)
     if not return_stats:
         return output
-    return output, CallStats(block_mask.sum(), valid.sum() * heads, None)
+    # the counts of the lists, or the flags of the mask
+    return output, CallStats(kept_blocks.sum(), valid.sum() * heads, None)
 
 
 def dense_reason(

@@ -16,13 +16,25 @@ from ..config import BACKENDS
 TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
+class ListStages(NamedTuple):
+    """Selection by threshold and attention with lists of kept blocks between them instead of a mask.
+
+    `select` gives indices int32 `[B, H, Nq, Nk]`, ascending, and counts int32 `[B, H, Nq]`, which
+    `block_sparse_forward` takes.
+    """
+
+    select: Callable[..., tuple[Tensor, Tensor]]
+    block_sparse_forward: Callable[..., tuple[Tensor, Tensor]]
+
+
 class Backend(NamedTuple):
-    """The device-specific parts of XAttention's three stages."""
+    """The device-specific parts of XAttention's three stages; `lists` where those are faster than a mask."""
 
     name: str
     antidiagonal_scores: Callable[..., Tensor]
     select: Callable[..., Tensor]
     block_sparse_forward: Callable[..., tuple[Tensor, Tensor]]
+    lists: ListStages | None = None
 
 
 def unavailable_reason(name: str, device: torch.device, dtype: torch.dtype = torch.float32) -> str | None:
@@ -113,9 +125,10 @@ def _import(name: str, device: torch.device) -> Backend:
         from . import flex
 
         own = _import("cpu" if device.type == "cpu" else "triton", device)
-        return own._replace(name=name, block_sparse_forward=flex.block_sparse_forward)
+        return own._replace(name=name, block_sparse_forward=flex.block_sparse_forward, lists=None)
     from ..kernels.antidiagonal_scores import antidiagonal_scores
-    from ..kernels.block_selection import select
-    from ..kernels.block_sparse import block_sparse_forward
+    from ..kernels.block_selection import select, select_lists
+    from ..kernels.block_sparse_forward import block_sparse_forward, block_sparse_forward_lists
 
-    return Backend(name, antidiagonal_scores, select, block_sparse_forward)
+    lists = ListStages(select_lists, block_sparse_forward_lists)
+    return Backend(name, antidiagonal_scores, select, block_sparse_forward, lists)

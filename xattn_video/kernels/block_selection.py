@@ -9,12 +9,11 @@ for which the blocks above it do not yet hold enough; blocks at the cut itself a
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 
+from .block_lists import empty_lists, row_options, store_list
 from .launch import device_guard
 
 
@@ -31,6 +30,8 @@ def _block_selection_kernel(
     forced_ptr,
     threshold_ptr,
     kept_ptr,
+    indices_ptr,
+    counts_ptr,
     stride_sb,
     stride_sh,
     stride_sq,
@@ -47,6 +48,7 @@ def _block_selection_kernel(
     Nq,
     Nk,
     BLOCK_K: tl.constexpr,
+    LISTS: tl.constexpr,
 ):
     row = tl.program_id(0)
     batch = (tl.program_id(1) // heads).to(tl.int64)
@@ -91,23 +93,48 @@ def _block_selection_kernel(
     alone = tl.where(wanted > 0.0, BLOCK_K, alone)
     kept = forced | (taken & candidate) | (columns == alone)
     kept = tl.where(threshold >= 1.0, valid, kept)
-    kept_ptr += (tl.program_id(1).to(tl.int64) * Nq + row64) * Nk
-    tl.store(kept_ptr + columns, (kept & valid).to(tl.int8), mask=in_row)
+    kept = kept & valid
+    place = tl.program_id(1).to(tl.int64) * Nq + row64
+    if LISTS:
+        store_list(kept, columns, Nk, indices_ptr + place * Nk, counts_ptr + place)
+    else:
+        tl.store(kept_ptr + place * Nk + columns, kept.to(tl.int8), mask=in_row)
 
 
 def launch_block_selection(
-    scores: torch.Tensor, valid: torch.Tensor, forced: torch.Tensor, threshold: torch.Tensor, kept: torch.Tensor
+    scores: torch.Tensor,
+    valid: torch.Tensor,
+    forced: torch.Tensor,
+    threshold: torch.Tensor,
+    *,
+    kept: torch.Tensor | None = None,
+    indices: torch.Tensor | None = None,
+    counts: torch.Tensor | None = None,
 ) -> None:
-    """Fill kept int8 [B, H, Nq, Nk]; scores float32, valid and forced int8 of that shape (strides may be 0)."""
-    if kept.numel() == 0:
+    """Fill kept int8 [B, H, Nq, Nk], or in its place the lists of kept blocks: indices int32 of that shape, counts
+    int32 [B, H, Nq].
+
+    scores float32, valid and forced int8, all of kept's shape (strides may be 0); threshold float64 [H].
+    """
+    if scores.numel() == 0:
         return
     batch, heads, query_blocks, key_blocks = scores.shape
     strides = (*scores.stride(), *valid.stride(), *forced.stride())
-    block_k = max(triton.next_power_of_2(key_blocks), 16)
-    options: dict[str, Any] = {"BLOCK_K": block_k, "num_warps": min(max(block_k // 256, 1), 8)}
     with device_guard(scores):
         _block_selection_kernel[(query_blocks, batch * heads)](
-            scores, valid, forced, threshold, kept, *strides, heads, query_blocks, key_blocks, **options
+            scores,
+            valid,
+            forced,
+            threshold,
+            kept,
+            indices,
+            counts,
+            *strides,
+            heads,
+            query_blocks,
+            key_blocks,
+            LISTS=kept is None,
+            **row_options(key_blocks),
         )
 
 
@@ -116,19 +143,42 @@ def _block_selection(
     scores: torch.Tensor, valid: torch.Tensor, forced: torch.Tensor, threshold: torch.Tensor
 ) -> torch.Tensor:
     kept = torch.empty(scores.shape, dtype=torch.bool, device=scores.device)
-    launch_block_selection(
-        scores,
-        valid.expand(scores.shape).view(torch.int8),
-        forced.expand(scores.shape).view(torch.int8),
-        threshold,
-        kept.view(torch.int8),
-    )
+    launch_block_selection(*_as_int8(scores, valid, forced), threshold, kept=kept.view(torch.int8))
     return kept
 
 
 @_block_selection.register_fake
 def _(scores, valid, forced, threshold):
     return torch.empty(scores.shape, dtype=torch.bool, device=scores.device)
+
+
+@torch.library.custom_op("xattn_video::triton_block_selection_lists", mutates_args=())
+def _block_selection_lists(
+    scores: torch.Tensor, valid: torch.Tensor, forced: torch.Tensor, threshold: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    indices, counts = empty_lists(scores)
+    launch_block_selection(*_as_int8(scores, valid, forced), threshold, indices=indices, counts=counts)
+    return indices, counts
+
+
+@_block_selection_lists.register_fake
+def _(scores, valid, forced, threshold):
+    return empty_lists(scores)
+
+
+def _as_int8(
+    scores: torch.Tensor, valid: torch.Tensor, forced: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The flags as the kernel reads them: int8, of the scores' shape."""
+    return scores, valid.expand(scores.shape).view(torch.int8), forced.expand(scores.shape).view(torch.int8)
+
+
+def _shares(scores: torch.Tensor, threshold: float | torch.Tensor) -> torch.Tensor:
+    """The threshold of each head, float64 [H]."""
+    heads = scores.shape[1]
+    if isinstance(threshold, torch.Tensor):
+        return threshold.to(device=scores.device, dtype=torch.float64).expand(heads).contiguous()
+    return torch.full((heads,), threshold, dtype=torch.float64, device=scores.device)
 
 
 def select(
@@ -140,9 +190,13 @@ def select(
     subset of valid; threshold a number, or a tensor [H] or 0-d. Returns bool [B, H, Nq, Nk]: the set that
     reference.select gives.
     """
-    heads = scores.shape[1]
-    if isinstance(threshold, torch.Tensor):
-        shares = threshold.to(device=scores.device, dtype=torch.float64).expand(heads).contiguous()
-    else:
-        shares = torch.full((heads,), threshold, dtype=torch.float64, device=scores.device)
-    return _block_selection(scores.float(), valid, forced, shares)
+    return _block_selection(scores.float(), valid, forced, _shares(scores, threshold))
+
+
+def select_lists(
+    scores: torch.Tensor, valid: torch.Tensor, forced: torch.Tensor, *, threshold: float | torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The set of `select` as lists, without a mask in between: indices int32 [B, H, Nq, Nk], ascending, 0 past
+    the count; counts int32 [B, H, Nq].
+    """
+    return _block_selection_lists(scores.float(), valid, forced, _shares(scores, threshold))

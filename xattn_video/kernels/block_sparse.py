@@ -11,13 +11,12 @@ import torch
 import triton
 import triton.language as tl
 
-from ..blocks import mask_to_lists
+from .descriptors import describe, load_rows
 from .launch import (
     COMPILE_OPTIONS,
     LN2,
     LOG2E,
     LaunchConfig,
-    check_supported,
     device_guard,
     is_interpreted,
     launch_config,
@@ -46,6 +45,8 @@ def _attend_kept_blocks(
     split,
     resume,
     stop,
+    batch,
+    kv_head,
     query_positions,
     kv_start,
     kv_stop,
@@ -56,9 +57,14 @@ def _attend_kept_blocks(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     HEAD_DIM: tl.constexpr,
+    TMA: tl.constexpr,
+    HEADS_INSIDE: tl.constexpr,
     INTERPRET: tl.constexpr,
 ):
-    """Online softmax over the list entries [first, split) and [resume, stop); MASKED applies the token-level masks."""
+    """Online softmax over the list entries [first, split) and [resume, stop); MASKED applies the token-level masks.
+
+    With TMA the pointers are tensor descriptors of all keys and values, and the strides and offsets are not looked at.
+    """
     SUB_TILES: tl.constexpr = BLOCK_SIZE // BLOCK_N
     MASK_D: tl.constexpr = BLOCK_D != HEAD_DIM
     tokens = tl.arange(0, BLOCK_N)
@@ -70,8 +76,11 @@ def _attend_kept_blocks(
         key_token = tl.load(list_ptr + entry) * BLOCK_SIZE + (step % SUB_TILES) * BLOCK_N
         positions = key_token + tokens
         valid = (positions >= kv_start) & (positions < kv_stop)
-        k_tile = k_ptr + key_token.to(tl.int64) * stride_ks + k_offsets
-        k = load_tile(k_tile, valid[None, :], in_head[:, None], MASKED, MASK_D)  # [BLOCK_D, BLOCK_N]
+        if TMA:
+            k = load_rows(k_ptr, batch, kv_head, key_token, BLOCK_N, BLOCK_D, HEADS_INSIDE).T
+        else:
+            k_tile = k_ptr + key_token.to(tl.int64) * stride_ks + k_offsets
+            k = load_tile(k_tile, valid[None, :], in_head[:, None], MASKED, MASK_D)  # [BLOCK_D, BLOCK_N]
         logits = dot(q, k, tl.zeros([q.shape[0], BLOCK_N], dtype=tl.float32), INTERPRET) * qk_scale
         if MASKED:
             visible = valid[None, :]
@@ -86,8 +95,14 @@ def _attend_kept_blocks(
         correction = tl.exp2(row_max - shift)
         row_sum = row_sum * correction + tl.sum(probs, axis=1)
         acc = acc * correction[:, None]
-        v_tile = v_ptr + key_token.to(tl.int64) * stride_vs + v_offsets
-        v = load_tile(v_tile, valid[:, None], in_head[None, :], MASKED, MASK_D)  # [BLOCK_N, BLOCK_D]
+        if TMA:
+            v = load_rows(v_ptr, batch, kv_head, key_token, BLOCK_N, BLOCK_D, HEADS_INSIDE)
+            if MASKED:
+                # what lies outside the key range may be no number
+                v = tl.where(valid[:, None], v, 0.0)
+        else:
+            v_tile = v_ptr + key_token.to(tl.int64) * stride_vs + v_offsets
+            v = load_tile(v_tile, valid[:, None], in_head[None, :], MASKED, MASK_D)  # [BLOCK_N, BLOCK_D]
         if not INTERPRET:
             probs = probs.to(v.dtype)
         acc = dot(probs, v, acc, INTERPRET)
@@ -132,21 +147,22 @@ def _block_sparse_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    TMA: tl.constexpr,
+    HEADS_INSIDE: tl.constexpr,
     INTERPRET: tl.constexpr,
 ):
     MASK_D: tl.constexpr = BLOCK_D != HEAD_DIM
-    # causal rows at the end have the most keys: start them first
-    query_tile = tl.program_id(0)
-    if CAUSAL:
-        query_tile = tl.num_programs(0) - 1 - query_tile
+    # the longest rows are at the end, causal ones and those of a joint sequence's text: start them first
+    query_tile = tl.num_programs(0) - 1 - tl.program_id(0)
     batch = tl.program_id(1) // Hq
     head = tl.program_id(1) % Hq
     kv_head = head // heads_per_kv
     kv_start, kv_stop, kv_length = key_range(kv_start_ptr, kv_lens_ptr, batch, Sk)
     offset = kv_length - Sq
     q_ptr += batch.to(tl.int64) * stride_qb + head.to(tl.int64) * stride_qh
-    k_ptr += batch.to(tl.int64) * stride_kb + kv_head.to(tl.int64) * stride_kh
-    v_ptr += batch.to(tl.int64) * stride_vb + kv_head.to(tl.int64) * stride_vh
+    if not TMA:
+        k_ptr += batch.to(tl.int64) * stride_kb + kv_head.to(tl.int64) * stride_kh
+        v_ptr += batch.to(tl.int64) * stride_vb + kv_head.to(tl.int64) * stride_vh
     output_ptr += batch.to(tl.int64) * stride_ob + head.to(tl.int64) * stride_oh
 
     first_query = query_tile * BLOCK_M
@@ -200,6 +216,8 @@ def _block_sparse_kernel(
             first_whole_entry if MASKED else stop_whole_entry,
             stop_whole_entry,
             stop_entry if MASKED else stop_whole_entry,
+            batch,
+            kv_head,
             queries + offset,
             kv_start,
             kv_stop,
@@ -210,6 +228,8 @@ def _block_sparse_kernel(
             BLOCK_N,
             BLOCK_D,
             HEAD_DIM,
+            TMA,
+            HEADS_INSIDE,
             INTERPRET,
         )
 
@@ -243,7 +263,9 @@ def block_sparse_arguments(
     config = config or launch_config("block_sparse", query.dtype, head_dim, query.device)
     # a tile lies inside one block
     block_m, block_n = min(config["BLOCK_M"], block_size), min(config["BLOCK_N"], block_size)
+    block_d = max(triton.next_power_of_2(head_dim), MIN_BLOCK_SIZE)
     grid = (triton.cdiv(q_len, block_m), batch * query_heads)
+    tma = describe(key, value, block_n, block_d) if config.get("TMA") else None
     strides = {
         f"stride_{name}{axis}": tensor.stride(i)
         for name, tensor in (("q", query), ("k", key), ("v", value), ("o", output))
@@ -251,8 +273,8 @@ def block_sparse_arguments(
     }
     arguments = {
         "q_ptr": query,
-        "k_ptr": key,
-        "v_ptr": value,
+        "k_ptr": tma.key if tma else key,
+        "v_ptr": tma.value if tma else value,
         "output_ptr": output,
         "lse_ptr": lse,
         "indices_ptr": indices,
@@ -273,7 +295,9 @@ def block_sparse_arguments(
         "BLOCK_SIZE": block_size,
         "BLOCK_M": block_m,
         "BLOCK_N": block_n,
-        "BLOCK_D": max(triton.next_power_of_2(head_dim), MIN_BLOCK_SIZE),
+        "BLOCK_D": block_d,
+        "TMA": tma is not None,
+        "HEADS_INSIDE": tma is not None and tma.heads_inside,
         "INTERPRET": is_interpreted(_block_sparse_kernel),
         "num_warps": config["num_warps"],
         "num_stages": config["num_stages"],
@@ -299,74 +323,3 @@ def launch_block_sparse(
     grid, arguments = block_sparse_arguments(query, key, value, output, lse, indices, counts, **options)
     with device_guard(query):
         _block_sparse_kernel[grid](**arguments)
-
-
-@torch.library.custom_op("xattn_video::triton_block_sparse", mutates_args=())
-def _block_sparse(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    indices: torch.Tensor,
-    counts: torch.Tensor,
-    block_size: int,
-    causal: bool,
-    scale: float,
-    kv_start: torch.Tensor | None,
-    kv_lens: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    output, lse = _empty_outputs(query)
-    launch_block_sparse(
-        query,
-        key,
-        value,
-        output,
-        lse,
-        indices,
-        counts,
-        block_size=block_size,
-        causal=causal,
-        scale=scale,
-        kv_start=kv_start,
-        kv_lens=kv_lens,
-    )
-    return output, lse
-
-
-@_block_sparse.register_fake
-def _(query, key, value, indices, counts, block_size, causal, scale, kv_start, kv_lens):
-    return _empty_outputs(query)
-
-
-def _empty_outputs(query: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    # the query's own layout: diffusers' [B, S, H, D] goes back out without a copy
-    output = torch.empty_like(unit_inner_stride(query))
-    return output, torch.empty(query.shape[:3], dtype=torch.float32, device=query.device)
-
-
-def block_sparse_forward(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    block_mask: torch.Tensor,
-    *,
-    block_size: int,
-    causal: bool,
-    scale: float,
-    kv_start: torch.Tensor | None,
-    kv_lens: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Exact softmax attention over the kept blocks (ALGORITHM.md section 3).
-
-    query [B, Hq, Sq, D], key and value [B, Hkv, Sk, D] in one of float32, float16, bfloat16; block_mask bool
-    [B, Hq, Nq, Nk]; kv_start, kv_lens None or int32 [B]. Returns the output [B, Hq, Sq, D] in the query's dtype and the
-    natural log-sum-exp float32 [B, Hq, Sq]; a query that sees no key gets 0 and -inf.
-    Raises ValueError for other dtypes, head_dim above 256 or block_size below 16.
-    """
-    check_supported(query.dtype, query.shape[3])
-    if block_size < MIN_BLOCK_SIZE:
-        raise ValueError(
-            f"block_size must be at least {MIN_BLOCK_SIZE} for the triton backend, got {block_size}; "
-            "use backend='reference'"
-        )
-    indices, counts = mask_to_lists(block_mask)
-    return _block_sparse(query, key, value, indices, counts, block_size, causal, scale, kv_start, kv_lens)

@@ -24,6 +24,9 @@ FOLDER_VARIABLE = "XATTN_VIDEO_CONFIG_DIR"
 DEFAULT = "default"
 ABOUT = "about"
 WIDTHS = ("16-bit", "32-bit")
+# Names that a configuration may have beside those of the default table: with TMA 1 keys and values are fetched through
+# tensor descriptors where the GPU (sm_90 or newer) and the layout allow it.
+OPTIONAL = {"block_sparse": {"TMA"}}
 
 
 def user_folder() -> Path:
@@ -156,7 +159,8 @@ def parse_table(text: str, where: str) -> Table:
                 entry = f"{where}: {kernel}, {bits}, {limit}"
                 if not limit.isdecimal() or int(limit) < 1:
                     raise ValueError(f"{entry}: head_dim must be a positive number")
-                _check_config(_dictionary(config, entry), entry, None if names is None else names[kernel])
+                may = OPTIONAL.get(kernel, set())
+                _check_config(_dictionary(config, entry), entry, None if names is None else names[kernel], may)
                 table.setdefault(kernel, {}).setdefault(bits, {})[limit] = config
     return table
 
@@ -194,8 +198,8 @@ def _dictionary(value: Any, where: str) -> dict[str, Any]:
     return value
 
 
-def _check_config(config: dict[str, Any], where: str, names: set[str] | None) -> None:
-    if names is not None and set(config) != names:
+def _check_config(config: dict[str, Any], where: str, names: set[str] | None, optional: set[str]) -> None:
+    if names is not None and set(config) - optional != names:
         raise ValueError(f"{where}: must have {', '.join(sorted(names))}, got {', '.join(sorted(config)) or 'nothing'}")
     for name, value in config.items():
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:

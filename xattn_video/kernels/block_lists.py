@@ -1,0 +1,91 @@
+"""Lists of kept blocks, which the attention kernel walks: one program writes a row, without a sort."""
+
+# Triton gives the parameters of jit functions their types, one launch at a time
+# mypy: allow-untyped-defs
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from .launch import COMPILE_OPTIONS, device_guard
+
+
+@triton.jit
+def store_list(kept, columns, Nk, list_ptr, count_ptr):
+    """Write the columns that are kept in order, 0 up to Nk behind them, and how many they are."""
+    flags = kept.to(tl.int32)
+    count = tl.sum(flags, axis=0)
+    tl.store(list_ptr + tl.cumsum(flags, axis=0) - 1, columns, mask=kept)
+    tl.store(list_ptr + columns, columns * 0, mask=(columns >= count) & (columns < Nk))
+    tl.store(count_ptr, count)
+
+
+@triton.jit
+def _block_lists_kernel(
+    mask_ptr,
+    indices_ptr,
+    counts_ptr,
+    stride_mb,
+    stride_mh,
+    stride_mq,
+    stride_mk,
+    heads,
+    Nq,
+    Nk,
+    BLOCK_K: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    batch = (tl.program_id(1) // heads).to(tl.int64)
+    head = (tl.program_id(1) % heads).to(tl.int64)
+    columns = tl.arange(0, BLOCK_K)
+    mask_ptr += batch * stride_mb + head * stride_mh + row * stride_mq
+    kept = tl.load(mask_ptr + columns.to(tl.int64) * stride_mk, mask=columns < Nk, other=0) != 0
+    place = tl.program_id(1).to(tl.int64) * Nq + row
+    store_list(kept, columns, Nk, indices_ptr + place * Nk, counts_ptr + place)
+
+
+def row_options(key_blocks: int) -> dict[str, Any]:
+    """Launch options of a kernel whose programs hold a row of so many key blocks each."""
+    block_k = max(triton.next_power_of_2(key_blocks), 16)
+    return {"BLOCK_K": block_k, "num_warps": min(max(block_k // 256, 1), 8), **COMPILE_OPTIONS}
+
+
+def empty_lists(like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Room for the lists of scores or a mask [B, H, Nq, Nk]: indices and counts."""
+    indices = torch.empty(like.shape, dtype=torch.int32, device=like.device)
+    return indices, torch.empty(like.shape[:3], dtype=torch.int32, device=like.device)
+
+
+@torch.library.custom_op("xattn_video::triton_block_lists", mutates_args=())
+def _block_lists(block_mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    indices, counts = empty_lists(block_mask)
+    batch, heads, query_blocks, key_blocks = block_mask.shape
+    if block_mask.numel():
+        with device_guard(block_mask):
+            _block_lists_kernel[(query_blocks, batch * heads)](
+                block_mask.view(torch.int8),
+                indices,
+                counts,
+                *block_mask.stride(),
+                heads,
+                query_blocks,
+                key_blocks,
+                **row_options(key_blocks),
+            )
+    return indices, counts
+
+
+@_block_lists.register_fake
+def _(block_mask):
+    return empty_lists(block_mask)
+
+
+def mask_to_lists(block_mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """`blocks.mask_to_lists` by one kernel: indices int32 [B, H, Nq, Nk], ascending, 0 past the count; counts int32
+    [B, H, Nq].
+    """
+    return _block_lists(block_mask)
