@@ -5,6 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.installed
 TEST_WORKERS ?= 2
 DEMO_OUT ?= demo-out
+BENCH_OUT ?= bench-out
 # The first interpreter that is new enough; PYTHON=... overrides.
 PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11 python; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
@@ -12,7 +13,7 @@ PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11 p
 LOWEST := .venv-lowest
 LOWEST_DIFFUSERS := 0.36.0
 
-.PHONY: help demo test test-gpu test-lowest lint bench bench-static clean
+.PHONY: help demo test test-gpu test-lowest lint bench bench-gpu bench-static clean
 
 help:
 	@echo "make demo          generate dense and sparse videos with a small model and compare them"
@@ -21,6 +22,7 @@ help:
 	@echo "make test-lowest   run the diffusers tests with the oldest supported diffusers"
 	@echo "make lint          ruff and mypy"
 	@echo "make bench         time sparse against dense attention on this machine"
+	@echo "make bench-gpu     the same on a GPU at the sizes of Wan and HunyuanVideo, and causal up to 256k tokens"
 	@echo "make bench-static  compile every kernel for every GPU target and print what the compiler made"
 
 .PHONY: new-enough
@@ -62,8 +64,11 @@ lint: $(READY)
 bench: $(READY)
 	$(BIN)/xattn-video bench
 
+bench-gpu: $(READY)
+	$(BIN)/xattn-video bench --device cuda --full --record --plot $(BENCH_OUT)
+
 bench-static: $(READY)
 	$(BIN)/python -m eval.static_evidence
 
 clean:
-	rm -rf $(VENV) $(LOWEST) $(DEMO_OUT) .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(LOWEST) $(DEMO_OUT) $(BENCH_OUT) .mypy_cache .pytest_cache .ruff_cache

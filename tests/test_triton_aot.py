@@ -88,12 +88,24 @@ def test_tensor_descriptors_use_the_copy_engine(target):
     assert evidence.matrix_instructions == pointers.matrix_instructions
 
 
-@pytest.mark.parametrize("target", static_evidence.TARGETS)
-def test_selection_and_lists_compile(target):
-    scores = torch.empty(1, 24, 931, 931, device="meta")
+@pytest.mark.parametrize("case", [Case("antidiagonal_scores", "bf16", 128), Case("block_sparse", "bf16", 128)])
+def test_a_video_of_another_size_compiles_nothing(case, monkeypatch):
+    """A kernel is compiled for a model, not for a resolution: what a short job waits for, it waits for once."""
+    made = set()
+    for tokens in (118_800 + 256, 75_601, 32_760):
+        monkeypatch.setattr(static_evidence, "TOKENS", tokens)
+        kernel, arguments = case.kernel_and_arguments()
+        made.add(static_evidence.compile_like_jit(kernel, arguments, static_evidence.TARGETS["sm_90"]).hash)
+    assert len(made) == 1
+
+
+def selection_kernels(blocks: int, target: str) -> list[str]:
+    """Compile selection, with a mask and with lists, and the lists of a mask; what identifies the three."""
+    scores = torch.empty(1, 24, blocks, blocks, device="meta")
     flags = scores.to(torch.int8)
     indices, counts = block_lists.empty_lists(scores)
-    sizes = {"heads": 24, "Nq": 931, "Nk": 931, **block_lists.row_options(931)}
+    sizes = {"heads": 24, "Nq": blocks, "Nk": blocks, **block_lists.row_options(blocks)}
+    made = []
     for lists in (False, True):
         tensors = {"scores_ptr": scores, "valid_ptr": flags, "forced_ptr": flags}
         tensors |= {"threshold_ptr": torch.empty(24, dtype=torch.float64, device="meta")}
@@ -106,10 +118,17 @@ def test_selection_and_lists_compile(target):
             static_evidence.TARGETS[target],
         )
         assert compiled.metadata.shared < 16 * 1024
+        made.append(compiled.hash)
     strides = {f"stride_m{axis}": scores.stride(at) for at, axis in enumerate("bhqk")}
     tensors = {"mask_ptr": flags, "indices_ptr": indices, "counts_ptr": counts}
     arguments = {**tensors, **strides, **sizes}
-    static_evidence.compile_like_jit(block_lists._block_lists_kernel, arguments, static_evidence.TARGETS[target])
+    kernel = block_lists._block_lists_kernel
+    return [*made, static_evidence.compile_like_jit(kernel, arguments, static_evidence.TARGETS[target]).hash]
+
+
+@pytest.mark.parametrize("target", static_evidence.TARGETS)
+def test_selection_compiles_once_for_lengths_of_the_same_magnitude(target):
+    assert selection_kernels(931, target) == selection_kernels(592, target)
 
 
 def test_specialisation_is_the_launchs():

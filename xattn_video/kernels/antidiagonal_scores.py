@@ -48,7 +48,7 @@ def _groups_seen(query_group, offset, STRIDE: tl.constexpr):
     return tl.maximum(offset + (query_group + 2) * STRIDE - 1, 0) // STRIDE
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tiles", "batch_heads", "Hq", "Sq", "Sk", "Nq", "Nk"])
 def _antidiagonal_scores_kernel(
     q_ptr,
     k_ptr,

@@ -13,6 +13,9 @@ import triton.language as tl
 
 from .launch import COMPILE_OPTIONS, device_guard
 
+# Sizes that a kernel is not compiled anew for, as they change from video to video.
+ROW_SIZES = ("heads", "Nq", "Nk")
+
 
 @triton.jit
 def store_list(kept, columns, Nk, list_ptr, count_ptr):
@@ -24,7 +27,7 @@ def store_list(kept, columns, Nk, list_ptr, count_ptr):
     tl.store(count_ptr, count)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=[*ROW_SIZES, "stride_mb", "stride_mh", "stride_mq"])
 def _block_lists_kernel(
     mask_ptr,
     indices_ptr,

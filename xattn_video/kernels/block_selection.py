@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .block_lists import empty_lists, row_options, store_list
+from .block_lists import ROW_SIZES, empty_lists, row_options, store_list
 from .launch import device_guard
 
 
@@ -23,7 +23,7 @@ def _mass_ahead(bits, mass, cut, forced_mass):
     return forced_mass + tl.sum(tl.where(bits > cut, mass, 0.0), axis=0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=[*ROW_SIZES, *(f"stride_{name}{axis}" for name in "svf" for axis in "bhq")])
 def _block_selection_kernel(
     scores_ptr,
     valid_ptr,

@@ -110,7 +110,7 @@ def _attend_kept_blocks(
     return acc, row_max, row_sum
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["Hq", "Sq", "Sk", "Nq", "Nk"])
 def _block_sparse_kernel(
     q_ptr,
     k_ptr,
