@@ -136,6 +136,9 @@ def _answer_all(
     model, processor = load_model(args, "AutoModelForImageTextToText", "AutoProcessor")
     if getattr(processor, "video_processor", None) is None or not processor.chat_template:
         raise UserError(f"--model {args.model}: its processor takes no video in a chat")
+    # --max-frames and --max-pixels say what is seen; some processors would share a budget out among frames besides.
+    if hasattr(processor.video_processor, "cap_pixels_per_frame"):
+        processor.video_processor.cap_pixels_per_frame = False
     try:
         # Before minutes of decoding: whether the model can be sparse at all, and the settings fit it.
         for config in configs.values():

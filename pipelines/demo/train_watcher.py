@@ -3,6 +3,10 @@
 Every step shows new stories and asks several questions about each at once. A question sees its story and itself
 alone and stands where it would stand as the only one, so one step does the work of many, and no question can be
 answered from another.
+
+What a scene shows, which one it is, and what the one before it showed is also read off its tokens halfway through the
+model, by linear maps that are trained with it and then thrown away. Thousands of tokens a step say what is wrong where
+the answers alone would say it in a few dozen words.
 """
 
 from __future__ import annotations
@@ -17,13 +21,25 @@ from typing import Any
 import numpy as np
 import torch
 
-from pipelines.demo import stories, watcher
+from pipelines.demo import stories, watcher, world
 from pipelines.demo.train_loop import Plan, phase_at, train
 from pipelines.program import Parser, run_program
 
 LEARNING_RATE, MATRIX_LEARNING_RATE = 1e-3, 3e-3
 # In the names of the parameters that Muon trains.
 BLOCKS = ("visual.blocks.", "language_model.layers.")
+# The layer of the language model after which scenes are read off their tokens.
+READ_AFTER = 2
+# What is read, and how many values it has; before the first scene there is nothing.
+READ = {
+    "colour": len(world.COLOURS),
+    "shape": len(world.SHAPES),
+    "motion": len(world.MOTIONS),
+    "background": len(world.BACKGROUNDS),
+    "place": 16,
+    "colour before": len(world.COLOURS) + 1,
+    "shape before": len(world.SHAPES) + 1,
+}
 _IGNORED = -100
 
 
@@ -31,7 +47,7 @@ _IGNORED = -100
 class Phase:
     """Up to the share `until` of all steps: stories that all have one of `lengths`, drawn anew for each step.
 
-    A step shows as many of them as come to at most `scenes`, but at least one, and asks `questions` about each.
+    A step shows as many of them as come to at most `scenes`, but at least one, and asks `questions` about them all.
     """
 
     until: float
@@ -41,9 +57,9 @@ class Phase:
 
 
 PHASES = (
-    Phase(0.20, (1,), 16, 4),
-    Phase(0.50, (2, 3, 4), 16, 12),
-    Phase(1.00, (1, 2, 4, 8, 16), 16, 16),
+    Phase(0.10, (1, 2), 16, 64),
+    Phase(0.40, (2, 3, 4), 16, 64),
+    Phase(1.00, (1, 2, 4, 8, 16), 16, 64),
 )
 
 
@@ -63,9 +79,9 @@ def draw_batch(seed: int, step: int, steps: int, phases: tuple[Phase, ...] = PHA
     length = int(rng.choice(phase.lengths))
     told = [stories.draw_story(rng, length, "training") for _ in range(max(1, phase.scenes // length))]
     kinds = [kind for kind in stories.KINDS if length > 1 or kind != "order"]
+    each = max(1, phase.questions // len(told))
     asked = [
-        [stories.draw_question(rng, story, kinds[number % len(kinds)]) for number in range(phase.questions)]
-        for story in told
+        [stories.draw_question(rng, story, kinds[number % len(kinds)]) for number in range(each)] for story in told
     ]
     return Batch(told, asked, rng.integers(watcher.EVERY, size=len(told)).tolist())
 
@@ -124,9 +140,44 @@ def tokenise(tokenizer: Any, batch: Batch, grid: tuple[int, int, int]) -> Tokens
     return Tokens(tokens, labels, positions, mask[:, None])
 
 
-def batch_loss(model: Any, processor: Any, batch: Batch) -> dict[str, torch.Tensor]:
-    """The mean cross-entropy of the answers' tokens as `loss`, the share of them that the model gets `right`."""
-    device = model.device
+class Learner(torch.nn.Module):
+    """A model in training, with the linear maps that read scenes off its tokens."""
+
+    def __init__(self, model: Any, seed: int) -> None:
+        super().__init__()
+        self.watcher = model
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            width = model.config.text_config.hidden_size
+            self.readers = torch.nn.ModuleList(torch.nn.Linear(width, count) for count in READ.values())
+
+
+def scene_labels(batch: Batch) -> torch.Tensor:
+    """What READ names of each scene, int64 `[stories, scenes, len(READ)]`."""
+
+    def label(story: stories.Story, number: int) -> list[int]:
+        scene, before = story.scenes[number], story.scenes[number - 1] if number else None
+        colours, shapes = list(world.COLOURS), world.SHAPES
+        return [
+            colours.index(scene.colour),
+            shapes.index(scene.shape),
+            list(world.MOTIONS).index(scene.motion),
+            list(world.BACKGROUNDS).index(scene.background),
+            number,
+            colours.index(before.colour) if before else len(colours),
+            shapes.index(before.shape) if before else len(shapes),
+        ]
+
+    return torch.tensor([[label(story, number) for number in range(len(story.scenes))] for story in batch.stories])
+
+
+def batch_loss(learner: Learner, processor: Any, batch: Batch) -> dict[str, torch.Tensor]:
+    """The losses of a step, and how much of it is right already.
+
+    `loss`: the mean cross-entropy of the answers' tokens, and that of what is read off the scenes' tokens. `right`:
+    the share of the answers' words that the model gets right; `read`: the share of the scenes' values.
+    """
+    model, device = learner.watcher, learner.watcher.device
     videos = [story.render(watcher.EVERY, offset) for story, offset in zip(batch.stories, batch.offsets, strict=True)]
     seen = processor.video_processor(videos, do_sample_frames=False, return_tensors="pt").to(device)
     frames, height, width = seen["video_grid_thw"][0].tolist()
@@ -138,27 +189,47 @@ def batch_loss(model: Any, processor: Any, batch: Batch) -> dict[str, torch.Tens
             position_ids=tokens.positions.to(device),
             attention_mask=tokens.mask.to(device),
             use_cache=False,
+            output_hidden_states=True,
             **seen,
-        )[0]
+        )
         wanted = tokens.labels.to(device)
         counted = wanted != _IGNORED
-        logits = model.lm_head(hidden[counted]).float()
-    right = (logits.argmax(-1) == wanted[counted]).float().mean()
-    return {"loss": torch.nn.functional.cross_entropy(logits, wanted[counted]), "right": right}
+        logits = model.lm_head(hidden.last_hidden_state[counted]).float()
+        # The video's tokens come second, after the one that says that they do.
+        video = hidden.hidden_states[READ_AFTER][:, 1 : 1 + frames * height * width // merge**2]
+        read = [reader(video).float() for reader in learner.readers]
+    wanted = wanted[counted]
+    words = wanted != processor.tokenizer.eos_token_id
+    shown = scene_labels(batch).to(device)
+    shown = shown.repeat_interleave(video.shape[1] // shown.shape[1], dim=1)
+    entropy = torch.nn.functional.cross_entropy
+    reading = torch.stack([entropy(one.transpose(1, 2), shown[..., at]) for at, one in enumerate(read)])
+    seen_right = torch.stack([(one.argmax(-1) == shown[..., at]).float().mean() for at, one in enumerate(read)])
+    answering = entropy(logits, wanted)
+    return {
+        "loss": answering + reading.mean(),
+        "answering": answering,
+        "right": (logits.argmax(-1) == wanted)[words].float().mean(),
+        "read": seen_right.mean(),
+        "place": seen_right[list(READ).index("place")],
+    }
 
 
 def train_watcher(plan: Plan, device: torch.device, seed: int, phases: tuple[Phase, ...] = PHASES) -> tuple[Any, int]:
     """Train by `plan`; the model with its averaged weights, and the steps done."""
-    model, averaged = watcher.build_watcher(seed).to(device), watcher.build_watcher(seed).to(device)
+    learner = Learner(watcher.build_watcher(seed), seed).to(device)
+    averaged = watcher.build_watcher(seed).to(device)
     processor = watcher.build_processor()
 
     def loss_of(step: int) -> dict[str, torch.Tensor]:
         batch = draw_batch(seed, step, plan.steps, phases)
         scenes = torch.tensor(float(len(batch.stories[0].scenes)))
-        return {**batch_loss(model, processor, batch), "scenes": scenes}
+        return {**batch_loss(learner, processor, batch), "scenes": scenes}
 
-    steps, average = train(plan, model, loss_of)
-    averaged.load_state_dict(average, strict=False)
+    steps, average = train(plan, learner, loss_of)
+    own = {name.removeprefix("watcher."): value for name, value in average.items() if name.startswith("watcher.")}
+    # What it lacks is no parameter, or one with another name.
+    averaged.load_state_dict(own, strict=False)
     return averaged.eval(), steps
 
 

@@ -89,7 +89,8 @@ def build_processor() -> Any:
     return transformers.Qwen2VLProcessor(
         transformers.Qwen2VLImageProcessor(**sizes),
         build_tokenizer(),
-        transformers.Qwen2VLVideoProcessor(**sizes),
+        # Sizes are the video's own: no share of a budget for all frames.
+        transformers.Qwen2VLVideoProcessor(**sizes, cap_pixels_per_frame=False),
         chat_template=_TEMPLATE,
     )
 
