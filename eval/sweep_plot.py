@@ -9,6 +9,8 @@ from typing import Any
 from pipelines.files import whole_files
 
 _LABELS = {"psnr": "PSNR against dense, dB", "ssim": "SSIM against dense", "as_asked": "as asked, share of videos"}
+# Of each axis: the marker and line, and where a point's name stands, in points from it.
+_STYLES = {"threshold": ("o-", (4, 4)), "stride": ("s--", (4, -11)), "warmup_steps": ("^-.", (-12, 5))}
 _AXES = {"threshold": "threshold", "stride": "stride", "warmup_steps": "warm-up steps"}
 
 
@@ -30,12 +32,20 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
     for panels, cost in zip(grid, ("density", "speedup"), strict=True):
         for axes, quality in zip(panels, qualities, strict=True):
             for name, points in _lines(sparse).items():
-                points = sorted((row for row in points if row[cost] is not None), key=lambda row: row[cost])
-                axes.plot([row[cost] for row in points], [row[quality] for row in points], "o-", label=_AXES[name])
+                points = sorted((row for row in points if row[cost] is not None), key=lambda row: row[name])
+                style, place = _STYLES[name]
+                costs, qualities_of = [row[cost] for row in points], [row[quality] for row in points]
+                (line,) = axes.plot(costs, qualities_of, style, label=_AXES[name], markersize=5, linewidth=1.2)
                 for row in points:
                     axes.annotate(
-                        f"{row[name]:g}", (row[cost], row[quality]), xytext=(4, 4), textcoords="offset points"
+                        f"{row[name]:g}",
+                        (row[cost], row[quality]),
+                        xytext=place,
+                        textcoords="offset points",
+                        fontsize="small",
+                        color=line.get_color(),
                     )
+            axes.margins(0.12)
             for row in rows:
                 if row["threshold"] is None and row[quality] is not None:
                     style = ":" if row["attention"] == "dense" else "--"
