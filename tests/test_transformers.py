@@ -23,6 +23,8 @@ from transformers.masking_utils import sdpa_mask  # isort: skip
 SMALL: dict[str, Any] = {"block_size": 16, "min_tokens": 0}
 TOKENS = 100
 ALL = pytest.mark.parametrize("family", list(BUILDERS))
+# It asks for a whole mask where the cache is static, so such a prefill is dense there.
+OLD = transformers.__version__.startswith("4.")
 
 
 @pytest.fixture(autouse=True)
@@ -42,6 +44,11 @@ def padded(side: str, *, seed: int = 0) -> tuple[Tensor, Tensor]:
 
 def close(actual: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+
+
+def skip_old_chunks(family: str) -> None:
+    if OLD and family == "qwen2-vl":
+        pytest.skip("transformers 4 cannot take a chunk of a padded prompt for Qwen2-VL, with any attention")
 
 
 def chunked(model: Any, tokens: Tensor, sizes: tuple[int, ...], mask: Tensor | None = None, **cache: Any) -> Tensor:
@@ -95,6 +102,8 @@ def test_a_padded_batch_is_sparse_and_with_threshold_1_sdpas(family: str, side: 
 @ALL
 @pytest.mark.parametrize("side", ["left", "right", None])
 def test_a_prompt_in_uneven_chunks_is_sparse_and_with_threshold_1_sdpas(family: str, side: str | None) -> None:
+    if side is not None:
+        skip_old_chunks(family)
     model = build(family)
     tokens, mask = (prompt(2, TOKENS), None) if side is None else padded(side)
     seen = torch.ones_like(tokens) if mask is None else mask
@@ -109,6 +118,7 @@ def test_a_prompt_in_uneven_chunks_is_sparse_and_with_threshold_1_sdpas(family: 
 
 @ALL
 def test_a_static_cache_is_sparse_and_with_threshold_1_sdpas(family: str) -> None:
+    skip_old_chunks(family)
     model, (tokens, mask) = build(family), padded("left")
 
     def cache() -> Any:
@@ -120,7 +130,7 @@ def test_a_static_cache_is_sparse_and_with_threshold_1_sdpas(family: str) -> Non
         with sparse(model, threshold=1) as stats:
             logits = chunked(model, tokens, sizes, seen, past_key_values=cache())
         close(logits[shown.bool()], dense[shown.bool()])
-        assert stats.summary()["dense_calls"] == {}
+        assert stats.summary()["dense_calls"] == ({"mask": LAYERS * len(sizes)} if OLD else {})
 
 
 @ALL
@@ -135,13 +145,14 @@ def test_sixteen_tokens_are_generated_as_with_sdpa_and_decoded_densely(family: s
     with sparse(model, threshold=1) as stats:
         assert torch.equal(model.generate(tokens, **options), dense)
     summary = stats.summary()
-    assert summary["sparse_calls"] == LAYERS
-    assert summary["dense_calls"] == {"decode": LAYERS * 15}
+    whole = {"mask": LAYERS} if OLD and cache == "static" else {}
+    assert summary["sparse_calls"] == (0 if whole else LAYERS)
+    assert summary["dense_calls"] == {"decode": LAYERS * 15, **whole}
 
 
 def test_beam_search_and_assisted_decoding_are_sdpas() -> None:
     model, helper, tokens = build("llama"), build("llama"), prompt(1, TOKENS)
-    options: dict[str, Any] = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False}
+    options: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False}
     for more in ({"num_beams": 3}, {"assistant_model": helper}, {"prompt_lookup_num_tokens": 3}):
         dense = model.generate(tokens, **options, **more)
         with sparse(model, threshold=1) as stats:
@@ -151,15 +162,22 @@ def test_beam_search_and_assisted_decoding_are_sdpas() -> None:
         assert set(summary["dense_calls"]) == {"decode"}
 
 
+def positions(queries: int, before: int) -> dict[str, Any]:
+    """How the mask interface is told which queries there are."""
+    return (
+        {"cache_position": torch.arange(before, before + queries)} if OLD else {"q_length": queries, "q_offset": before}
+    )
+
+
 def test_a_range_takes_no_memory_and_says_what_the_whole_mask_says() -> None:
     _, left = padded("left")
     for queries, before in ((TOKENS, 0), (40, 60), (17, 83)):
-        asked: dict[str, Any] = {"batch_size": 3, "q_length": queries, "q_offset": before, "kv_length": TOKENS}
+        asked: dict[str, Any] = {"batch_size": 3, **positions(queries, before), "kv_length": TOKENS}
         ranges = range_mask(**asked, attention_mask=left)
         assert is_range(ranges)
         assert ranges.untyped_storage().nbytes() == 3 * 4
         assert torch.equal(dense_mask(ranges, queries, TOKENS), sdpa_mask(**asked, attention_mask=left))
-    assert range_mask(batch_size=3, q_length=TOKENS, q_offset=0, kv_length=TOKENS) is None
+    assert range_mask(batch_size=3, **positions(TOKENS, 0), kv_length=TOKENS) is None
 
 
 @pytest.mark.parametrize("window", [TOKENS - 1, 32])

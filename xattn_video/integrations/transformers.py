@@ -8,7 +8,8 @@
     stop_xattention(model)                                             # as it was
 
 Prefill is sparse: prompts in one piece or in chunks, padded on either side, with any cache. Decoding is dense, and so
-is every call that `AttentionStats.summary()["dense_calls"]` names. Dense calls are transformers' own SDPA.
+is every call that `AttentionStats.summary()["dense_calls"]` names. Dense calls are transformers' own SDPA. With
+transformers 4 a static cache is dense too (`mask`): it then asks for whole masks and reads positions off them.
 """
 
 from __future__ import annotations
