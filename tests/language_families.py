@@ -148,7 +148,9 @@ def _tokenizer(special: dict[str, int]) -> Any:
     words |= {"<pad>": 0, "<s>": 1, "</s>": 2, "<unk>": 3, **special}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    return transformers.PreTrainedTokenizerFast(
+    # transformers 4 insists on the class of Qwen2's own tokenizer.
+    old = transformers.__version__.startswith("4.")
+    return (transformers.Qwen2TokenizerFast if old else transformers.PreTrainedTokenizerFast)(
         tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>",
         additional_special_tokens=list(special),
     )  # fmt: skip

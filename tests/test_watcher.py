@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from pipelines.demo import stories, train_watcher, watcher, world
-from pipelines.demo.train_loop import Plan
+from pipelines.demo.train_loop import Plan, build_optimizers
 from pipelines.demo.train_watcher import (
     PHASES,
     READ,
@@ -158,16 +158,18 @@ def test_saving_leaves_the_model_as_it_was(tmp_path: Path, model: Any) -> None:
         assert torch.equal(value, again[name]), name
 
 
-def test_training_learns_a_batch(processor: Any) -> None:
+def test_training_learns_a_batch(processor: Any, tmp_path: Path) -> None:
     batch = _fixed()
     learner = Learner(watcher.build_watcher(seed=0), seed=0)
-    optimizer = torch.optim.AdamW(learner.parameters(), lr=1e-3)
+    plan = Plan("x", tmp_path, 1, 1e-3, matrix_learning_rate=3e-3, blocks=train_watcher.BLOCKS)
+    optimizers = build_optimizers(plan, learner)
     losses = []
     for _ in range(50):
         values = batch_loss(learner, processor, batch)
         values["loss"].backward()
-        optimizer.step()
-        optimizer.zero_grad()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
         losses.append(values["loss"].item())
     assert losses[-1] < 0.3 * losses[0]
     assert values["right"] > 0.8

@@ -24,8 +24,9 @@ EVERY = 4
 FPS = world.FPS / EVERY
 
 _PATCH, _MERGE = 8, 2
+_OLD = transformers.__version__.startswith("4.")
 # transformers 4 calls it otherwise.
-_ROTARY = "rope_scaling" if transformers.__version__.startswith("4.") else "rope_parameters"
+_ROTARY = "rope_scaling" if _OLD else "rope_parameters"
 _SPECIAL = (
     "<pad>",
     "</s>",
@@ -101,13 +102,18 @@ def build_tokenizer() -> Any:
     tokenizer = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    return transformers.PreTrainedTokenizerFast(
+    return _tokenizer_class()(
         tokenizer_object=tokenizer,
         pad_token="<pad>",
         eos_token="</s>",
         unk_token="<unk>",
         additional_special_tokens=[word for word in _SPECIAL if word not in ("<pad>", "</s>", "<unk>")],
     )
+
+
+def _tokenizer_class() -> Any:
+    """What the processor takes: transformers 4 insists on the class of Qwen2's own tokenizer."""
+    return transformers.Qwen2TokenizerFast if _OLD else transformers.PreTrainedTokenizerFast
 
 
 def vocabulary() -> list[str]:
