@@ -170,10 +170,10 @@ def _players(embedded: Embedded) -> str:
         )
     )
     if embedded.left_out:
-        names = ", ".join(case.id for case in embedded.left_out)
-        parts.append(
-            _note(f"Left out to keep the page small (--max-megabytes): {len(embedded.left_out)} comparisons: {names}")
-        )
+        # Hundreds of names would push everything else off the screen.
+        count = f"{len(embedded.left_out)} comparisons left out to keep the page small (--max-megabytes)"
+        names = _note(", ".join(case.id for case in embedded.left_out))
+        parts.append(f'<details id="left-out"><summary class="note">{escape(count)}</summary>{names}</details>')
     return _section("players", "Side by side", *parts)
 
 

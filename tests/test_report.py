@@ -278,7 +278,9 @@ def test_the_size_limit_keeps_the_worst_and_names_the_rest(run):
     page = read(write_report(run, max_megabytes=limit, progress=False))
     assert [case["id"] for case in page.cases] == [worst[0].id]
     assert len(page.videos) == 2
-    left_out = next(text for text in page.text.splitlines() if text.startswith("Left out"))
+    count, left_out = page.text.split("comparisons left out")[0].split()[-1], page.text.split("left out to keep")[1]
+    left_out = left_out.split("Every video")[0]
+    assert int(count) == len(worst) - 1
     assert all(case.id in left_out for case in worst[1:])
     assert worst[0].id not in left_out
     none = read(write_report(run, max_megabytes=0, progress=False))
