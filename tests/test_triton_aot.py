@@ -76,6 +76,14 @@ def test_scoring_fills_matrix_tiles_where_blocks_have_few_rows(stride, block_siz
     assert evidence.complaints() == []
 
 
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_120"])
+def test_blocks_of_64_keep_the_rules_too(target):
+    """Half the rows of the default tile, and half its warps: with all, sm_120 loads spilled values in the loop."""
+    evidence = static_evidence.gather(Case("block_sparse", "bf16", 128, block_size=64), target)
+    assert evidence.complaints() == []
+    assert evidence.config["num_warps"] == 4
+
+
 @pytest.mark.parametrize("target", static_evidence.COPY_ENGINE)
 def test_tensor_descriptors_use_the_copy_engine(target):
     """Keys and values come in whole tiles, nothing spills, and the matrix instructions stay what they are."""

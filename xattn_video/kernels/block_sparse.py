@@ -299,7 +299,8 @@ def block_sparse_arguments(
         "TMA": tma is not None,
         "HEADS_INSIDE": tma is not None and tma.heads_inside,
         "INTERPRET": is_interpreted(_block_sparse_kernel),
-        "num_warps": config["num_warps"],
+        # fewer rows are for fewer warps
+        "num_warps": max(config["num_warps"] * block_m // config["BLOCK_M"], min(config["num_warps"], 4)),
         "num_stages": config["num_stages"],
         **COMPILE_OPTIONS,
     }
