@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from pipelines.demo import stories, train_watcher, watcher, world
+from pipelines.demo import stories, train_eyes, train_watcher, watcher, world
 from pipelines.demo.train_loop import Plan, build_optimizers
 from pipelines.demo.train_watcher import (
     PHASES,
@@ -98,9 +98,8 @@ def test_an_interrupted_training_ends_with_the_very_same_weights(tmp_path: Path,
 
     def go(name: str, **changes: Any) -> tuple[Any, int]:
         values = {"matrix_learning_rate": 3e-3, "blocks": train_watcher.BLOCKS, "log_steps": 1, **changes}
-        return train_watcher.train_watcher(
-            Plan("watcher", tmp_path / name, 4, 1e-3, **values), torch.device("cpu"), 0, phases
-        )
+        plan = Plan("watcher", tmp_path / name, 4, 1e-3, **values)
+        return train_watcher.train_watcher(plan, watcher.build_watcher(seed=0), 0, phases)
 
     def kill_later(*arguments: Any) -> Batch:
         if arguments[1] == 2:
@@ -127,13 +126,48 @@ def test_an_interrupted_training_ends_with_the_very_same_weights(tmp_path: Path,
 
 def test_the_program_trains_and_saves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(train_watcher, "PHASES", (Phase(1.0, (1,), 1, 2),))
-    arguments = ["--out", str(tmp_path), "--steps", "2", "--device", "cpu"]
+    arguments = ["--out", str(tmp_path), "--eye-steps", "2", "--steps", "2", "--device", "cpu"]
     assert train_watcher.main([*arguments, "--minutes", "0"]) == 3
+    assert not (tmp_path / "model").exists()
     assert train_watcher.main(arguments) == 0
     saved = transformers.AutoModelForImageTextToText.from_pretrained(tmp_path / "model", dtype=torch.bfloat16)
     average = load_file(tmp_path / "watcher.safetensors")
     for name, value in saved.named_parameters():
         assert torch.equal(value, average[f"average.watcher.{name}"].bfloat16()), name
+
+
+def test_the_eyes_learn_what_two_frames_show_and_the_model_keeps_their_averaged_weights(tmp_path: Path) -> None:
+    model = watcher.build_watcher(seed=0)
+    before = {name: value.clone() for name, value in model.named_parameters()}
+    plan = Plan("eyes", tmp_path, 30, 1e-3, matrix_learning_rate=1e-2, blocks=train_watcher.BLOCKS, log_steps=10)
+    assert train_eyes.train_eyes(plan, model, seed=0, count=16) == 30
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert lines[-1]["loss"] < 0.8 * lines[0]["loss"]
+    assert lines[-1]["background"] > 0.7
+    average = load_file(tmp_path / "eyes.safetensors")
+    for name, value in model.named_parameters():
+        if name.startswith("model.visual."):
+            assert torch.equal(value, average[f"average.{name.removeprefix('model.')}"]), name
+        else:
+            assert torch.equal(value, before[name]), name
+
+
+def test_the_eyes_see_training_scenes_alone_as_stories_show_them() -> None:
+    seen = set()
+    for step in range(10):
+        scenes, clips = train_eyes.draw_glances(0, step, 64)
+        seen.update(scenes)
+    assert not any(map(world.is_held_out, seen))
+    assert len(seen) > 300
+    still = next(number for number, scene in enumerate(scenes) if scene.motion == "still")
+    right = next(number for number, scene in enumerate(scenes) if scene.motion == "right")
+    assert all(clip.shape == (2, 128, 128, 3) for clip in clips)
+    assert np.array_equal(clips[still][0], clips[still][1])
+    # Half a second apart.
+    background = np.array(world.BACKGROUNDS[scenes[right].background])
+    coloured = (np.abs(frame.astype(int) - background).sum(-1).any(0) for frame in clips[right])
+    first, second = (columns.nonzero()[0].mean() for columns in coloured)
+    assert watcher.EVERY * 1.1 < second - first < watcher.EVERY * 1.8
 
 
 def test_saving_leaves_the_model_as_it_was(tmp_path: Path, model: Any) -> None:

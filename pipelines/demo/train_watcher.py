@@ -4,9 +4,10 @@ Every step shows new stories and asks several questions about each at once. A qu
 alone and stands where it would stand as the only one, so one step does the work of many, and no question can be
 answered from another.
 
-What a scene shows, which one it is, and what the one before it showed is also read off its tokens halfway through the
-model, by linear maps that are trained with it and then thrown away. Thousands of tokens a step say what is wrong where
-the answers alone would say it in a few dozen words.
+Its vision tower is trained before, on two frames at a time (`train_eyes`). What a scene shows, which one it is, and
+what the one before it showed is also read off its tokens halfway through the model, by linear maps that are trained
+with it and then thrown away: thousands of tokens a step say what is wrong where the answers alone would say it in a few
+dozen words.
 """
 
 from __future__ import annotations
@@ -22,20 +23,19 @@ import numpy as np
 import torch
 
 from pipelines.demo import stories, watcher, world
+from pipelines.demo.train_eyes import SHOWN, Eyes, judged, shown, train_eyes
 from pipelines.demo.train_loop import Plan, phase_at, train
 from pipelines.program import Parser, run_program
 
-LEARNING_RATE, MATRIX_LEARNING_RATE = 1e-3, 3e-3
-# In the names of the parameters that Muon trains.
+LEARNING_RATE = 1e-3
+# Muon's, of the two stages; and what is in the names of the parameters that it trains.
+EYE_RATE, STORY_RATE = 1e-2, 3e-3
 BLOCKS = ("visual.blocks.", "language_model.layers.")
 # The layer of the language model after which scenes are read off their tokens.
 READ_AFTER = 2
 # What is read, and how many values it has; before the first scene there is nothing.
 READ = {
-    "colour": len(world.COLOURS),
-    "shape": len(world.SHAPES),
-    "motion": len(world.MOTIONS),
-    "background": len(world.BACKGROUNDS),
+    **SHOWN,
     "place": 16,
     "colour before": len(world.COLOURS) + 1,
     "shape before": len(world.SHAPES) + 1,
@@ -141,32 +141,24 @@ def tokenise(tokenizer: Any, batch: Batch, grid: tuple[int, int, int]) -> Tokens
 
 
 class Learner(torch.nn.Module):
-    """A model in training, with the linear maps that read scenes off its tokens."""
+    """A model in training, with the linear maps that read scenes off its tokens and frames off its vision tower."""
 
     def __init__(self, model: Any, seed: int) -> None:
         super().__init__()
         self.watcher = model
+        width = model.config.text_config.hidden_size
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            width = model.config.text_config.hidden_size
             self.readers = torch.nn.ModuleList(torch.nn.Linear(width, count) for count in READ.values())
+        self.eyes = Eyes(model.model.visual, width, seed)
 
 
 def scene_labels(batch: Batch) -> torch.Tensor:
     """What READ names of each scene, int64 `[stories, scenes, len(READ)]`."""
 
     def label(story: stories.Story, number: int) -> list[int]:
-        scene, before = story.scenes[number], story.scenes[number - 1] if number else None
-        colours, shapes = list(world.COLOURS), world.SHAPES
-        return [
-            colours.index(scene.colour),
-            shapes.index(scene.shape),
-            list(world.MOTIONS).index(scene.motion),
-            list(world.BACKGROUNDS).index(scene.background),
-            number,
-            colours.index(before.colour) if before else len(colours),
-            shapes.index(before.shape) if before else len(shapes),
-        ]
+        before = shown(story.scenes[number - 1])[:2] if number else [len(world.COLOURS), len(world.SHAPES)]
+        return [*shown(story.scenes[number]), number, *before]
 
     return torch.tensor([[label(story, number) for number in range(len(story.scenes))] for story in batch.stories])
 
@@ -174,8 +166,8 @@ def scene_labels(batch: Batch) -> torch.Tensor:
 def batch_loss(learner: Learner, processor: Any, batch: Batch) -> dict[str, torch.Tensor]:
     """The losses of a step, and how much of it is right already.
 
-    `loss`: the mean cross-entropy of the answers' tokens, and that of what is read off the scenes' tokens. `right`:
-    the share of the answers' words that the model gets right; `read`: the share of the scenes' values.
+    `loss`: the mean cross-entropy of the answers' tokens, plus that of what is read off the scenes' tokens and off the
+    frames. Shares that are right: `right` of the answers' words, `read` of the scenes' values, `seen` of the frames'.
     """
     model, device = learner.watcher, learner.watcher.device
     videos = [story.render(watcher.EVERY, offset) for story, offset in zip(batch.stories, batch.offsets, strict=True)]
@@ -198,27 +190,28 @@ def batch_loss(learner: Learner, processor: Any, batch: Batch) -> dict[str, torc
         # The video's tokens come second, after the one that says that they do.
         video = hidden.hidden_states[READ_AFTER][:, 1 : 1 + frames * height * width // merge**2]
         read = [reader(video).float() for reader in learner.readers]
+        seen_frames = learner.eyes.read(len(batch.stories) * frames)
     wanted = wanted[counted]
     words = wanted != processor.tokenizer.eos_token_id
-    shown = scene_labels(batch).to(device)
-    shown = shown.repeat_interleave(video.shape[1] // shown.shape[1], dim=1)
-    entropy = torch.nn.functional.cross_entropy
-    reading = torch.stack([entropy(one.transpose(1, 2), shown[..., at]) for at, one in enumerate(read)])
-    seen_right = torch.stack([(one.argmax(-1) == shown[..., at]).float().mean() for at, one in enumerate(read)])
-    answering = entropy(logits, wanted)
+    labels = scene_labels(batch).to(device)
+    scenes = labels.shape[1]
+    reading, read_right = judged(read, labels.repeat_interleave(video.shape[1] // scenes, dim=1))
+    of_frames = labels[..., : len(SHOWN)].repeat_interleave(frames // scenes, dim=1)
+    seeing, seen_right = judged(seen_frames, of_frames.flatten(0, 1))
+    answering = torch.nn.functional.cross_entropy(logits, wanted)
     return {
-        "loss": answering + reading.mean(),
+        "loss": answering + reading + seeing,
         "answering": answering,
         "right": (logits.argmax(-1) == wanted)[words].float().mean(),
-        "read": seen_right.mean(),
-        "place": seen_right[list(READ).index("place")],
+        "read": read_right.mean(),
+        "seen": seen_right.mean(),
     }
 
 
-def train_watcher(plan: Plan, device: torch.device, seed: int, phases: tuple[Phase, ...] = PHASES) -> tuple[Any, int]:
-    """Train by `plan`; the model with its averaged weights, and the steps done."""
-    learner = Learner(watcher.build_watcher(seed), seed).to(device)
-    averaged = watcher.build_watcher(seed).to(device)
+def train_watcher(plan: Plan, model: Any, seed: int, phases: tuple[Phase, ...] = PHASES) -> tuple[Any, int]:
+    """Train a model by `plan`; one with its averaged weights, and the steps done."""
+    learner = Learner(model, seed).to(model.device)
+    averaged = watcher.build_watcher(seed).to(model.device)
     processor = watcher.build_processor()
 
     def loss_of(step: int) -> dict[str, torch.Tensor]:
@@ -242,7 +235,8 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--out", type=Path, required=True, help="folder of the run; an existing run goes on")
     parser.add_argument("--minutes", type=float, help="stop after this long, to be continued (default: no limit)")
-    parser.add_argument("--steps", type=int, default=6000, help="of the whole training (default: %(default)s)")
+    parser.add_argument("--eye-steps", type=int, default=1500, help="of the vision tower alone (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=4000, help="of stories (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     return run_program(parser, _run, arguments)
@@ -251,17 +245,14 @@ def main(arguments: list[str] | None = None) -> int:
 def _run(options: argparse.Namespace) -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     deadline = None if options.minutes is None else time.monotonic() + 60 * options.minutes
-    plan = Plan(
-        "watcher",
-        options.out,
-        options.steps,
-        LEARNING_RATE,
-        matrix_learning_rate=MATRIX_LEARNING_RATE,
-        blocks=BLOCKS,
-        deadline=deadline,
-    )
-    model, steps = train_watcher(plan, torch.device(options.device), options.seed, PHASES)
-    watcher.save_watcher(model, options.out / "model")
+    model = watcher.build_watcher(options.seed).to(options.device)
+    of_both: dict[str, Any] = {"blocks": BLOCKS, "deadline": deadline}
+    eyes = Plan("eyes", options.out, options.eye_steps, LEARNING_RATE, matrix_learning_rate=EYE_RATE, **of_both)
+    if train_eyes(eyes, model, options.seed) < options.eye_steps:
+        return 3
+    plan = Plan("watcher", options.out, options.steps, LEARNING_RATE, matrix_learning_rate=STORY_RATE, **of_both)
+    averaged, steps = train_watcher(plan, model, options.seed, PHASES)
+    watcher.save_watcher(averaged, options.out / "model")
     return 0 if steps >= options.steps else 3
 
 
