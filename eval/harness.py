@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import inspect
 import json
 import time
 from collections.abc import Callable, Iterator
@@ -46,16 +47,16 @@ def main(arguments: list[str] | None = None) -> int:
     parser = Parser(prog="python -m eval.harness", description=__doc__, epilog=EXAMPLE)
     tools = parser.add_subparsers(dest="tool", metavar="TOOL", required=True)
     language = tools.add_parser("lm-eval", help="a text model, by lm-evaluation-harness", epilog=EXAMPLE)
-    language.add_argument("--task-folder", metavar="DIR", help="more tasks, in the tool's .yaml files")
     add_machine_options(language)
     language.add_argument("--lengths", type=int, nargs="+", metavar="N", help="tokens of the prompts of RULER's tasks")
     video = tools.add_parser("lmms-eval", help="a video model, by lmms-eval", epilog=EXAMPLE)
-    video.add_argument("--device", default="cuda", help="cuda")
+    video.add_argument("--device", default="cuda", help="cuda (default) or cpu")
     video.add_argument("--kind", default="qwen2_vl", help="lmms-eval's name of the model's class (qwen2_vl)")
     video.add_argument("--model-args", default="", metavar="A=B,...", help="more arguments of that class")
     for name, tool in tools.choices.items():
         tool.add_argument("--model", required=True, help="Hub id or local folder")
         tool.add_argument("--tasks", required=True, nargs="+", metavar="NAME", help="the tool's names of its tasks")
+        tool.add_argument("--task-folder", metavar="DIR", help="more tasks, in the tool's .yaml files")
         tool.add_argument("--out", type=Path, required=True, metavar="DIR", help=f"{RESULTS_JSON} goes there")
         tool.add_argument("--limit", type=int, metavar="N", help="items of each task (all); not the benchmark's score")
         add_attention_options(tool, stride=_STRIDES[name])
@@ -180,14 +181,29 @@ def _video(args: argparse.Namespace) -> tuple[Any, Evaluate]:
     import xattn_video.integrations.transformers  # noqa: F401  (mends torchvision)
 
     evaluator, models = _import(args.tool, "lmms_eval.evaluator"), _import(args.tool, "lmms_eval.models")
-    more = ",".join(part for part in (f"pretrained={args.model}", args.model_args) if part)
+    kind = models.get_model(args.kind)
+    # Where a class has both, its device_map is a GPU's unless it is told.
+    both = "device_map" in inspect.signature(kind.__init__).parameters and "device_map=" not in (args.model_args or "")
+    given = (f"pretrained={args.model}", f"device_map={args.device}" if both else "", args.model_args)
     try:
-        wrapped = models.get_model(args.kind).create_from_arg_string(more, {"batch_size": 1, "device": args.device})
+        wrapped = kind.create_from_arg_string(
+            ",".join(part for part in given if part), {"batch_size": 1, "device": args.device}
+        )
     except (OSError, ValueError) as error:
         raise UserError(offline_message(args.model, error)) from None
+    # The tool throws the weights away after an evaluation, and there is another one with the other attention.
+    wrapped.clean = lambda: None
 
     def evaluate() -> dict[str, Any]:
-        found = evaluator.simple_evaluate(model=wrapped, tasks=args.tasks, limit=args.limit, log_samples=False)
+        found = evaluator.simple_evaluate(
+            model=wrapped,
+            tasks=args.tasks,
+            limit=args.limit,
+            log_samples=False,
+            task_manager=_import(args.tool, "lmms_eval.tasks").TaskManager(
+                include_path=args.task_folder, model_name=args.kind
+            ),
+        )
         return found["results"] if found else {}
 
     return wrapped.model, evaluate

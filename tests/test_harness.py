@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 
 from eval.harness import main, table
-from tests.language_families import LAYERS, save_language_model
+from pipelines.demo import world
+from pipelines.video_io import write_video
+from tests.language_families import LAYERS, save_language_model, save_video_model
 
 TASK = """\
 task: recall_words
@@ -52,6 +54,49 @@ def test_lm_eval_runs_dense_and_sparse_on_a_local_model_and_task(tmp_path: Path,
     assert 0 < sparse["sparse_density"] < 0.9
     # Two items, three tokens each, the first of them from prefill.
     assert sparse["dense_calls"] == {"decode": 2 * 2 * LAYERS}
+
+
+VIDEO_TASK = """\
+task: watched_words
+dataset_path: json
+dataset_kwargs:
+  data_files:
+    test: {items}
+test_split: test
+output_type: generate_until
+doc_to_visual: !function watched.visual
+doc_to_text: !function watched.text
+doc_to_target: answer
+generation_kwargs:
+  max_new_tokens: 3
+  do_sample: false
+metric_list:
+  - metric: exact_match
+    aggregation: mean
+    higher_is_better: true
+"""
+
+
+@pytest.mark.skipif(importlib.util.find_spec("lmms_eval") is None, reason="lmms-eval is not installed")
+def test_lmms_eval_runs_dense_and_sparse_on_a_local_video_model(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
+    video = tmp_path / "video.mp4"
+    write_video(video, world.render(world.training_scenes()[0], 0, frames=32), world.FPS)
+    items = [{"video": str(video), "question": f"w{number} w6", "answer": "w7"} for number in (4, 5)]
+    (tmp_path / "items.json").write_text(json.dumps(items))
+    tasks = tmp_path / "tasks"
+    tasks.mkdir()
+    (tasks / "watched.yaml").write_text(VIDEO_TASK.format(items=tmp_path / "items.json"))
+    code = 'def visual(item):\n    return [item["video"]]\n\n\ndef text(item, *_, **__):\n    return item["question"]\n'
+    (tasks / "watched.py").write_text(code)
+    arguments = ["lmms-eval", "--model", str(save_video_model(tmp_path / "model")), "--tasks", "watched_words"]
+    arguments += ["--task-folder", str(tasks), "--out", str(tmp_path / "out"), "--device", "cpu"]
+    assert main([*arguments, "--block-size", "16", "--min-tokens", "0", "--threshold", "0.5"]) == 0
+    dense, sparse = json.loads((tmp_path / "out" / "results.json").read_text())["rows"]
+    assert dense["scores"].keys() == sparse["scores"].keys() >= {"watched_words exact_match"}
+    assert dense["sparse_density"] is None
+    assert 0 < sparse["sparse_density"] < 0.9
+    assert set(sparse["dense_calls"]) == {"decode"}
 
 
 def test_the_table_has_every_number_of_both_sides() -> None:
