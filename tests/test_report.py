@@ -449,12 +449,15 @@ def test_players_play_seek_and_step_together_in_a_browser(run, tmp_path):
         # At the end both stop at the last frame.
         page.wait(f"document.getElementById('play').textContent === 'Play' && {DRAWN} === 16")
         assert page.evaluate(TIMES) == pytest.approx([16.5 / 8] * 2)
-        # From the start again, and stopped by hand: in the page, which no slow machine can make too late.
+        # From the start again, four times as slowly, and stopped by hand: in the page, with seconds to do it in.
+        page.evaluate("document.getElementById('speed').value = '0.25'")
+        page.evaluate("document.getElementById('speed').dispatchEvent(new Event('change'))")
         stop = "if (!this.paused && this.currentTime < 1) { this.ontimeupdate = null; " + press("play") + " }"
         page.evaluate(f"document.getElementById('dense').ontimeupdate = function () {{ {stop} }}")
         page.evaluate(press("play"))
         page.wait("document.getElementById('dense').ontimeupdate === null")
         assert page.evaluate("['dense', 'sparse'].every((id) => document.getElementById(id).paused)")
+        assert page.evaluate("['dense', 'sparse'].map((id) => document.getElementById(id).playbackRate)") == [0.25] * 2
         assert all(time < 1.9 for time in page.evaluate(TIMES))
         # Another case, by its link in the table of worst cases.
         link = "[...document.querySelectorAll('#worst-cases a[data-case]')].at(-1)"
