@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import os
+import sys
 
 import pytest
 import torch
@@ -18,6 +20,7 @@ from xattn_video.kernels import antidiagonal_scores as scores_kernel
 from xattn_video.kernels import block_lists as lists_kernel
 from xattn_video.kernels import block_selection as selection_kernel
 from xattn_video.kernels import block_sparse_forward as attention_operator
+from xattn_video.kernels import descriptors
 from xattn_video.kernels.descriptors import describe
 
 FP16, BF16 = torch.float16, torch.bfloat16
@@ -99,6 +102,19 @@ def test_layouts_without_a_descriptor():
     for refused in (odd, tensor[:1].expand(2, -1, -1, -1), tensor[:, :, :0], tensor.permute(1, 0, 2, 3)):
         assert describe(refused, refused, 32, 32) is None, refused.stride()
     assert describe(tensor, tensor.transpose(1, 2).contiguous().transpose(1, 2), 32, 32) is None
+
+
+def test_an_older_triton_has_no_descriptors(monkeypatch):
+    """Its kernels still import, and a table that asks for descriptors gets pointers."""
+    monkeypatch.setitem(sys.modules, "triton.tools.tensor_descriptor", None)
+    older = importlib.reload(descriptors)
+    try:
+        tensor = torch.zeros(2, 4, 64, 32)
+        assert not older.has_copy_engine(tensor.device)
+        assert older.describe(tensor, tensor, 32, 32) is None
+    finally:
+        monkeypatch.undo()
+        importlib.reload(descriptors)
 
 
 @pytest.mark.parametrize("block_size", [16, 64, 128, 256])

@@ -111,14 +111,16 @@ def launch_block_selection(
     indices: torch.Tensor | None = None,
     counts: torch.Tensor | None = None,
 ) -> None:
-    """Fill kept int8 [B, H, Nq, Nk], or in its place the lists of kept blocks: indices int32 of that shape, counts
+    """Fill kept bool [B, H, Nq, Nk], or in its place the lists of kept blocks: indices int32 of that shape, counts
     int32 [B, H, Nq].
 
-    scores float32, valid and forced int8, all of kept's shape (strides may be 0); threshold float64 [H].
+    scores float32 [B, H, Nq, Nk]; valid and forced bool, broadcastable to it; threshold float64 [H].
     """
     if scores.numel() == 0:
         return
     batch, heads, query_blocks, key_blocks = scores.shape
+    # bytes, which every version of Triton reads; an expanded dimension has stride 0
+    valid, forced = (flags.expand(scores.shape).view(torch.int8) for flags in (valid, forced))
     strides = (*scores.stride(), *valid.stride(), *forced.stride())
     with device_guard(scores):
         _block_selection_kernel[(query_blocks, batch * heads)](
@@ -126,7 +128,7 @@ def launch_block_selection(
             valid,
             forced,
             threshold,
-            kept,
+            None if kept is None else kept.view(torch.int8),
             indices,
             counts,
             *strides,
@@ -143,7 +145,7 @@ def _block_selection(
     scores: torch.Tensor, valid: torch.Tensor, forced: torch.Tensor, threshold: torch.Tensor
 ) -> torch.Tensor:
     kept = torch.empty(scores.shape, dtype=torch.bool, device=scores.device)
-    launch_block_selection(*_as_int8(scores, valid, forced), threshold, kept=kept.view(torch.int8))
+    launch_block_selection(scores, valid, forced, threshold, kept=kept)
     return kept
 
 
@@ -157,20 +159,13 @@ def _block_selection_lists(
     scores: torch.Tensor, valid: torch.Tensor, forced: torch.Tensor, threshold: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     indices, counts = empty_lists(scores)
-    launch_block_selection(*_as_int8(scores, valid, forced), threshold, indices=indices, counts=counts)
+    launch_block_selection(scores, valid, forced, threshold, indices=indices, counts=counts)
     return indices, counts
 
 
 @_block_selection_lists.register_fake
 def _(scores, valid, forced, threshold):
     return empty_lists(scores)
-
-
-def _as_int8(
-    scores: torch.Tensor, valid: torch.Tensor, forced: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The flags as the kernel reads them: int8, of the scores' shape."""
-    return scores, valid.expand(scores.shape).view(torch.int8), forced.expand(scores.shape).view(torch.int8)
 
 
 def _shares(scores: torch.Tensor, threshold: float | torch.Tensor) -> torch.Tensor:

@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from .block_lists import mask_to_lists
@@ -55,35 +57,10 @@ def _empty_outputs(query: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def block_sparse_forward(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    block_mask: torch.Tensor,
-    *,
-    block_size: int,
-    causal: bool,
-    scale: float,
-    kv_start: torch.Tensor | None,
-    kv_lens: torch.Tensor | None,
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, block_mask: torch.Tensor, **options: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Exact softmax attention over the kept blocks (ALGORITHM.md section 3).
-
-    query [B, Hq, Sq, D], key and value [B, Hkv, Sk, D] in one of float32, float16, bfloat16; block_mask bool
-    [B, Hq, Nq, Nk]; kv_start, kv_lens None or int32 [B]. Returns the output [B, Hq, Sq, D] in the query's dtype and the
-    natural log-sum-exp float32 [B, Hq, Sq]; a query that sees no key gets 0 and -inf.
-    Raises ValueError for other dtypes, head_dim above 256 or block_size below 16.
-    """
-    return block_sparse_forward_lists(
-        query,
-        key,
-        value,
-        *mask_to_lists(block_mask),
-        block_size=block_size,
-        causal=causal,
-        scale=scale,
-        kv_start=kv_start,
-        kv_lens=kv_lens,
-    )
+    """`block_sparse_forward_lists` over a block mask, bool [B, Hq, Nq, Nk]; the options are the same."""
+    return block_sparse_forward_lists(query, key, value, *mask_to_lists(block_mask), **options)
 
 
 def block_sparse_forward_lists(
@@ -99,8 +76,13 @@ def block_sparse_forward_lists(
     kv_start: torch.Tensor | None,
     kv_lens: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`block_sparse_forward` with the kept blocks as lists: indices int32 [B, Hq, Nq, Nk], ascending as far as counts
-    int32 [B, Hq, Nq] says, both contiguous.
+    """Exact softmax attention over the kept blocks (ALGORITHM.md section 3).
+
+    query [B, Hq, Sq, D], key and value [B, Hkv, Sk, D] in one of float32, float16, bfloat16; indices int32
+    [B, Hq, Nq, Nk], ascending as far as counts int32 [B, Hq, Nq] says, both contiguous; kv_start, kv_lens None or int32
+    [B]. Returns the output [B, Hq, Sq, D] in the query's dtype and the natural log-sum-exp float32 [B, Hq, Sq]; a query
+    that sees no key gets 0 and -inf.
+    Raises ValueError for other dtypes, head_dim above 256 or block_size below 16.
     """
     check_supported(query.dtype, query.shape[3])
     if block_size < MIN_BLOCK_SIZE:

@@ -5,12 +5,16 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
-from triton.tools.tensor_descriptor import TensorDescriptor
+
+try:
+    from triton.tools.tensor_descriptor import TensorDescriptor
+except ImportError:  # an older Triton: everything is fetched through pointers
+    TensorDescriptor = None
 
 # bytes that addresses and strides must be a multiple of
 _ALIGNMENT = 16
@@ -23,13 +27,17 @@ class Described(NamedTuple):
     `heads_inside`: the heads of a token lie next to each other, so the order is [B, S, H, D] and not [B, H, S, D].
     """
 
-    key: TensorDescriptor
-    value: TensorDescriptor
+    key: Any
+    value: Any
     heads_inside: bool
 
 
 def has_copy_engine(device: torch.device) -> bool:
-    """Whether tensor descriptors are worth having there: an NVIDIA GPU from sm_90 on (and the interpreter, to try)."""
+    """Whether tensor descriptors can be used there: on an NVIDIA GPU from sm_90 on (and in the interpreter, to try), if
+    Triton has them.
+    """
+    if TensorDescriptor is None:
+        return False
     if device.type != "cuda":
         return True
     return torch.version.hip is None and torch.cuda.get_device_capability(device) >= _LEAST_CAPABILITY
@@ -37,7 +45,7 @@ def has_copy_engine(device: torch.device) -> bool:
 
 def describe(key: torch.Tensor, value: torch.Tensor, rows: int, columns: int) -> Described | None:
     """Descriptors for tiles of `rows` tokens by `columns` of [B, H, S, D] tensors, or None where a GPU or a layout has
-    none: before sm_90, unaligned, not in one of the two orders, or expanded.
+    none: see `has_copy_engine`; unaligned, not in one of the two orders, or expanded.
     """
     if not has_copy_engine(key.device) or 0 in key.shape:
         return None
