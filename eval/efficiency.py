@@ -27,14 +27,15 @@ from torch import Tensor
 from eval import bench_plots
 from eval.bench_cases import DTYPES, INPUTS, Case, chosen_cases, make_inputs
 from eval.bench_tables import format_stages, format_table
-from eval.dense_kernels import Problem, attend_blocks, dense_candidates, judge, sparse_candidates
+from eval.dense_kernels import Problem, dense_candidates, judge, sparse_candidates
 from eval.ledger import RESULTS, append_rows, provenance
 from eval.timing import peak_extra_mb, seconds_of
 from pipelines.environment import device_name
 from pipelines.errors import UserError
 from xattn_video import XAttnConfig, block_sparse_attention, score_blocks, select_blocks, xattention
-from xattn_video.attention import dense_attention
-from xattn_video.blocks import valid_blocks
+from xattn_video.attention import Kept, attend_kept, dense_attention, select_kept
+from xattn_video.backends import resolve
+from xattn_video.blocks import forced_blocks, lists_to_mask, valid_blocks
 from xattn_video.synthetic import causal_text_like_qkv
 
 LEDGER = RESULTS / "efficiency.jsonl"
@@ -216,17 +217,26 @@ def _measure(
 ) -> tuple[dict[str, Any], list[str]]:
     """Times in milliseconds (median and best of the rounds), density, speed-ups; or what is wrong."""
     length, device = case.tokens, query.device
-    settings: dict[str, Any] = {"block_size": config.block_size, "causal": case.causal}
-    score = partial(score_blocks, query, key, stride=config.stride, **settings)
+    geometry: dict[str, Any] = {"block_size": config.block_size, "causal": case.causal}
+    masking: dict[str, Any] = {**geometry, "scale": case.head_dim**-0.5, "kv_start": None, "kv_lens": None}
+    backend = resolve(config.backend, device, query.dtype)
+    score = partial(backend.antidiagonal_scores, query, key, stride=config.stride, **masking)
     scores = score()
-    select = partial(select_blocks, scores, threshold=config.threshold, q_len=length, kv_len=length, **settings)
-    block_mask = select()
-    valid = valid_blocks(1, length, length, device=device, **settings)
+
+    def select() -> Kept:
+        valid, forced = (
+            blocks(1, length, length, device=device, **geometry) for blocks in (valid_blocks, forced_blocks)
+        )
+        return select_kept(backend, scores, valid, forced, config, config.threshold)
+
+    kept = select()
+    block_mask = kept if isinstance(kept, Tensor) else lists_to_mask(*kept)
+    valid = valid_blocks(1, length, length, device=device, **geometry)
     density = block_mask.sum().item() / (valid.sum().item() * case.heads)
     whole = Problem(query, key, value, case.causal)
     sparse = Problem(query, key, value, case.causal, block_mask, config.block_size)
 
-    own = judge({"attend": partial(attend_blocks, sparse)}, sparse)
+    own = judge({"attend": partial(attend_kept, backend, query, key, value, kept, **masking)}, sparse)
     dense = judge(dense_candidates(whole), whole)
     other = judge(sparse_candidates(sparse), sparse)
     failures = [f"{case.name}: {name}: {reason}" for name, reason in own.refused.items()]

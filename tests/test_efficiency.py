@@ -8,6 +8,7 @@ import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +19,8 @@ from eval.bench_cases import Case
 from eval.demo_tensors import DemoTensors
 from pipelines.cli import main
 from xattn_video import XAttnConfig
+from xattn_video.backends import ListStages, resolve
+from xattn_video.blocks import lists_to_mask, mask_to_lists
 
 ARGUMENTS = ["bench", "--device", "cpu", "--tokens", "1100", "--heads", "2", "--rounds", "1"]
 
@@ -164,12 +167,38 @@ def test_a_kernel_that_is_wrong_or_raises_is_listed_and_not_timed(
 def test_attention_that_is_wrong_on_the_timed_problem_ends_the_bench(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    right = efficiency.attend_blocks
-    monkeypatch.setattr(efficiency, "attend_blocks", lambda problem: right(problem) * 1.001)
+    right = efficiency.attend_kept
+    monkeypatch.setattr(efficiency, "attend_kept", lambda *parts, **settings: right(*parts, **settings) * 1.001)
     assert main(ARGUMENTS) == 1
     report = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert report["rows"] == []
     assert "video-1100: attend: wrong result" in report["failures"][0]
+
+
+def test_stages_are_those_of_the_call_also_where_lists_take_the_place_of_a_mask(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = {"select": 0, "attend": 0}
+    own = resolve("cpu", torch.device("cpu"), torch.float32)
+
+    def select(*parts: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
+        calls["select"] += 1
+        return mask_to_lists(own.select(*parts, threshold=threshold))
+
+    def attend(query: Tensor, key: Tensor, value: Tensor, *lists: Tensor, **settings: Any) -> tuple[Tensor, Tensor]:
+        calls["attend"] += 1
+        return own.block_sparse_forward(query, key, value, lists_to_mask(*lists), **settings)
+
+    with_lists = own._replace(lists=ListStages(select, attend))
+    monkeypatch.setattr(efficiency, "resolve", lambda *_: with_lists)
+    assert main(ARGUMENTS) == 0
+    (listed,) = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
+    # Once to know what is kept and what is right, once unmeasured, and once a round.
+    assert calls == {"select": 2 + listed["rounds"], "attend": 2 + listed["rounds"]}
+    monkeypatch.undo()
+    assert main(ARGUMENTS) == 0
+    (masked,) = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
+    assert listed["density"] == masked["density"]
 
 
 def test_both_pictures_are_written_and_show_the_rows(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from .backends import auto_name, resolve
+from .backends import Backend, auto_name, resolve
 from .blocks import forced_blocks, query_key_range, valid_blocks
 from .checks import (
     check_dense_tokens,
@@ -21,6 +21,9 @@ from .checks import (
 )
 from .config import XAttnConfig
 from .selection import select_valid
+
+# A block mask, bool [B, H, Nq, Nk]; or lists of kept blocks, int32 of that shape, and their counts, int32 [B, H, Nq].
+Kept: TypeAlias = Tensor | tuple[Tensor, Tensor]
 
 
 class CallStats(NamedTuple):
@@ -112,25 +115,39 @@ def xattention(
     valid = valid_blocks(batch, q_len, kv_len, device=device, **geometry)
     forced = forced_blocks(batch, q_len, kv_len, device=device, dense_tokens=dense_tokens, **geometry)
     scores = backend.antidiagonal_scores(query, key, stride=config.stride, scale=factor, **geometry)
-    if backend.lists is not None and config.selection == "threshold":
-        kept = backend.lists.select(scores, valid, forced, threshold=threshold)
-        output, _ = backend.lists.block_sparse_forward(query, key, value, *kept, scale=factor, **geometry)
-        kept_blocks = kept[1]
-    else:
-        kept_blocks = select_valid(
-            scores,
-            valid,
-            forced,
-            select=backend.select,
-            threshold=threshold,
-            top_k=config.top_k,
-            top_ratio=config.top_ratio,
-        )
-        output, _ = backend.block_sparse_forward(query, key, value, kept_blocks, scale=factor, **geometry)
+    kept = select_kept(backend, scores, valid, forced, config, threshold)
+    output = attend_kept(backend, query, key, value, kept, scale=factor, **geometry)
     if not return_stats:
         return output
     # the counts of the lists, or the flags of the mask
+    kept_blocks = kept if isinstance(kept, Tensor) else kept[1]
     return output, CallStats(kept_blocks.sum(), valid.sum() * heads, None)
+
+
+def select_kept(
+    backend: Backend,
+    scores: Tensor,
+    valid: Tensor,
+    forced: Tensor,
+    config: XAttnConfig,
+    threshold: float | Tensor,
+) -> Kept:
+    """The selection of `xattention`: lists of kept blocks where the backend takes them, else the block mask.
+
+    scores `[B, H, Nq, Nk]` of the backend; valid and forced bool `[B, 1, Nq, Nk]`.
+    """
+    if backend.lists is not None and config.selection == "threshold":
+        return backend.lists.select(scores, valid, forced, threshold=threshold)
+    rule: dict[str, Any] = {"threshold": threshold, "top_k": config.top_k, "top_ratio": config.top_ratio}
+    return select_valid(scores, valid, forced, select=backend.select, **rule)
+
+
+def attend_kept(backend: Backend, query: Tensor, key: Tensor, value: Tensor, kept: Kept, **settings: Any) -> Tensor:
+    """The attention of `xattention` over what `select_kept` kept; the settings are those of the backend's."""
+    if isinstance(kept, Tensor):
+        return backend.block_sparse_forward(query, key, value, kept, **settings)[0]
+    assert backend.lists is not None
+    return backend.lists.block_sparse_forward(query, key, value, *kept, **settings)[0]
 
 
 def dense_reason(
