@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -39,7 +38,8 @@ def sample_video(path: Path, *, fps: float, max_frames: int, max_pixels: int) ->
 
     Args:
         path: any file that ffmpeg reads.
-        fps: frames a second; fewer are taken where that would be more than `max_frames`, more where fewer than two.
+        fps: frames a second; fewer are taken where that would be more than `max_frames` or than the video has, more
+            where fewer than two.
         max_frames: at least 2.
         max_pixels: of a frame; larger ones are made smaller in proportion, smaller ones stay.
 
@@ -48,17 +48,23 @@ def sample_video(path: Path, *, fps: float, max_frames: int, max_pixels: int) ->
         UserError: a number is out of its range.
     """
     check_sampling(fps=fps, max_frames=max_frames, max_pixels=max_pixels)
-    seconds = _seconds(path)
-    rate = min(fps, max_frames / seconds)
+    count, seconds = _length(path)
+    # No frame twice, unless there is but one.
+    rate = min(fps, count / seconds, max_frames / seconds)
     rate = max(rate, _FEWEST / seconds)
     # Even sides, in proportion, within the pixels.
     share = f"min(1,sqrt({max_pixels}/(iw*ih)))"
     scale = ":".join(f"{name}='max(2,trunc({size}*{share}/2)*2)'" for name, size in (("w", "iw"), ("h", "ih")))
-    frames = list(islice(iter_frames(path, filters=f"fps={rate:.9g},scale={scale}"), max_frames))
+    frames: list[np.ndarray] = []
+    # To the end, also where the filter gives a frame too many: damage behind the last one taken counts too.
+    for frame in iter_frames(path, filters=f"fps={rate:.9g},scale={scale}"):
+        if len(frames) < max_frames:
+            frames.append(frame)
     return SampledVideo(np.stack(frames), rate, seconds)
 
 
-def _seconds(path: Path) -> float:
+def _length(path: Path) -> tuple[int, float]:
+    """Frames and seconds."""
     import imageio_ffmpeg
 
     if not path.is_file():
@@ -66,9 +72,10 @@ def _seconds(path: Path) -> float:
     if path.stat().st_size == 0:
         raise VideoError(f"{path}: the video file is empty (0 bytes)")
     try:
-        count, seconds = imageio_ffmpeg.count_frames_and_secs(path)
+        # An absolute path, since ffmpeg takes what stands before a colon in a bare name for a protocol.
+        count, seconds = imageio_ffmpeg.count_frames_and_secs(path.absolute())
     except RuntimeError:
         raise VideoError(f"{path}: damaged or not a video") from None
     if not (count and seconds > 0):
         raise VideoError(f"{path}: the video has no frames")
-    return seconds
+    return count, seconds

@@ -139,13 +139,14 @@ def iter_frames(path: str | os.PathLike[str], *, filters: str | None = None) -> 
     command = [_ffmpeg(), "-hide_banner", "-nostdin", "-v", "error", "-xerror", "-i", f"file:{path}"]
     command += ["-map", "0:v:0", "-fps_mode", "passthrough", *(["-vf", filters] if filters else [])]
     command += ["-sws_flags", "accurate_rnd+full_chroma_int+bicubic"]
-    command += ["-f", "image2pipe", "-c:v", "ppm", "pipe:1"]
+    # More than 8 bits a channel would become PPM of 16.
+    command += ["-pix_fmt", "rgb24", "-f", "image2pipe", "-c:v", "ppm", "pipe:1"]
     count = 0
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=log)
         with _ended(process):
             assert process.stdout is not None
-            while (frame := _read_ppm(process.stdout)) is not None:
+            while (frame := _read_ppm(path, process.stdout)) is not None:
                 count += 1
                 yield frame
             code = process.wait()
@@ -216,11 +217,16 @@ def _to_uint8(path: Path, frame: Any, index: int) -> np.ndarray:
     return np.rint(frame.astype(np.float32) * 255.0).astype(np.uint8)
 
 
-def _read_ppm(stream: IO[bytes]) -> np.ndarray | None:
-    """The next PPM image as `[H, W, 3]`, or None at the end of the stream."""
+def _read_ppm(path: Path, stream: IO[bytes]) -> np.ndarray | None:
+    """The next PPM image as `[H, W, 3]`, or None at the end of the stream, also inside of an image.
+
+    Raises VideoError for anything else: waiting for ffmpeg with more to read would take for ever.
+    """
     magic, size, depth = stream.readline(), stream.readline(), stream.readline()
-    if magic != b"P6\n" or depth != b"255\n":
+    if not depth:
         return None
+    if magic != b"P6\n" or depth != b"255\n":
+        raise VideoError(f"{path}: ffmpeg gave frames of another kind: {(magic + size + depth)[:40]!r}")
     width, height = (int(number) for number in size.split())
     data = stream.read(width * height * 3)
     if len(data) < width * height * 3:
