@@ -222,7 +222,9 @@ def test_what_is_computed_is_xattention_with_the_models_own_scale_and_heads() ->
     model, (tokens, mask) = build("qwen3"), padded("left")
     seen = []
     attention = next(iter(causal_layers(model).values()))
-    stock = transformers.AttentionInterface()["xattention"]
+    with sparse(model):
+        name = model.config._attn_implementation
+    stock = transformers.AttentionInterface()[name]
 
     def spy(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any) -> Any:
         output = stock(module, query, key, value, attention_mask, **kwargs)
@@ -230,12 +232,12 @@ def test_what_is_computed_is_xattention_with_the_models_own_scale_and_heads() ->
             seen.append((query, key, value, kwargs["scaling"], output[0]))
         return output
 
-    transformers.AttentionInterface.register("xattention", spy)
+    transformers.AttentionInterface.register(name, spy)
     try:
         with sparse(model, threshold=0.5, stride=4):
             model(input_ids=tokens, attention_mask=mask)
     finally:
-        transformers.AttentionInterface.register("xattention", stock)
+        transformers.AttentionInterface.register(name, stock)
     ((query, key, value, scale, output),) = seen
     assert (query.shape[1], key.shape[1]) == (4, 2)
     start = torch.tensor([0, TOKENS - 61, TOKENS - 83])
@@ -285,6 +287,21 @@ def test_two_models_and_a_copy_have_settings_and_counts_of_their_own() -> None:
     assert attention_stats(second) is two
 
 
+def test_another_model_of_the_same_configuration_object_stays_dense() -> None:
+    config = transformers.LlamaConfig(**TEXT)
+    torch.manual_seed(0)
+    first, second = (transformers.LlamaForCausalLM(config).eval() for _ in range(2))
+    tokens, mask = padded("left")
+    dense = second(input_ids=tokens, attention_mask=mask).logits
+    with sparse(first, threshold=0.3) as stats:
+        assert torch.equal(second(input_ids=tokens, attention_mask=mask).logits, dense)
+        assert stats.summary()["calls"] == 0
+        # One that asks for itself is sparse, and both may stop.
+        with sparse(second, threshold=0.3) as own:
+            assert not torch.equal(second(input_ids=tokens, attention_mask=mask).logits, dense)
+        assert own.summary()["sparse_calls"] == LAYERS
+
+
 def test_layers_heads_and_short_prompts_are_set_one_by_one() -> None:
     model, tokens = build("llama"), prompt(1, TOKENS)
 
@@ -305,11 +322,40 @@ def test_layers_heads_and_short_prompts_are_set_one_by_one() -> None:
     assert stats.summary()["dense_calls"] == {"min_tokens": LAYERS}
 
 
+@pytest.mark.parametrize(
+    ("name", "more", "message"),
+    [
+        ("Gemma2", {"head_dim": 12}, "a soft cap on its logits, which xattention does not know"),
+        ("GptOss", {"head_dim": 12, "num_local_experts": 2, "num_experts_per_tok": 1}, "has attention sinks"),
+        (
+            "DeepseekV3",
+            {
+                "num_key_value_heads": 4, "q_lora_rank": 8, "kv_lora_rank": 8, "qk_nope_head_dim": 8,
+                "qk_rope_head_dim": 8, "v_head_dim": 8, "n_routed_experts": 2, "n_group": 1, "topk_group": 1,
+                "num_experts_per_tok": 1, "first_k_dense_replace": 2,
+            },
+            "values of 8 dimensions and keys of 16",
+        ),
+    ],
+)  # fmt: skip
+def test_what_the_kernels_do_not_know_is_refused_before_any_prompt(
+    name: str, more: dict[str, Any], message: str
+) -> None:
+    config = getattr(transformers, f"{name}Config")(**{**TEXT, **more})
+    model = getattr(transformers, f"{name}ForCausalLM")(config)
+    before = model.config._attn_implementation
+    with pytest.raises(ValueError, match=message):
+        use_xattention(model)
+    assert model.config._attn_implementation == before
+
+
 def test_settings_that_do_not_fit_and_models_without_causal_attention_are_refused() -> None:
     model = build("llama")
     for settings, message in (
         ({"threshold": (0.9, 0.9)}, "one value for each of 4 heads, got 2"),
         ({"layer_thresholds": {2: 0.9}}, "layers below 2, got 2"),
+        ({"layer_thresholds": {"0": 0.9}}, "by the number of a layer, got '0'"),
+        ({"layer_thresholds": {0.5: 0.9}}, r"by the number of a layer, got 0\.5"),
         ({"layer_thresholds": {0: 1.5}}, "threshold must be in"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -338,10 +384,23 @@ def test_training_is_dense_with_its_reason_and_gives_gradients() -> None:
     assert model.model.layers[0].self_attn.q_proj.weight.grad.abs().max() > 0
 
 
+def test_a_text_model_that_is_deeper_inside_is_named_and_the_towers_beside_it_stay() -> None:
+    with torch.device("meta"):
+        model = transformers.Qwen2_5OmniForConditionalGeneration(transformers.Qwen2_5OmniConfig())
+    with pytest.raises(ValueError, match=r"use xattention on that part, model\.thinker"):
+        use_xattention(model)
+    parts = (model.thinker.config.text_config, model.thinker.config.vision_config, model.talker.config)
+    assert {part._attn_implementation for part in parts} == {"sdpa"}
+    use_xattention(model.thinker)
+    assert [part._attn_implementation == "sdpa" for part in parts] == [False, True, True]
+
+
 def test_attention_sinks_and_soft_caps_are_refused_rather_than_left_out() -> None:
     config = transformers.Gemma2Config(**{**TEXT, "head_dim": 12})
     model = transformers.Gemma2ForCausalLM(config).eval()
-    with sparse(model), pytest.raises(ValueError, match="needs softcap"):
+    # By name alone nobody looks before the first prompt.
+    model.set_attn_implementation("xattention")
+    with pytest.raises(ValueError, match="needs softcap"):
         model(input_ids=prompt(1, TOKENS))
 
 

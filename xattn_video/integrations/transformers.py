@@ -31,6 +31,9 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward  # isort: skip
 
 NAME = "xattention"
+# What `use_xattention` sets. Another model that was built from the same configuration object then has this name too,
+# but nobody asked for it there: modules without settings of their own are dense under it.
+_SET = "xattention_set"
 _ATTRIBUTE = "_xattn_video"
 
 _UNSUITABLE = (
@@ -84,11 +87,15 @@ def use_xattention(
         every decoded token as a dense call.
 
     Raises:
-        ValueError: the model has no causal self-attention that can be set, or a setting does not fit it.
+        ValueError: the model has no causal self-attention that can be set, one with what the kernels do not know
+            (attention sinks, a soft cap on the logits, values of another size than keys), or a setting does not fit it.
         TypeError: an override that is no setting.
     """
     modules = causal_layers(model)
     text = model.config.get_text_config(decoder=True)
+    for path, module in modules.items():
+        if why := _unknown_to_kernels(module):
+            raise ValueError(f"{path} of {type(model).__name__} has {why}, which xattention does not know")
     if config is None:
         config = XAttnConfig.preset("language" if text is model.config else "qwen2-vl")
     config = config.replace(**overrides)
@@ -96,8 +103,8 @@ def use_xattention(
     stats = AttentionStats()
     counts = stats.add_model(list(modules))
     before = attached.before if (attached := getattr(model, _ATTRIBUTE, None)) else text._attn_implementation
-    _set_text_attention(model, NAME)
-    if any(getattr(module.config, "_attn_implementation", None) != NAME for module in modules.values()):
+    _set_text_attention(model, _SET)
+    if any(getattr(module.config, "_attn_implementation", None) != _SET for module in modules.values()):
         _set_text_attention(model, before)
         raise ValueError(_UNSUITABLE.format(type(model).__name__))
     for module, layer, counted in zip(modules.values(), layers, counts.layers, strict=True):
@@ -187,11 +194,31 @@ def xattention_forward(
         return output.transpose(1, 2).contiguous(), None
     if layer.counts is not None:
         layer.counts.add_dense(reason)
-    if is_range(attention_mask):
-        attention_mask = dense_mask(attention_mask, query.shape[2], key.shape[2])
-    return sdpa_attention_forward(
+    return _dense(
         module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs
     )
+
+
+def _dense(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+) -> tuple[Tensor, None]:
+    """transformers' SDPA, with the masks of `range_mask`."""
+    if is_range(attention_mask):
+        attention_mask = dense_mask(attention_mask, query.shape[2], key.shape[2])
+    return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+
+
+def _unknown_to_kernels(module: nn.Module) -> str | None:
+    """What the attention of a module has that the kernels do not compute, or None."""
+    config: Any = module.config
+    if getattr(module, "sinks", None) is not None:
+        return "attention sinks"
+    if getattr(module, "attn_logit_softcapping", getattr(config, "attn_logit_softcapping", None)) is not None:
+        return "a soft cap on its logits"
+    value_dim = getattr(module, "v_head_dim", None)
+    if value_dim is not None and value_dim != getattr(module, "qk_head_dim", value_dim):
+        return f"values of {value_dim} dimensions and keys of {module.qk_head_dim}"
+    return None
 
 
 def _visible_keys(query: Tensor, key: Tensor, attention_mask: Tensor | None) -> int:
@@ -226,6 +253,8 @@ def _reason(
 def _layers(modules: Mapping[str, nn.Module], config: XAttnConfig, thresholds: LayerThresholds) -> list[_Layer]:
     """The settings of each module, checked against its number of heads."""
     for index in thresholds:
+        if not isinstance(index, int) or isinstance(index, bool):
+            raise ValueError(f"layer_thresholds must be by the number of a layer, got {index!r}")
         if not -len(modules) <= index < len(modules):
             raise ValueError(f"layer_thresholds must be of layers below {len(modules)}, got {index}")
     dense = dense_layers(list(modules), config.dense_layers)
@@ -246,8 +275,29 @@ def _set_text_attention(model: PreTrainedModel, name: str) -> None:
     """Set the attention of the text part alone."""
     text = model.config.get_text_config(decoder=True)
     part = next((key for key in model.config.sub_configs if getattr(model.config, key, None) is text), None)
+    if part is None and text is not model.config:
+        # Its name would go to all the towers beside the text.
+        inner = [
+            path
+            for path, module in model.named_modules()
+            if path and isinstance(module, PreTrainedModel) and text in vars(module.config).values()
+        ]
+        raise ValueError(
+            f"{type(model).__name__} has its text model deeper inside; use xattention on that part"
+            + (f", model.{inner[0]}" if inner else "")
+        )
     model.set_attn_implementation(name if part is None else {part: name})
 
 
-AttentionInterface.register(NAME, xattention_forward)
-AttentionMaskInterface.register(NAME, range_mask)
+def _forward_if_set(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+) -> tuple[Tensor, None]:
+    """`xattention_forward`, dense for a module that `use_xattention` was not used on."""
+    if hasattr(module, _ATTRIBUTE):
+        return xattention_forward(module, query, key, value, attention_mask, **kwargs)
+    return _dense(module, query, key, value, attention_mask, **kwargs)
+
+
+for _name, _function in ((NAME, xattention_forward), (_SET, _forward_if_set)):
+    AttentionInterface.register(_name, _function)
+    AttentionMaskInterface.register(_name, range_mask)
