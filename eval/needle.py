@@ -104,6 +104,7 @@ def _answer_all(
     rows: dict[tuple[str, str], dict[str, Any]],
 ) -> None:
     """Answer the items that `rows` lacks for this configuration, adding each to it and to the file."""
+    import torch
     from tqdm.auto import tqdm
 
     from pipelines.answering import generate_answer
@@ -118,7 +119,12 @@ def _answer_all(
         for item in tqdm(left, desc=label, disable=None):
             if stats is not None:
                 stats.reset()
-            answer = generate_answer(model, _inputs(args, tokenizer, item, model.device), _NEW_TOKENS)
+            inputs = _inputs(args, tokenizer, item, model.device)
+            try:
+                answer = generate_answer(model, inputs, _NEW_TOKENS)
+            except torch.OutOfMemoryError:
+                tokens = inputs["input_ids"].shape[1]
+                raise UserError(f"{item.key}: {model.device} is out of memory with {tokens:,} tokens") from None
             summary = None if stats is None else stats.summary()
             reply = tokenizer.decode(answer.tokens, skip_special_tokens=True)
             row = {

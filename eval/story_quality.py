@@ -112,10 +112,10 @@ def _row(args: argparse.Namespace, items: Path, out: Path, label: str) -> dict[s
     """What one length gave, dense and sparse."""
     answers = read_answers(out / ANSWERS, ("id", "attention"), {})
     questions = read_questions(items)
-    sides = [[answers[question.id, side] for question in questions] for side in ("dense", label)]
-    for question, *both in zip(questions, *sides, strict=True):
-        if any(row["question"] != question.question for row in both):
-            raise UserError(f"{out}: {question.id} was asked in other words; use another --out")
+    sides = [
+        [{**(row := answers[question.id, side]), "right": question.right(row["reply"])} for question in questions]
+        for side in ("dense", label)
+    ]
     told = json.loads((out / SUMMARY).read_text(encoding="utf-8"))["configurations"]
     # The questions about a story share its video: the story is what is drawn anew.
     per_story = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -82,7 +83,7 @@ def generate_answer(model: Any, inputs: dict[str, Any], max_new_tokens: int) -> 
     )
 
 
-def first_token_divergence(dense: Tensor, sparse: Tensor) -> dict[str, float]:
+def first_token_divergence(dense: Tensor, sparse: Tensor) -> dict[str, float | None]:
     """How far the first token of two answers is apart.
 
     Args:
@@ -91,6 +92,8 @@ def first_token_divergence(dense: Tensor, sparse: Tensor) -> dict[str, float]:
     Returns:
         `kl`: KL divergence of sparse from dense, sum of p_dense * log(p_dense / p_sparse), in nats; `logit_error`:
         largest difference of two logits, after both are shifted to sum to 0, since a shift changes no probability.
+        None where it is not a finite number: with a NaN among the logits both, and the divergence where sparse
+        excludes (-inf) what dense does not.
     """
     dense, sparse = dense.double(), sparse.double()
     expected, actual = torch.log_softmax(dense, 0), torch.log_softmax(sparse, 0)
@@ -98,4 +101,7 @@ def first_token_divergence(dense: Tensor, sparse: Tensor) -> dict[str, float]:
     terms = torch.where(expected.isinf(), 0.0, expected.exp() * (expected - actual))
     finite = dense.isfinite() & sparse.isfinite()
     apart = (dense[finite] - dense[finite].mean()) - (sparse[finite] - sparse[finite].mean())
-    return {"kl": max(0.0, float(terms.sum())), "logit_error": float(apart.abs().max())}
+    broken = bool(dense.isnan().any() or sparse.isnan().any() or not finite.any())
+    # Rounding may take the sum below 0; a NaN stays one.
+    kl, logit_error = float(terms.sum().clamp_min(0)), float("nan") if broken else float(apart.abs().max())
+    return {name: value if math.isfinite(value) else None for name, value in (("kl", kl), ("logit_error", logit_error))}

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from pipelines.errors import UserError
-from pipelines.files import write_texts
 from pipelines.models import offline_message
 from xattn_video import XAttnConfig
 
@@ -59,9 +59,10 @@ def load_model(args: argparse.Namespace, model_class: str, processor_class: str)
     """A model of transformers and its tokenizer or processor, by the names of the classes that load them.
 
     Raises:
-        UserError: neither here nor reachable, not such a model, or no such device or dtype.
+        UserError: neither here nor reachable, not such a model, damaged, or no such device or dtype.
     """
     import torch
+    from safetensors import SafetensorError
 
     import xattn_video.integrations.transformers  # noqa: F401  (mends torchvision)
 
@@ -74,8 +75,11 @@ def load_model(args: argparse.Namespace, model_class: str, processor_class: str)
     try:
         model = getattr(transformers, model_class).from_pretrained(args.model, dtype=args.dtype)
         processor = getattr(transformers, processor_class).from_pretrained(args.model)
-    except (OSError, ValueError) as error:
-        raise UserError(offline_message(args.model, error)) from None
+    except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
+        if isinstance(error, OSError) and not Path(args.model).is_dir():
+            raise UserError(offline_message(args.model, error)) from None
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"--model {args.model}: cannot be loaded ({type(error).__name__}: {reason})") from None
     try:
         return model.to(device).eval(), processor
     except (RuntimeError, AssertionError) as error:
@@ -93,12 +97,13 @@ def read_answers(path: Path, names: tuple[str, str], signature: Mapping[str, Any
     """
     if not path.exists():
         return {}
-    text = path.read_text(encoding="utf-8")
-    whole = text[: text.rfind("\n") + 1]
-    if whole != text:
-        write_texts({path: whole})
+    # Bytes: a kill may have cut a character in two. And only "\n" ends a line, what else may end one stands in replies.
+    data = path.read_bytes()
+    whole = data[: data.rfind(b"\n") + 1]
+    if whole != data:
+        os.truncate(path, len(whole))
     rows = {}
-    for number, line in enumerate(whole.splitlines(), start=1):
+    for number, line in enumerate(whole.split(b"\n")[:-1], start=1):
         try:
             row = json.loads(line)
             rows[row[names[0]], row[names[1]]] = row

@@ -41,7 +41,10 @@ def run_program(
         print(f"{parser.program}: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"{parser.program}: stopped; the same command goes on where this one ended", file=sys.stderr)
+        print(
+            f"{parser.program}: stopped; what is finished under --out is kept, and the same command goes on",
+            file=sys.stderr,
+        )
         return 130
     except BrokenPipeError:
         # The reader of stdout (head, less) has left; nothing more can be told, and Python must not try at exit.

@@ -12,6 +12,8 @@ from typing import Any
 from pipelines.errors import UserError
 
 LETTERS = string.ascii_uppercase
+# What stands around words without being of them.
+_AROUND = ".,;:!?\"'`*_()[]{}\u2018\u2019\u201c\u201d\u2026"
 _KEYS = {"video", "question", "options", "answer", "id"}
 _ID = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
 
@@ -40,8 +42,8 @@ class Question:
     def right(self, reply: str) -> bool | None:
         """Whether a reply is the answer; None where none is given.
 
-        With options it is the first letter of one that stands alone, or an option's own text. Without them the whole
-        reply counts, apart from case, articles and what stands around its words.
+        With options its choice counts, see `chosen`. Without them the whole reply, apart from case, articles and what
+        stands around its words.
         """
         if self.answer is None:
             return None
@@ -49,15 +51,32 @@ class Question:
             return _plain(reply) == _plain(self.answer)
         return self.chosen(reply) == self.answer
 
+    def same(self, reply: str, other: str) -> bool:
+        """Whether two replies say the same: with options make the same choice, else have the same words."""
+        choices = self.chosen(reply), self.chosen(other)
+        if self.options and any(choices):
+            return choices[0] == choices[1]
+        return reply.strip() == other.strip()
+
     def chosen(self, reply: str) -> str | None:
-        """The letter that a reply to a question with options chooses, or None."""
-        exact = [
-            letter for letter, option in zip(LETTERS, self.options, strict=False) if _plain(option) == _plain(reply)
-        ]
-        if exact:
-            return exact[0]
-        alone = re.search(rf"(?<![\w'])([{LETTERS[: len(self.options)]}])(?![\w'])", reply)
-        return alone[1] if alone else None
+        """The letter that a reply to a question with options chooses, or None.
+
+        A letter alone or in front ("b", "(B)", "b) a cat"); else the one option whose text the reply is; else the
+        first capital letter that stands alone and is neither an article nor "I" ("The answer is B, since ...").
+        """
+        letters = LETTERS[: len(self.options)]
+        if leading := re.match(rf"[\W_]*([{letters}])\s*(?:[).:\]]|\W*$)", reply, re.IGNORECASE):
+            return leading[1].upper()
+        same = [letter for letter, option in zip(letters, self.options, strict=True) if _plain(option) == _plain(reply)]
+        if len(same) == 1:
+            return same[0]
+        for alone in re.finditer(rf"(?<![A-Za-z0-9_'])([{letters}])(?![A-Za-z0-9_'])", reply):
+            before, behind = reply[: alone.start()].rstrip(), reply[alone.end() :]
+            word = re.match(r"\s+[a-z]", behind) is not None
+            article = alone[1] == "A" and word and (not before or before[-1] in ".!?:")
+            if not article and not (alone[1] == "I" and word):
+                return alone[1]
+        return None
 
 
 def read_questions(path: Path) -> list[Question]:
@@ -68,13 +87,15 @@ def read_questions(path: Path) -> list[Question]:
         UserError: the file is missing or empty, or a line is broken; the message names file and line.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        # With or without the mark that some editors put first.
+        text = path.read_text(encoding="utf-8-sig")
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
     except UnicodeDecodeError:
         raise UserError(f"{path}: not a text file in UTF-8") from None
     questions: dict[str, Question] = {}
-    for number, line in enumerate(text.splitlines(), start=1):
+    # JSON may hold other signs that end a line, such as U+2028.
+    for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
             question = _question(path, number, line, f"{len(questions) + 1:04d}")
             if question.id in questions:
@@ -115,7 +136,7 @@ def _question(path: Path, number: int, line: str, default_id: str) -> Question:
     where = f"{path}:{number}"
     try:
         values = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         raise UserError(f"{where}: not a JSON object") from None
     if not isinstance(values, dict):
         raise UserError(f"{where}: not a JSON object")
@@ -135,6 +156,10 @@ def _question(path: Path, number: int, line: str, default_id: str) -> Question:
 
 
 def _plain(text: str) -> str:
-    """Words alone, in lower case, without articles."""
-    words = re.findall(r"[^\W_]+", text.lower())
-    return " ".join(word for word in words if word not in ("a", "an", "the"))
+    """Words in lower case, without articles and what stands around them; numbers keep sign and point.
+
+    A text without words, such as "?", stays.
+    """
+    parted = re.sub(r"(?<=[^\W\d_])[-/](?=[^\W\d_])", " ", text.lower())
+    words = [word.strip(_AROUND) for word in parted.split()]
+    return " ".join(word for word in words if word and word not in ("a", "an", "the")) or text.strip().lower()

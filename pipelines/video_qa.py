@@ -75,7 +75,7 @@ def run(args: argparse.Namespace) -> int:
     rows: dict[tuple[str, str], Row] = {}
     if args.out is not None:
         make_writable(args.out)
-        rows = read_answers(args.out / ANSWERS, ("id", "attention"), _signature(args))
+        rows = _still_valid(read_answers(args.out / ANSWERS, ("id", "attention"), _signature(args)), questions, configs)
     wanted = [(question, label) for question in questions for label in configs]
     if any((question.id, label) not in rows for question, label in wanted):
         _answer_all(args, questions, configs, rows)
@@ -91,6 +91,7 @@ def summary(rows: Sequence[Row]) -> dict[str, Any]:
 
     `accuracy` is over the questions whose answer is known, `agreement` the share of equal replies (with options, of
     equal choices), `kl` and `logit_error` are those of the first token, `answering.first_token_divergence`.
+    `not_finite` counts the answers whose first logits were no numbers: nothing said of them means anything.
     """
     configurations = {}
     for label in dict.fromkeys(row["attention"] for row in rows):
@@ -106,6 +107,7 @@ def summary(rows: Sequence[Row]) -> dict[str, Any]:
             "agreement": _mean(compared, "agrees"),
             "kl": _mean(compared, "kl"),
             "logit_error": _mean(compared, "logit_error"),
+            "not_finite": sum(not row["finite"] for row in own),
         }
     return {"configurations": configurations}
 
@@ -122,7 +124,11 @@ def table(document: dict[str, Any]) -> str:
         cells = ["-" if values[name] is None else format(values[name], styles.get(name, ".3f")) for name in heads]
         lines.append([label, *cells])
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
-    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines)
+    told = ["  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines]
+    for label, values in document["configurations"].items():
+        if count := values["not_finite"]:
+            told.append(f"{label}: the logits of {count} answers are not finite; try --dtype bfloat16 or float32")
+    return "\n".join(told)
 
 
 def _answer_all(
@@ -151,8 +157,13 @@ def _answer_all(
     for question in tqdm(left, desc="questions", disable=None):
         if seen is None or seen[0] != question.video:
             seen = question.video, sample_video(question.video, **_sampling(args))
+        inputs = _inputs(args, processor, question, seen[1], model)
+        if question is left[0] and len(configs) > 1:
+            # Compilers and caches run once: else that would be the difference between the two.
+            for config in configs.values():
+                _generate(model, config, question, inputs, 1)
         # All of a question's answers are written together: the comparison of two needs both.
-        made = _answer(args, model, processor, question, seen[1], configs)
+        made = _answer(args, model, processor, question, seen[1], inputs, configs)
         if args.out is not None:
             with open(args.out / ANSWERS, "a", encoding="utf-8") as file:
                 file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in made)
@@ -167,49 +178,60 @@ def _answer(
     processor: Any,
     question: Question,
     video: SampledVideo,
+    inputs: dict[str, Any],
     configs: dict[str, Any],
 ) -> list[Row]:
     """One question's answers, a row for each configuration."""
-    import torch
+    from pipelines.answering import first_token_divergence
 
-    from pipelines.answering import first_token_divergence, generate_answer
-    from xattn_video.integrations.transformers import stop_xattention, use_xattention
-
-    inputs = _inputs(processor, question, video, model)
     rows: list[Row] = []
     dense = None
     for label, config in configs.items():
-        stop_xattention(model)
-        stats = None if config is None else use_xattention(model, config)
-        try:
-            answer = generate_answer(model, inputs, args.max_new_tokens)
-        except torch.OutOfMemoryError:
-            raise UserError(
-                f"{question.id}: {model.device} is out of memory with {inputs['input_ids'].shape[1]:,} tokens; "
-                "try --fps, --max-frames or --max-pixels with less"
-            ) from None
+        answer, told = _generate(model, config, question, inputs, args.max_new_tokens)
         reply = processor.tokenizer.decode(answer.tokens, skip_special_tokens=True).strip()
-        told = {} if stats is None else stats.summary()
         row: Row = {
-            "id": question.id, "video": str(question.video), "question": question.question,
+            "id": question.id, "video": str(question.video), **_asked(question),
             "attention": label, "reply": reply, "answer": question.answer, "right": question.right(reply),
             "frames": len(video.frames), "fps": video.fps, "prompt_tokens": answer.prompt_tokens,
             "prefill_seconds": round(answer.prefill_seconds, 4), "decode_seconds": round(answer.decode_seconds, 4),
             "sparse_density": told.get("sparse_density"), "dense_calls": told.get("dense_calls", {}),
-            "agrees": None, "kl": None, "logit_error": None, **_signature(args),
+            "agrees": None, "kl": None, "logit_error": None,
+            "finite": bool(answer.first_logits.max().isfinite()), **_signature(args),
             "device": device_name(model.device), "model_dtype": str(model.dtype).removeprefix("torch."),
         }  # fmt: skip
         if config is None:
             dense = answer, reply
         elif dense is not None:
-            first = question.chosen if question.options else str.strip
-            row["agrees"] = first(reply) == first(dense[1])
+            row["agrees"] = question.same(reply, dense[1])
             row |= first_token_divergence(dense[0].first_logits, answer.first_logits)
         rows.append(row)
     return rows
 
 
-def _inputs(processor: Any, question: Question, video: SampledVideo, model: Any) -> dict[str, Any]:
+def _generate(
+    model: Any, config: Any, question: Question, inputs: dict[str, Any], max_new_tokens: int
+) -> tuple[Any, dict[str, Any]]:
+    """An answer, dense where config is None, and the summary of its statistics."""
+    import torch
+
+    from pipelines.answering import generate_answer
+    from xattn_video.integrations.transformers import stop_xattention, use_xattention
+
+    stop_xattention(model)
+    stats = None if config is None else use_xattention(model, config)
+    try:
+        answer = generate_answer(model, inputs, max_new_tokens)
+    except torch.OutOfMemoryError:
+        raise UserError(
+            f"{question.id}: {model.device} is out of memory with {inputs['input_ids'].shape[1]:,} tokens; "
+            "try --fps, --max-frames or --max-pixels with less"
+        ) from None
+    return answer, {} if stats is None else stats.summary()
+
+
+def _inputs(
+    args: argparse.Namespace, processor: Any, question: Question, video: SampledVideo, model: Any
+) -> dict[str, Any]:
     messages = [{"role": "user", "content": [{"type": "video"}, {"type": "text", "text": question.prompt}]}]
     text = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     count = len(video.frames)
@@ -219,9 +241,13 @@ def _inputs(processor: Any, question: Question, video: SampledVideo, model: Any)
         "frames_indices": list(range(count)),
         "duration": count / video.fps,
     }
-    inputs = processor(
-        text=[text], videos=[video.frames], video_metadata=[metadata], do_sample_frames=False, return_tensors="pt"
-    )
+    try:
+        inputs = processor(
+            text=[text], videos=[video.frames], video_metadata=[metadata], do_sample_frames=False, return_tensors="pt"
+        )
+    except (ValueError, IndexError, StopIteration) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{question.id}: the processor of --model {args.model} refuses it: {reason}") from None
     return {
         name: value.to(model.device, model.dtype) if value.is_floating_point() else value.to(model.device)
         for name, value in inputs.items()
@@ -260,6 +286,36 @@ def _signature(args: argparse.Namespace) -> Row:
         "model": args.model, "asked_fps": args.fps, "max_frames": args.max_frames, "max_pixels": args.max_pixels,
         "max_new_tokens": args.max_new_tokens, "dtype": args.dtype,
     }  # fmt: skip
+
+
+def _asked(question: Question) -> Row:
+    """What must be equal for an answer to a question of this id to be taken from an earlier run."""
+    file = question.video.stat()
+    return {
+        "question": question.question, "options": list(question.options),
+        "video_bytes": file.st_size, "video_changed": int(file.st_mtime),
+    }  # fmt: skip
+
+
+def _still_valid(
+    rows: dict[tuple[str, str], Row], questions: Sequence[Question], configs: dict[str, Any]
+) -> dict[tuple[str, str], Row]:
+    """Earlier answers to these very questions, marked anew: the right answer may have been put right since.
+
+    Where dense and sparse are asked for, a sparse answer that was never compared does not count.
+    """
+    valid = {}
+    for question in questions:
+        asked = _asked(question)
+        for label in configs:
+            row = rows.get((question.id, label))
+            if row is None or any(row.get(name) != value for name, value in asked.items()):
+                continue
+            if len(configs) > 1 and configs[label] is not None and row["agrees"] is None:
+                continue
+            marked = {"answer": question.answer, "right": question.right(row["reply"])}
+            valid[question.id, label] = {**row, **marked}
+    return valid
 
 
 def _mean(rows: Sequence[Row], name: str) -> float | None:

@@ -5,21 +5,24 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import subprocess
 import time
 from pathlib import Path
 from typing import Any
 
+import imageio_ffmpeg
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
-from pipelines.answering import generate_answer
+from pipelines.answering import first_token_divergence, generate_answer
 from pipelines.cli import main
 from pipelines.demo import world
 from pipelines.errors import UserError
 from pipelines.qa_items import Question, read_questions
 from pipelines.video_frames import sample_video
-from pipelines.video_io import VideoError, write_video
+from pipelines.video_io import VideoError, read_video, write_video
 from tests.language_families import LAYERS, build, prompt, save_video_model
 
 LABEL = "xattn-s8-t0.50-w0-b16-m0"
@@ -149,6 +152,28 @@ def test_frames_are_sampled_evenly_within_the_limits(
         assert abs(int(errors.argmin()) - index * 8 / video.fps) <= 0.5 * 8 / video.fps + 1
 
 
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("codec", [("-c:v", "libx264", "-crf", "1"), ("-c:v", "ffv1")])
+def test_videos_of_ten_bits_are_read_like_those_of_eight(tmp_path: Path, codec: tuple[str, ...]) -> None:
+    shown = world.render(world.all_scenes()[0], 0)
+    write_video(tmp_path / "eight.mkv", shown, 8, lossless=True)
+    ten = tmp_path / "ten.mkv"
+    made = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-i", str(tmp_path / "eight.mkv"), *codec]
+    subprocess.run([*made, "-pix_fmt", "yuv444p10le", str(ten)], check=True, stdin=subprocess.DEVNULL)
+    frames = read_video(ten)
+    assert frames.dtype == np.uint8
+    assert frames.shape == shown.shape
+    assert np.abs(frames.astype(int) - shown).mean() < 3
+
+
+def test_frames_are_not_shown_twice_and_names_may_hold_a_colon(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_video(tmp_path / "12:30.mp4", world.render(world.all_scenes()[0], 0), 8)
+    video = sample_video(Path("12:30.mp4"), fps=1000, max_frames=500, max_pixels=10**6)
+    assert len(video.frames) == 33
+    assert video.fps == pytest.approx(8, rel=0.01)
+
+
 def test_large_frames_are_made_smaller_in_proportion_and_small_ones_stay(tmp_path: Path) -> None:
     wide = np.repeat(world.render(world.all_scenes()[0], 0, frames=5, height=128, width=128), 2, axis=2)
     write_video(tmp_path / "wide.mp4", wide, 8)
@@ -168,6 +193,141 @@ def test_options_are_chosen_by_letter_or_by_their_text() -> None:
     assert free.right("A red circle.") is True
     assert free.right("a red circle and a square") is False
     assert Question("q", Path(), "Which?").right("anything") is None
+
+
+@pytest.mark.parametrize(
+    ("options", "reply", "letter"),
+    [
+        ("dog cat", "b", "B"),
+        ("dog cat", "(b)", "B"),
+        ("dog cat", "b) cat", "B"),
+        ("dog cat", "**B**", "B"),
+        ("dog cat", "\u9009B", "B"),
+        ("dog cat", "It is B, I think", "B"),
+        ("dog cat", "The answer is A because it barks", "A"),
+        ("dog cat", "A cat is sitting", None),
+        ("dog cat", "", None),
+        ("dog cat", "?", None),
+        ("1 2 3 4 5 6 7 8 9", "I think B", "B"),
+        ("yes ?", "A", "A"),
+        ("yes ?", "?", "B"),
+        ("\U0001f436 \U0001f431", "\U0001f431", "B"),
+        ("-5 5", "5", "B"),
+        ("C++ C#", "c#", "B"),
+        ("dog. dog!", "dog", None),
+    ],
+)
+def test_what_a_reply_chooses(options: str, reply: str, letter: str | None) -> None:
+    assert Question("q", Path(), "Which?", tuple(options.split())).chosen(reply) == letter
+
+
+@pytest.mark.parametrize(
+    ("answer", "reply", "right"),
+    [
+        ("5", "-5", False),
+        ("35", "3.5", False),
+        ("A", "", False),
+        ("dark red", "Dark-red.", True),
+        ("\u201cstop\u201d", "Stop!", True),
+    ],
+)
+def test_numbers_and_signs_of_an_answer_count(answer: str, reply: str, right: bool) -> None:
+    assert Question("q", Path(), "Which?", answer=answer).right(reply) is right
+
+
+def test_replies_that_choose_nothing_agree_only_if_they_are_the_same() -> None:
+    question = Question("q", Path(), "Which?", ("dog", "cat"))
+    assert question.same("B", "cat")
+    assert not question.same("B", "a bird")
+    assert not question.same("a bird", "a fish")
+    assert question.same("a bird", "a bird ")
+
+
+def test_logits_that_are_no_numbers_are_not_taken_for_equal_ones() -> None:
+    one = torch.randn(8, generator=torch.Generator().manual_seed(0))
+    nan = one.clone()
+    nan[3] = torch.nan
+    none = {"kl": None, "logit_error": None}
+    assert first_token_divergence(one, nan) == first_token_divergence(nan, one) == none
+    assert first_token_divergence(one, torch.full_like(one, torch.nan)) == none
+    excluded = one.clone()
+    excluded[3] = -torch.inf
+    found = first_token_divergence(one, excluded)
+    assert found["kl"] is None
+    assert found["logit_error"] < 1
+    assert first_token_divergence(excluded, excluded) == {"kl": 0.0, "logit_error": 0.0}
+
+
+def test_a_model_that_computes_no_numbers_is_named_as_one(made: Path, tmp_path: Path, capfd: Any) -> None:
+    shutil.copytree(made / "model", tmp_path / "model")
+    weights = tmp_path / "model" / "model.safetensors"
+    tensors = load_file(weights)
+    for name, value in tensors.items():
+        if "input_layernorm" in name:
+            value.fill_(torch.nan)
+    save_file(tensors, weights, metadata={"format": "pt"})
+    asked = ("--video", made / "red.mp4", "--question", "w5", "--model", tmp_path / "model", "--attention", "both")
+    assert main(command(made, *asked, "--out", tmp_path / "out")) == 0
+    lines = capfd.readouterr().out.splitlines()
+    assert [line.split(":")[0] for line in lines if "not finite; try --dtype" in line] == ["dense", LABEL]
+    told = json.loads((tmp_path / "out" / "summary.json").read_text())["configurations"][LABEL]
+    assert (told["not_finite"], told["kl"], told["logit_error"]) == (1, None, None)
+
+
+def test_another_question_under_the_same_name_is_asked_anew(made: Path, tmp_path: Path, capfd: Any) -> None:
+    shutil.copy(made / "red.mp4", tmp_path / "a.mp4")
+    write_video(tmp_path / "b.mp4", world.render(world.all_scenes()[100], 0), 8)
+
+    def ask(*more: Any) -> Any:
+        assert main(command(made, "--out", tmp_path / "out", "--attention", "dense", "--json", *more)) == 0
+        printed = capfd.readouterr().out
+        assert json.loads(printed.splitlines()[-1])["configurations"]["dense"]["answers"] == 1
+        rows = [json.loads(line) for line in (tmp_path / "out" / "answers.jsonl").read_text().splitlines()]
+        return len(rows), rows[-1], json.loads(printed.splitlines()[-1])["configurations"]["dense"]["accuracy"]
+
+    first = ("--video", tmp_path / "a.mp4", "--question", "w5 w6")
+    assert ask(*first)[0] == 1
+    assert ask(*first)[0] == 1
+    assert ask("--video", tmp_path / "a.mp4", "--question", "w7")[0] == 2
+    count, row, _ = ask("--video", tmp_path / "b.mp4", "--question", "w7")
+    assert (count, row["video"]) == (3, str(tmp_path / "b.mp4"))
+    options = ("--video", tmp_path / "b.mp4", "--question", "w7", "--options", "w8", "w9")
+    assert ask(*options)[0] == 4
+    # The right answer is no part of what is asked: the reply is marked again.
+    write_rows = tmp_path / "out" / "answers.jsonl"
+    rows = [json.loads(line) for line in write_rows.read_text().splitlines()]
+    rows[-1]["reply"] = "B"
+    write_rows.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert ask(*options, "--answer", "w9")[::2] == (4, 1.0)
+    assert ask(*options, "--answer", "w8")[::2] == (4, 0.0)
+
+
+def test_answers_made_one_by_one_are_compared_when_both_are_asked_for(made: Path, tmp_path: Path, capfd: Any) -> None:
+    asked = ("--video", made / "red.mp4", "--question", "w5", "--out", tmp_path / "out", "--json", "--attention")
+    for attention in ("dense", "xattn", "both"):
+        assert main(command(made, *asked, attention)) == 0
+    told = json.loads(capfd.readouterr().out.splitlines()[-1])["configurations"][LABEL]
+    assert told["agreement"] in (0.0, 1.0)
+    assert told["kl"] > 0
+
+
+def test_signs_that_end_a_line_elsewhere_do_not_in_json_and_a_mark_at_the_start_is_no_text(
+    made: Path, tmp_path: Path, capfd: Any
+) -> None:
+    asked = "w5\u2028w6\u0085 \U0001f431"
+    item = {"video": str(made / "red.mp4"), "question": asked}
+    (tmp_path / "items.jsonl").write_text(json.dumps(item, ensure_ascii=False) + "\n", encoding="utf-8-sig")
+    (question,) = read_questions(tmp_path / "items.jsonl")
+    assert question.question == asked
+    ask = command(made, "--items", tmp_path / "items.jsonl", "--out", tmp_path / "out")
+    assert main(ask) == 0
+    path = tmp_path / "out" / "answers.jsonl"
+    whole = path.read_bytes()
+    assert json.loads(whole)["question"] == asked
+    # Killed in the middle of a character of the next answer.
+    path.write_bytes(whole + whole[: whole.index("\U0001f431".encode()) + 2])
+    assert main(ask) == 0
+    assert path.read_bytes() == whole
 
 
 @pytest.mark.parametrize(
@@ -201,6 +361,12 @@ def test_a_broken_line_is_named(made: Path, line: str, message: str) -> None:
 def test_videos_that_cannot_be_read_are_named(made: Path, tmp_path: Path) -> None:
     (tmp_path / "empty.mp4").touch()
     (tmp_path / "text.mp4").write_text("no video")
+    write_video(tmp_path / "cut.mkv", world.render(world.all_scenes()[0], 0), 8, lossless=True)
+    (tmp_path / "cut.mkv").write_bytes((tmp_path / "cut.mkv").read_bytes()[:-2000])
+    for most in (2, 5, 40):
+        # Also where the damage is behind the last frame that is taken.
+        with pytest.raises(VideoError, match=r"cut\.mkv: damaged or not a video"):
+            sample_video(tmp_path / "cut.mkv", fps=8, max_frames=most, max_pixels=10**6)
     for name, message in (("missing.mp4", "no such video"), ("empty.mp4", "0 bytes"), ("text.mp4", "not a video")):
         with pytest.raises(VideoError, match=message):
             sample_video(tmp_path / name, fps=1, max_frames=8, max_pixels=100)
