@@ -47,6 +47,11 @@ def test_every_answer_follows_from_the_story(scenes: int, part: str) -> None:
         for kind in KINDS if scenes > 1 else KINDS[:-1]:
             asked = draw_question(rng, story, kind)
             assert asked.answer == answered(story, asked.question), asked
+            found = story.scenes[asked.scene]
+            assert asked.answer == (look(found) if kind == "order" else getattr(found, kind))
+            # Of many scenes another one has the same colour: only this one is meant.
+            if place := re.search(rf"the ({'|'.join(ORDINALS)}|last) ", asked.question):
+                assert asked.scene == (scenes - 1 if place[1] == "last" else ORDINALS.index(place[1]))
             assert set(re.findall(r"\w+|[^\w\s]", f"{asked.question} {asked.answer}".lower())) <= known
 
 

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from pipelines.demo import stories, train_eyes, train_watcher, watcher, world
 from pipelines.demo.train_loop import Plan, build_optimizers
 from pipelines.demo.train_watcher import (
+    NAMED,
     PHASES,
     READ,
     Batch,
@@ -22,6 +23,7 @@ from pipelines.demo.train_watcher import (
     Phase,
     batch_loss,
     draw_batch,
+    question_labels,
     scene_labels,
     tokenise,
 )
@@ -208,6 +210,7 @@ def test_training_learns_a_batch(processor: Any, tmp_path: Path) -> None:
     assert losses[-1] < 0.3 * losses[0]
     assert values["right"] > 0.8
     assert values["read"] > 0.8
+    assert values["found"] == 1
     with torch.no_grad():
         other = batch_loss(learner, processor, dataclasses.replace(batch, offsets=[2, 3]))["loss"].item()
         assert other != batch_loss(learner, processor, batch)["loss"].item()
@@ -228,6 +231,27 @@ def test_what_is_read_off_a_scene_is_what_it_shows() -> None:
             one = story.scenes[number - 1] if number else None
             assert before == ((one.colour, one.shape) if one else (None, None))
             assert all(value < READ[name] for name, value in values.items())
+
+
+def test_what_is_read_off_a_question_is_what_it_names_and_the_scene_it_means(processor: Any) -> None:
+    batch = draw_batch(0, 0, 1, (Phase(1.0, (3,), 6, 40),))
+    labels = question_labels(batch)
+    asked = [one for of_story in batch.asked for one in of_story]
+    assert labels.shape == (len(asked), len(NAMED) + 1)
+    for one, (colour, shape, place, scene) in zip(asked, labels.tolist(), strict=True):
+        words = one.question.lower().rstrip("?.").replace(",", "").split()
+        # "What shape was the first one?" names no shape; "What came first, ...?" does say first.
+        for names, number in zip(NAMED, (colour, shape, place), strict=True):
+            named = [word for word in words if word in names]
+            assert ([*names, None][number] == named[0]) if named else number == len(names)
+        assert scene == one.scene
+    assert len(set(labels[:, 3].tolist())) == 3
+    # In the order of the tokens that they are read off.
+    tokens = tokenise(processor.tokenizer, batch, (12, 8, 8))
+    ends = tokens.asked(processor.tokenizer.convert_tokens_to_ids("<answer>"))
+    assert ends.sum(1).tolist() == [len(of_story) for of_story in batch.asked]
+    follows = processor.tokenizer.convert_ids_to_tokens(tokens.labels[ends])
+    assert follows == [one.answer.split()[0] for one in asked]
 
 
 def _fixed() -> Batch:

@@ -64,11 +64,12 @@ class Story:
 
 @dataclass(frozen=True)
 class Asked:
-    """A question about a story: one of KINDS, its words, and the words of its answer."""
+    """A question about a story: one of KINDS, its words, the words of its answer, and the scene that has the answer."""
 
     kind: str
     question: str
     answer: str
+    scene: int
 
 
 def draw_story(rng: np.random.Generator, scenes: int, part: str) -> Story:
@@ -129,7 +130,7 @@ def draw_question(rng: np.random.Generator, story: Story, kind: str) -> Asked:
             raise ValueError("a single scene has no order")
         return _order(rng, scenes)
     if len(scenes) == 1:
-        return Asked(kind, _ALONE[kind], str(getattr(scenes[0], kind)))
+        return Asked(kind, _ALONE[kind], str(getattr(scenes[0], kind)), 0)
     if kind in _BY_LOOK and rng.random() < 0.5:
         once = _once(scenes)
         number = once[rng.integers(len(once))]
@@ -141,7 +142,7 @@ def draw_question(rng: np.random.Generator, story: Story, kind: str) -> Asked:
         place = "last" if number == places else ORDINALS[number]
         number = len(scenes) - 1 if number == places else number
         question = _BY_PLACE[kind].format(place)
-    return Asked(kind, question, str(getattr(scenes[number], kind)))
+    return Asked(kind, question, str(getattr(scenes[number], kind)), number)
 
 
 def words() -> list[str]:
@@ -157,9 +158,10 @@ def _order(rng: np.random.Generator, scenes: tuple[world.Scene, ...]) -> Asked:
     if rng.random() < 0.5:
         befores = [number for number in once if number + 1 < len(scenes)]
         number = befores[rng.integers(len(befores))]
-        return Asked("order", _AFTER.format(look(scenes[number])), look(scenes[number + 1]))
+        return Asked("order", _AFTER.format(look(scenes[number])), look(scenes[number + 1]), number + 1)
     one, other = (int(number) for number in rng.choice(once, size=2, replace=False))
-    return Asked("order", _FIRST.format(look(scenes[one]), look(scenes[other])), look(scenes[min(one, other)]))
+    first = min(one, other)
+    return Asked("order", _FIRST.format(look(scenes[one]), look(scenes[other])), look(scenes[first]), first)
 
 
 def _once(scenes: tuple[world.Scene, ...]) -> list[int]:

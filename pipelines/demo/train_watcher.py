@@ -5,15 +5,16 @@ alone and stands where it would stand as the only one, so one step does the work
 answered from another.
 
 Its vision tower is trained before, on two frames at a time (`train_eyes`). What a scene shows, which one it is, and
-what the one before it showed is also read off its tokens halfway through the model, by linear maps that are trained
-with it and then thrown away: thousands of tokens a step say what is wrong where the answers alone would say it in a few
-dozen words.
+what the one before it showed is also read off its tokens halfway through the model, what a question names off its last
+token there, and which scene it means off the same token a layer later: by linear maps that are trained with the model
+and then thrown away. The answers alone, a few dozen words a step, did not teach it to find a scene by its look.
 """
 
 from __future__ import annotations
 
 import argparse
 import logging
+import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,6 +41,10 @@ READ = {
     "colour before": len(world.COLOURS) + 1,
     "shape before": len(world.SHAPES) + 1,
 }
+# What is read off the last token of a question there: the first of these words in it, or none. A layer later: the scene
+# that it means.
+NAMED = (tuple(world.COLOURS), world.SHAPES, (*stories.ORDINALS, "last"))
+_SCENES = 16
 _IGNORED = -100
 
 
@@ -57,9 +62,9 @@ class Phase:
 
 
 PHASES = (
-    Phase(0.10, (1, 2), 16, 64),
-    Phase(0.40, (2, 3, 4), 16, 64),
-    Phase(1.00, (1, 2, 4, 8, 16), 16, 64),
+    Phase(0.10, (1, 2), 16, 128),
+    Phase(0.40, (2, 3, 4), 16, 128),
+    Phase(1.00, (1, 2, 4, 8, 16), 16, 128),
 )
 
 
@@ -99,6 +104,10 @@ class Tokens:
     labels: torch.Tensor
     positions: torch.Tensor
     mask: torch.Tensor
+
+    def asked(self, answer: int) -> torch.Tensor:
+        """Where a question ends, bool `[stories, tokens]`; `answer` is the token that it ends with."""
+        return self.ids == answer
 
 
 def tokenise(tokenizer: Any, batch: Batch, grid: tuple[int, int, int]) -> Tokens:
@@ -150,6 +159,8 @@ class Learner(torch.nn.Module):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.readers = torch.nn.ModuleList(torch.nn.Linear(width, count) for count in READ.values())
+            self.naming = torch.nn.ModuleList(torch.nn.Linear(width, len(names) + 1) for names in NAMED)
+            self.finding = torch.nn.Linear(width, _SCENES)
         self.eyes = Eyes(model.model.visual, width, seed)
 
 
@@ -163,11 +174,23 @@ def scene_labels(batch: Batch) -> torch.Tensor:
     return torch.tensor([[label(story, number) for number in range(len(story.scenes))] for story in batch.stories])
 
 
+def question_labels(batch: Batch) -> torch.Tensor:
+    """What NAMED names of each question, and the scene that it means, int64 `[questions, len(NAMED) + 1]`."""
+
+    def label(asked: stories.Asked) -> list[int]:
+        words = re.findall(r"\w+", asked.question.lower())
+        named = [next((names.index(word) for word in words if word in names), len(names)) for names in NAMED]
+        return [*named, asked.scene]
+
+    return torch.tensor([label(one) for asked in batch.asked for one in asked])
+
+
 def batch_loss(learner: Learner, processor: Any, batch: Batch) -> dict[str, torch.Tensor]:
     """The losses of a step, and how much of it is right already.
 
-    `loss`: the mean cross-entropy of the answers' tokens, plus that of what is read off the scenes' tokens and off the
-    frames. Shares that are right: `right` of the answers' words, `read` of the scenes' values, `seen` of the frames'.
+    `loss`: the mean cross-entropy of the answers' tokens, plus that of what is read off the scenes' tokens, off the
+    questions and off the frames. Shares that are right: `right` of the answers' words, `read` of the scenes' values,
+    `seen` of the frames', `found` of the scenes that are meant.
     """
     model, device = learner.watcher, learner.watcher.device
     videos = [story.render(watcher.EVERY, offset) for story, offset in zip(batch.stories, batch.offsets, strict=True)]
@@ -190,6 +213,9 @@ def batch_loss(learner: Learner, processor: Any, batch: Batch) -> dict[str, torc
         # The video's tokens come second, after the one that says that they do.
         video = hidden.hidden_states[READ_AFTER][:, 1 : 1 + frames * height * width // merge**2]
         read = [reader(video).float() for reader in learner.readers]
+        ends = tokens.asked(processor.tokenizer.convert_tokens_to_ids("<answer>")).to(device)
+        named = [reader(hidden.hidden_states[READ_AFTER][ends]).float() for reader in learner.naming]
+        found = learner.finding(hidden.hidden_states[READ_AFTER + 1][ends]).float()
         seen_frames = learner.eyes.read(len(batch.stories) * frames)
     wanted = wanted[counted]
     words = wanted != processor.tokenizer.eos_token_id
@@ -198,13 +224,17 @@ def batch_loss(learner: Learner, processor: Any, batch: Batch) -> dict[str, torc
     reading, read_right = judged(read, labels.repeat_interleave(video.shape[1] // scenes, dim=1))
     of_frames = labels[..., : len(SHOWN)].repeat_interleave(frames // scenes, dim=1)
     seeing, seen_right = judged(seen_frames, of_frames.flatten(0, 1))
+    asked = question_labels(batch).to(device)
+    naming, _ = judged(named, asked[:, :-1])
+    finding, found_right = judged([found], asked[:, -1:])
     answering = torch.nn.functional.cross_entropy(logits, wanted)
     return {
-        "loss": answering + reading + seeing,
+        "loss": answering + reading + naming + finding + seeing,
         "answering": answering,
         "right": (logits.argmax(-1) == wanted)[words].float().mean(),
         "read": read_right.mean(),
         "seen": seen_right.mean(),
+        "found": found_right.mean(),
     }
 
 
