@@ -29,7 +29,7 @@ from pipelines.video_qa import ANSWERS, SUMMARY
 
 EXAMPLE = """\
 example:
-  python -m eval.story_quality --model watcher/model --out stories --record
+  python -m eval.story_quality --out stories --record
   python -m eval.story_quality --model watcher/model --out quick --scenes 4 --stories 4
 """
 
@@ -40,7 +40,7 @@ SCENES = (4, 8, 16, 32, 64)
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `python -m eval.story_quality`."""
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="of videos and answers; a run goes on")
-    parser.add_argument("--model", required=True, metavar="DIR", help="what pipelines.demo.train_watcher made")
+    parser.add_argument("--model", default="demo", help="folder that pipelines.demo.train_watcher made (default: demo)")
     parser.add_argument(
         "--scenes", type=int, nargs="+", default=list(SCENES), metavar="N", help=f"lengths; default: {SCENES}"
     )

@@ -14,6 +14,10 @@ from pipelines.models import offline_message
 from xattn_video import XAttnConfig
 
 ATTENTIONS = ("dense", "xattn", "both")
+# The video-understanding model that this project trained and ships; the card in the folder says how.
+DEMO = "demo"
+DEMO_WATCHER = Path(__file__).resolve().parent / "demo" / "watcher_weights"
+VIDEO_MODEL = "AutoModelForImageTextToText"
 
 Row = dict[str, Any]
 
@@ -58,6 +62,8 @@ def add_machine_options(parser: Any) -> None:
 def load_model(args: argparse.Namespace, model_class: str, processor_class: str) -> tuple[Any, Any]:
     """A model of transformers and its tokenizer or processor, by the names of the classes that load them.
 
+    The name `demo` is the shipped model's, which answers questions about videos.
+
     Raises:
         UserError: neither here nor reachable, not such a model, damaged, or no such device or dtype.
     """
@@ -69,12 +75,13 @@ def load_model(args: argparse.Namespace, model_class: str, processor_class: str)
     # isort: split
     import transformers
 
+    source = args.model if args.model != DEMO else _demo_source(model_class)
     device = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     if args.dtype != "auto" and not isinstance(getattr(torch, args.dtype, None), torch.dtype):
         raise UserError(f"--dtype must be auto or a dtype such as bfloat16, got {args.dtype}")
     try:
-        model = getattr(transformers, model_class).from_pretrained(args.model, dtype=args.dtype)
-        processor = getattr(transformers, processor_class).from_pretrained(args.model)
+        model = getattr(transformers, model_class).from_pretrained(source, dtype=args.dtype)
+        processor = getattr(transformers, processor_class).from_pretrained(source)
     except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
         if isinstance(error, OSError) and not Path(args.model).is_dir():
             raise UserError(offline_message(args.model, error)) from None
@@ -84,6 +91,14 @@ def load_model(args: argparse.Namespace, model_class: str, processor_class: str)
         return model.to(device).eval(), processor
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {args.device}: {' '.join(str(error).split())[:200]}") from None
+
+
+def _demo_source(model_class: str) -> str:
+    if model_class != VIDEO_MODEL:
+        raise UserError("--model demo: it answers questions about videos; see xattn-video qa --help")
+    if not DEMO_WATCHER.is_dir():
+        raise UserError(f"--model demo: its weights are missing from this installation ({DEMO_WATCHER})")
+    return str(DEMO_WATCHER)
 
 
 def read_answers(path: Path, names: tuple[str, str], signature: Mapping[str, Any]) -> dict[tuple[str, str], Row]:

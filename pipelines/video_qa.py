@@ -16,6 +16,8 @@ from pipelines.environment import device_name
 from pipelines.errors import UserError
 from pipelines.files import make_writable, write_texts
 from pipelines.language import (
+    DEMO,
+    VIDEO_MODEL,
     Row,
     add_attention_options,
     add_machine_options,
@@ -34,12 +36,17 @@ example:
   xattn-video qa --video cat.mp4 --question "What does the cat do?"
   xattn-video qa --video cat.mp4 --question "Which animal?" --options dog cat --answer cat --attention both
   xattn-video qa --items questions.jsonl --attention both --out answers
+  xattn-video qa --model demo --video demo-out/dense/0001-s0.mp4 --question "How does the shape move?"
 """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `xattn-video qa`."""
-    parser.add_argument("--model", default=MODEL, help=f"Hub id or local folder (default: {MODEL})")
+    parser.add_argument(
+        "--model",
+        default=MODEL,
+        help=f"Hub id, local folder, or demo, a small one for the demo's videos (default: {MODEL})",
+    )
     parser.add_argument("--out", type=Path, metavar="DIR", help=f"{ANSWERS} and {SUMMARY} go there; a run goes on")
 
     group = parser.add_argument_group("what is asked")
@@ -52,7 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
     group = parser.add_argument_group("what the model sees")
-    group.add_argument("--fps", type=float, default=1.0, help="frames a second (1)")
+    group.add_argument("--fps", type=float, help="frames a second (default: 1; the model demo: 2)")
     group.add_argument("--max-frames", type=int, default=768, metavar="N", help="of a video (768)")
     group.add_argument("--max-pixels", type=int, default=360 * 420, metavar="N", help="of a frame (151200)")
 
@@ -67,6 +74,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """`xattn-video qa`: answer everything, print and write it; 0. Raises UserError."""
+    args = argparse.Namespace(**{**vars(args), "fps": _fps(args)})
     questions = _questions(args)
     configs = configurations(args)
     check_sampling(**_sampling(args))
@@ -137,9 +145,11 @@ def _answer_all(
     """Answer the questions that lack an answer, each by every configuration, and add them to `rows` and the file."""
     from tqdm.auto import tqdm
 
+    from pipelines.positions import mend_positions
     from xattn_video.integrations.transformers import use_xattention
 
-    model, processor = load_model(args, "AutoModelForImageTextToText", "AutoProcessor")
+    model, processor = load_model(args, VIDEO_MODEL, "AutoProcessor")
+    mend_positions(model)
     if getattr(processor, "video_processor", None) is None or not processor.chat_template:
         raise UserError(f"--model {args.model}: its processor takes no video in a chat")
     # --max-frames and --max-pixels say what is seen; some processors would share a budget out among frames besides.
@@ -274,6 +284,16 @@ def _questions(args: argparse.Namespace) -> list[Question]:
         raise UserError(f"--video {args.video}: no such video file")
     options = check_options("--options", args.options or [])
     return [Question("question", args.video, args.question, options, check_answer("--answer", args.answer, options))]
+
+
+def _fps(args: argparse.Namespace) -> float:
+    if args.fps is not None:
+        return args.fps
+    if args.model != DEMO:
+        return 1.0
+    from pipelines.demo.watcher import FPS
+
+    return FPS
 
 
 def _sampling(args: argparse.Namespace) -> dict[str, Any]:

@@ -56,6 +56,7 @@ def test_the_demo_makes_compares_judges_and_sums_up(tmp_path, xattn):
         assert f" {video[side]['saw']}" in done.out
     for expected in ("$ xattn-video generate --model demo", "$ xattn-video compare", "the judge saw", "speed-up"):
         assert expected in done.out
+    assert "no questions: they need up to 8 videos of the shapes world, 32 frames each" in done.out
     # Run again: nothing is made anew, and the summary is the same.
     again = xattn(*command)
     assert "videos: 0 made, 2 kept" in again.out

@@ -1,4 +1,7 @@
-"""`xattn-video demo`: prompt file -> dense and sparse videos -> comparison, on a small trained model, on any CPU."""
+"""`xattn-video demo`: prompt file -> dense and sparse videos -> comparison -> questions, on small trained models.
+
+On any CPU.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +12,12 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
+from pipelines.demo.asking import write_story
 from pipelines.demo.judging import judge_folder
+from pipelines.demo.stories import ORDINALS, SCENE_FRAMES
 from pipelines.manifest import read_manifest
 from pipelines.prompts import shipped_prompts
+from pipelines.video_qa import ANSWERS
 
 EXAMPLE = """\
 example:
@@ -21,7 +27,8 @@ example:
 _INTRODUCTION = """\
 The model `demo` is a small Wan pipeline (diffusers' and transformers' real classes) that this project trained on
 videos of coloured shapes. It makes each video twice, with dense and with sparse attention. The default prompts are
-combinations that it never saw in training. The judge reads the videos back by classical image processing."""
+combinations that it never saw in training. The judge reads the videos back by classical image processing. At the end
+a second small model, a Qwen2-VL, watches them in a row and is asked about each, with dense and with sparse prefill."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -69,6 +76,9 @@ def run(args: argparse.Namespace) -> int:
     summary = _summary(dense, sparse)
     print(_judged(summary["videos"]))
     print(_table(summary))
+    code = _ask(args, [(video["dense"]["id"], video["dense"]["seed"]) for video in summary["videos"]])
+    if code != 0:
+        return code
     print(f"videos: {dense} and {sparse}")
     if args.json:
         print(json.dumps(summary))
@@ -78,6 +88,19 @@ def run(args: argparse.Namespace) -> int:
 def _run(args: argparse.Namespace, command: list[str]) -> int:
     print(f"\n$ xattn-video {shlex.join(command)}", flush=True)
     return args.run_command(command)
+
+
+def _ask(args: argparse.Namespace, keys: list[tuple[str, int]]) -> int:
+    """Have the dense videos watched and asked about."""
+    folder = args.out / "answers"
+    questions = write_story(args.out / "dense", keys, folder)
+    if questions is None:
+        print(f"\nno questions: they need up to {len(ORDINALS)} videos of the shapes world, {SCENE_FRAMES} frames each")
+        return 0
+    # Answers to the same questions about other videos may be there.
+    (folder / ANSWERS).unlink(missing_ok=True)
+    asked = ["qa", "--model", "demo", "--items", str(questions), "--attention", "both", "--device", "cpu"]
+    return _run(args, [*asked, "--max-new-tokens", "4", "--out", str(folder)])
 
 
 def _label(warmup_steps: int | None) -> str:

@@ -23,14 +23,16 @@ PARTS = ("training", "held-out")
 # So many looks occur only once in a story of any length: questions use them as names.
 _ONCE = 8
 
-_BY_PLACE = {
+# Questions that name a scene by its place, one of ORDINALS or "last".
+BY_PLACE = {
     "colour": "What colour was the {} shape?",
     "shape": "What shape was the {} one?",
     "motion": "How did the {} shape move?",
     "background": "What was behind the {} shape?",
 }
 _BY_LOOK = {"motion": "How did the {} move?", "background": "What was behind the {}?"}
-_ALONE = {
+# Questions about a story of one scene.
+ALONE = {
     "colour": "What colour is the shape?",
     "shape": "What shape is it?",
     "motion": "How does the shape move?",
@@ -130,7 +132,7 @@ def draw_question(rng: np.random.Generator, story: Story, kind: str) -> Asked:
             raise ValueError("a single scene has no order")
         return _order(rng, scenes)
     if len(scenes) == 1:
-        return Asked(kind, _ALONE[kind], str(getattr(scenes[0], kind)), 0)
+        return Asked(kind, ALONE[kind], str(getattr(scenes[0], kind)), 0)
     if kind in _BY_LOOK and rng.random() < 0.5:
         once = _once(scenes)
         number = once[rng.integers(len(once))]
@@ -141,13 +143,13 @@ def draw_question(rng: np.random.Generator, story: Story, kind: str) -> Asked:
         # The last has a name in a story of any length.
         place = "last" if number == places else ORDINALS[number]
         number = len(scenes) - 1 if number == places else number
-        question = _BY_PLACE[kind].format(place)
+        question = BY_PLACE[kind].format(place)
     return Asked(kind, question, str(getattr(scenes[number], kind)), number)
 
 
 def words() -> list[str]:
     """Every word and sign of the questions and answers, in lower case, each once."""
-    templates = (*_BY_PLACE.values(), *_BY_LOOK.values(), *_ALONE.values(), _AFTER, _FIRST)
+    templates = (*BY_PLACE.values(), *_BY_LOOK.values(), *ALONE.values(), _AFTER, _FIRST)
     own = re.findall(r"\w+|[^\w\s]", " ".join(templates).replace("{}", "").lower())
     named = (*world.COLOURS, *world.SHAPES, *world.MOTIONS, *world.BACKGROUNDS)
     return list(dict.fromkeys([*own, *ORDINALS, "last", *named]))

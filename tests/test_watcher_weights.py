@@ -1,0 +1,112 @@
+"""The small Qwen2-VL that ships: that it is what its card says, and answers what it never saw, dense and sparse."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from eval.story_quality import LEDGER, main, table
+from pipelines.demo import asking, stories, watcher, world
+from pipelines.language import DEMO_WATCHER, VIDEO_MODEL
+from tests.cli_tools import Run, tool
+from tests.test_asking import SCENES, add
+
+CARD = DEMO_WATCHER / "README.md"
+
+
+@pytest.fixture
+def xattn(capfd: pytest.CaptureFixture[str]) -> Run:
+    return tool(capfd)
+
+
+def test_it_is_small_and_safe_and_of_standard_classes() -> None:
+    import transformers
+
+    files = [path for path in DEMO_WATCHER.rglob("*") if path.is_file()]
+    assert {path.suffix for path in files} <= {".safetensors", ".json", ".jinja", ".md"}
+    assert sum(path.stat().st_size for path in files) <= 30e6
+    for path in DEMO_WATCHER.rglob("*.json"):
+        told = path.read_text(encoding="utf-8")
+        assert "_name_or_path" not in told, path
+        assert "auto_map" not in told, path
+    model = getattr(transformers, VIDEO_MODEL).from_pretrained(DEMO_WATCHER)
+    assert type(model) is transformers.Qwen2VLForConditionalGeneration
+    assert type(transformers.AutoProcessor.from_pretrained(DEMO_WATCHER)) is transformers.Qwen2VLProcessor
+    # Of the shape that the training code builds, and none of the values that it starts with.
+    start = watcher.build_watcher(seed=0).state_dict()
+    trained = model.state_dict()
+    assert {name: value.shape for name, value in trained.items()} == {n: v.shape for n, v in start.items()}
+    matrices = [name for name, value in trained.items() if value.ndim > 1]
+    assert all(not torch.equal(trained[name].float(), start[name].to(torch.bfloat16).float()) for name in matrices)
+
+
+def _rows() -> Iterator[dict[str, Any]]:
+    """The latest row of each length of the shipped model."""
+    rows = [json.loads(line) for line in LEDGER.read_text(encoding="utf-8").splitlines()]
+    yield from {row["scenes"]: row for row in rows if row["model"] == "demo"}.values()
+
+
+def test_the_card_shows_what_was_measured() -> None:
+    rows = sorted(_rows(), key=lambda row: row["scenes"])
+    card = CARD.read_text(encoding="utf-8")
+    assert "@" not in card
+    assert [row["scenes"] for row in rows] == [4, 8, 16, 32, 64]
+    for line, row in zip(table(rows).splitlines()[1:], rows, strict=True):
+        shown = re.search(rf"^\| {row['scenes']} \|.*$", card, re.MULTILINE)
+        assert shown is not None
+        # All but the last column, the seconds, as the program prints it.
+        for word in line.split(" -> ")[0].split()[1:-1]:
+            assert word in shown.group(), (word, shown.group())
+        assert row["config"]["threshold"] == 0.9
+        assert row["config"]["stride"] == 16
+
+
+def test_held_out_stories_are_answered_dense_and_sparse(tmp_path: Path, capfd: Any) -> None:
+    assert main(["--out", str(tmp_path), "--scenes", "4", "--stories", "6", "--device", "cpu"]) == 0
+    (row,) = json.loads(capfd.readouterr().out.splitlines()[-1])
+    assert row["questions"] == 30
+    # Chance is below a quarter.
+    assert row["right"]["dense"] >= 0.8
+    assert row["right"]["sparse"] >= 0.75
+    assert row["sparse_density"] < 0.95
+
+
+def test_the_demo_asks_about_its_videos_and_is_answered(tmp_path: Path, xattn: Run) -> None:
+    keys = [add(tmp_path / "dense", scene, str(number)) for number, scene in enumerate(SCENES)]
+    file = asking.write_story(tmp_path / "dense", keys, tmp_path / "answers")
+    done = xattn("qa", "--model", "demo", "--items", file, "--device", "cpu", "--attention", "dense", "--json")
+    assert done.code == 0, done.err
+    assert json.loads(done.out.splitlines()[-1])["configurations"]["dense"]["accuracy"] == 1.0
+
+
+def test_frames_are_taken_as_often_as_it_was_trained(tmp_path: Path, xattn: Run) -> None:
+    scene = world.Scene("red", "circle", "left", "white", "large")
+    add(tmp_path, scene, "one", frames=stories.SCENE_FRAMES)
+    asked = ("qa", "--model", "demo", "--video", tmp_path / "one-s0.mp4", "--question", "What colour is the shape?")
+    done = xattn(*asked, "--device", "cpu", "--out", tmp_path / "out")
+    assert done.code == 0, done.err
+    row = json.loads((tmp_path / "out" / "answers.jsonl").read_text())
+    assert row["answer"] == "red"
+    frames = stories.SCENE_FRAMES // watcher.EVERY
+    assert 32 * frames < row["prompt_tokens"] < 32 * frames + 20
+
+
+def test_a_prompt_of_words_alone_is_refused(tmp_path: Path, capfd: Any) -> None:
+    from eval import needle
+
+    assert needle.main(["--model", "demo", "--lengths", "512", "--out", str(tmp_path)]) == 2
+    assert "--model demo: it answers questions about videos" in capfd.readouterr().err.splitlines()[-1]
+
+
+def test_weights_that_are_missing_are_one_line(tmp_path: Path, xattn: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipelines.language.DEMO_WATCHER", tmp_path / "none")
+    add(tmp_path, SCENES[0], "one")
+    done = xattn("qa", "--model", "demo", "--video", tmp_path / "one-s0.mp4", "--question", "What shape is it?")
+    assert done.code == 2
+    assert done.err.splitlines()[-1].startswith("xattn-video: error: --model demo: its weights are missing")
