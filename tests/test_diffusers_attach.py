@@ -348,6 +348,14 @@ def test_thresholds_by_head(model: Any) -> None:
 # ---- the attention backend
 
 
+def test_a_threshold_for_another_number_of_heads_is_refused_when_attached(model: Any) -> None:
+    heads = model.blocks[0].attn1.heads
+    before = processors(model)
+    with pytest.raises(ValueError, match=f"one value for each of {heads} heads, got {heads + 1}"):
+        model.set_attn_processor(XAttnProcessor(**{**SETTINGS, "threshold": (0.5,) * (heads + 1)}))
+    assert processors(model) == before
+
+
 @pytest.fixture
 def active_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     # setting a backend on a model also sets a default for the whole process
@@ -584,6 +592,23 @@ def test_two_threads_in_one_model_are_refused(model: Any) -> None:
     afterwards.start()
     afterwards.join()
     assert not errors
+
+
+def test_a_forward_that_ctrl_c_ended_does_not_lock_other_threads_out(model: Any) -> None:
+    model.set_attn_processor(XAttnProcessor(**SETTINGS))
+
+    def interrupt(module: nn.Module, args: Any) -> None:
+        raise KeyboardInterrupt
+
+    handle = model.blocks[0].register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        forward(model)
+    handle.remove()
+    outputs: list[Tensor] = []
+    worker = threading.Thread(target=lambda: outputs.append(forward(model)))
+    worker.start()
+    worker.join()
+    assert len(outputs) == 1
 
 
 def test_ulysses_context_parallelism_gives_what_one_process_gives(tmp_path: Path) -> None:

@@ -101,6 +101,31 @@ def test_timesteps_of_frames_count_by_their_largest() -> None:
     assert steps == [0, 0, 1, 1, 2, 2]
 
 
+@pytest.mark.parametrize("preview", [950.0, 10.0])
+def test_a_call_between_two_steps_does_not_begin_the_run_anew(preview: float) -> None:
+    loop = bound_loop()
+    steps = []
+    for timestep in torch.tensor([900.0, 600.0, 300.0]):
+        loop._current_timestep = timestep
+        steps += [loop.tracker.observe(timestep * torch.ones(2)) for _ in range(2)]
+        # a callback at the end of the step looks at the model elsewhere
+        assert loop.tracker.observe(torch.tensor(preview)) == 0
+    assert steps == [0, 0, 1, 1, 2, 2]
+    loop._current_timestep = None
+    assert loop.run(torch.tensor([900.0, 600.0])) == [0, 1]
+
+
+def test_a_pipeline_that_was_interrupted_starts_at_zero_after_another_one_ran() -> None:
+    tracker = StepTracker()
+    one, other = Loop(tracker), Loop(tracker)
+    tracker.bind(one)
+    tracker.bind(other)
+    one.run([0.9, 0.8, 0.7], stop_after=2)
+    one._current_timestep = None
+    assert other.run([0.9, 0.5]) == [0, 1]
+    assert one.run([0.6, 0.3]) == [0, 1]
+
+
 def test_another_pipeline_with_the_same_model_is_counted_by_its_argument() -> None:
     tracker = StepTracker()
     owner, other = Loop(tracker), Loop(tracker)

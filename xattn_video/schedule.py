@@ -35,6 +35,8 @@ class _Watch:
         # a timestep left over from an interrupted run is no news
         self.seen = getattr(pipeline, "_current_timestep", None)
         self.argument: Any = None
+        # the step that it was in, and the timestep that this one had
+        self.step, self.value = -1, float("inf")
 
     def belongs(self, argument: Any) -> bool:
         """Whether a forward with this timestep argument can be part of the step seen last.
@@ -58,7 +60,10 @@ class StepTracker:
     3. the largest value of the `timestep` that the model is called with. Another value is another step, a rise
        starts a new generation. This reads one number from the device each forward.
 
-    A change from one of these to another starts a new generation too. The pipelines are held weakly.
+    A change from one of these to another starts a new generation too, except for a pipeline that goes on where it
+    was (something called the model between its steps, a preview for instance). The pipelines are held weakly.
+
+    A step is an evaluation of the model: a scheduler of second order (Heun) has two of them in each of its own.
     """
 
     def __init__(self) -> None:
@@ -89,16 +94,25 @@ class StepTracker:
             if current is None:
                 watch.seen = None
             elif not _same(current, watch.seen):
-                again = _other_schedule(current, watch.seen, same_value=_largest(current) == self._value)
+                again = _other_schedule(current, watch.seen, same_value=_largest(current) == watch.value)
                 watch.seen, watch.argument = current, timestep
-                return self._advance(watch, _largest(current), changed=True, restart=again)
+                return self._follow(watch, _largest(current), restart=again)
             elif self._source is watch and watch.belongs(timestep):
                 return self._step
         value = _largest(timestep)
         return self._advance("timestep", value, changed=value != self._value)
 
-    def _advance(self, source: Any, value: float, *, changed: bool, restart: bool = False) -> int:
-        if source != self._source or value > self._value or restart:
+    def _follow(self, watch: _Watch, value: float, *, restart: bool) -> int:
+        """A new step of a watched pipeline, counted apart from all other calls of the model."""
+        # another pipeline that shares the model ran in between: this one was interrupted
+        restart = restart or (isinstance(self._source, _Watch) and self._source is not watch)
+        watch.step = 0 if restart or value > watch.value else watch.step + 1
+        watch.value = value
+        self._source, self._value, self._step = watch, value, watch.step
+        return self._step
+
+    def _advance(self, source: Any, value: float, *, changed: bool) -> int:
+        if source != self._source or value > self._value:
             self._step = 0
         elif changed:
             self._step += 1

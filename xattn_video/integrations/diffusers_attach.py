@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -56,7 +57,12 @@ class Attachment:
         backend = register()
         self._wrappers: dict[str, SparseSelfAttention] = {}
         for index, (path, module) in enumerate(modules.items()):
-            original = module.processor
+            original, heads = module.processor, getattr(module, "heads", None)
+            if isinstance(config.threshold, tuple) and heads not in (None, len(config.threshold)):
+                raise ValueError(
+                    f"threshold of {name}.{path} must have one value for each of {heads} heads, "
+                    f"got {len(config.threshold)}"
+                )
             replacement = REPLACEMENTS.get(type(original).__name__)
             self._wrappers[path] = wrap(
                 original,
@@ -98,7 +104,7 @@ class Attachment:
     @torch.compiler.disable
     def _before_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         thread = threading.current_thread()
-        if self._running not in (None, thread) and self._running.is_alive():
+        if self._running not in (None, thread) and _is_inside(self._running, model):
             raise RuntimeError(
                 f"two threads run one {type(model).__name__} at the same time; with an XAttnProcessor attached, give "
                 "each thread a model of its own (copy.deepcopy keeps the processor)"
@@ -128,6 +134,17 @@ class Attachment:
                 yield
         finally:
             self._step_index = None
+
+
+def _is_inside(thread: threading.Thread, model: nn.Module) -> bool:
+    """Whether a thread is in a forward of the model. One that Ctrl-C ended runs no hook that would say so."""
+    frame = sys._current_frames().get(thread.ident or -1)
+    while frame is not None:
+        # Compiled or not, a call of the model goes through a method of its own.
+        if frame.f_locals.get("self") is model:
+            return True
+        frame = frame.f_back
+    return False
 
 
 def attachment_of(model: nn.Module) -> Attachment | None:
