@@ -132,8 +132,10 @@ def compare(
 
 
 def _floor_pairs(dense_dir: Path, sparse_dir: Path, pairs: Sequence[Pair]) -> list[Pair]:
-    """The same videos in the noise floor's folder, as far as they are there."""
+    """The same videos in the noise floor's folder, as far as they are there; none where the reference is not dense."""
     folder = dense_dir.parent / FLOOR
+    if any(pair.dense.get("attention", "dense") != "dense" for pair in pairs):
+        return []
     if folder.resolve() in (dense_dir.resolve(), sparse_dir.resolve()):
         return []
     there = read_manifest(folder)

@@ -256,6 +256,17 @@ def test_missing_partners_are_named_or_skipped_when_asked(
     assert summary["pairs"] == 3
 
 
+def test_the_floor_is_of_dense_videos_alone(tmp_path: Path) -> None:
+    dense, floor, one, other = (tmp_path / name for name in ("dense", "dense-alt", "xattn-a", "xattn-b"))
+    for folder, noise in ((dense, 0), (floor, 1), (one, 9), (other, 20)):
+        add(folder, "cat", 0, noisy(clip(), noise), attention="xattn" if "xattn" in folder.name else folder.name)
+    settings: dict[str, Any] = {"lpips": False, "progress": False}
+    assert compare(dense, one, **settings)["floor"]["psnr"] > 40
+    # Two sparse settings: how far either is from dense in another order is no floor of their difference.
+    assert compare(one, other, **settings)["floor"] is None
+    assert compare(one, dense, **settings)["floor"] is None
+
+
 def test_nothing_in_common(tmp_path: Path) -> None:
     add(tmp_path / "a", "cat", 0, clip())
     add(tmp_path / "b", "cat", 1, clip())
