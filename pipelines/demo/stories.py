@@ -58,7 +58,7 @@ class Story:
             raise ValueError(f"every must divide {SCENE_FRAMES} and offset be below it, got {every} and {offset}")
         seeds = np.random.default_rng([self.seed, 2]).integers(2**31, size=len(self.scenes))
         clips = [
-            world.render(scene, int(seed), frames=SCENE_FRAMES)[offset::every]
+            world.render(scene, int(seed), frames=SCENE_FRAMES, taken=slice(offset, None, every))
             for scene, seed in zip(self.scenes, seeds, strict=True)
         ]
         return np.concatenate(clips)

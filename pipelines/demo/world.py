@@ -147,17 +147,20 @@ def _words() -> dict[str, dict[str, str]]:
     return {name: {**{word: word for word in words}, **_OTHER_WORDS.get(name, {})} for name, words in own.items()}
 
 
-def render(scene: Scene, seed: int, *, frames: int = 33, height: int = 128, width: int = 128) -> np.ndarray:
+def render(
+    scene: Scene, seed: int, *, frames: int = 33, height: int = 128, width: int = 128, taken: slice = slice(None)
+) -> np.ndarray:
     """The video of `scene`: uint8 RGB `[frames, height, width, 3]`, the same for the same arguments.
 
-    The place and the speed (pixels a frame, within SPEEDS) come from `seed`; the whole shape stays in the picture.
+    Of its frames only those that `taken` takes. The place and the speed (pixels a frame, within SPEEDS) come from
+    `seed`; the whole shape stays in the picture.
 
     Raises:
         ValueError: no frames, or a picture too small for the way that the shape goes.
     """
     if frames < 1:
         raise ValueError(f"frames must be at least 1, got {frames}")
-    x, y = _path(scene, seed, frames, height, width)
+    x, y = (values[taken] for values in _path(scene, seed, frames, height, width))
     rows = np.arange(height, dtype=np.float32)[None, :, None] + 0.5
     columns = np.arange(width, dtype=np.float32)[None, None, :] + 0.5
     distance = signed_distance(scene.shape, columns - x[:, None, None], rows - y[:, None, None], SIZES[scene.size])
