@@ -92,7 +92,7 @@ def test_frames_are_taken_as_often_as_it_was_trained(tmp_path: Path, xattn: Run)
     done = xattn(*asked, "--device", "cpu", "--out", tmp_path / "out")
     assert done.code == 0, done.err
     row = json.loads((tmp_path / "out" / "answers.jsonl").read_text())
-    assert row["answer"] == "red"
+    assert row["reply"] == "red"
     frames = stories.SCENE_FRAMES // watcher.EVERY
     assert 32 * frames < row["prompt_tokens"] < 32 * frames + 20
 
