@@ -13,6 +13,11 @@ from typing import Any
 
 from pipelines.errors import UserError
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
 
 @contextlib.contextmanager
 def whole_files(*paths: Path) -> Iterator[tuple[Path, ...]]:
@@ -41,6 +46,26 @@ def write_texts(texts: Mapping[Path, str]) -> None:
     with whole_files(*texts) as partial:
         for name, text in zip(partial, texts.values(), strict=True):
             name.write_text(text, encoding="utf-8")
+
+
+@contextlib.contextmanager
+def claimed(name: Path) -> Iterator[None]:
+    """While it is open, no other process of this machine can claim `name`; a killed one gives it back.
+
+    Raises:
+        UserError: another process has it.
+    """
+    lock = name.with_name(f".{name.name}.lock")
+    with open(lock, "w") as file:
+        if fcntl is not None:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(f"{name}: another process is making it") from None
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

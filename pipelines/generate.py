@@ -7,17 +7,17 @@ import contextlib
 import json
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipelines import runner
 from pipelines.errors import UserError
-from pipelines.files import make_writable
-from pipelines.manifest import Record, append_record, remove_records
+from pipelines.files import claimed, make_writable
+from pipelines.manifest import Record, append_record, read_manifest, remove_records
 from pipelines.models import KNOWN_MODELS, check_available
-from pipelines.plan import Job, Plan, by_folder, identity, make_plan
+from pipelines.plan import Job, Plan, by_folder, changes, identity, make_plan
 
 if TYPE_CHECKING:
     from pipelines.progress import VideoProgress
@@ -99,21 +99,31 @@ def produce(plan: Plan, args: argparse.Namespace, on_record: Callable[[Record], 
         check_available(plan.model)
     for folder in {job.folder for job in plan.jobs}:
         make_writable(folder)
-    _remove_leftovers(plan.pending)
-    if args.overwrite:
-        for folder, jobs in by_folder(plan.pending).items():
-            remove_records(folder, {(job.prompt.id, job.seed) for job in jobs})
     skipped = len(plan.jobs) - len(plan.pending)
     if skipped:
         print(f"{skipped} of {len(plan.jobs)} videos are already finished and kept", file=sys.stderr)
     return _make_videos(plan, args, on_record) if plan.pending else []
 
 
-def _remove_leftovers(jobs: Sequence[Job]) -> None:
-    """What a killed run left half written. Only of videos about to be made: another run may share the folder."""
-    for job in jobs:
-        for suffix in (".mp4", ".mkv"):
-            (job.folder / f".{job.name}.partial{suffix}").unlink(missing_ok=True)
+def _remove_leftovers(job: Job) -> None:
+    """What a killed run left half written."""
+    for suffix in (".mp4", ".mkv"):
+        (job.folder / f".{job.name}.partial{suffix}").unlink(missing_ok=True)
+
+
+def _made_meanwhile(plan: Plan, job: Job, *, overwrite: bool) -> bool:
+    """Whether another run has made this very video since the plan was made.
+
+    Raises:
+        UserError: it has made another one under this name, which is not written over.
+    """
+    key = job.prompt.id, job.seed
+    record = read_manifest(job.folder).get(key)
+    if record is None or (not overwrite and record == plan.found.get((job.folder, *key))):
+        return False
+    if changes(plan, job, record):
+        raise UserError(f"{job.path}: another run has made another video of this name; use another --out")
+    return True
 
 
 def _make_videos(plan: Plan, args: argparse.Namespace, on_record: Callable[[Record], None] | None) -> list[Record]:
@@ -136,15 +146,24 @@ def _make_videos(plan: Plan, args: argparse.Namespace, on_record: Callable[[Reco
         runner.attach(pipe, None)
     common = _environment(plan, args)
     records = []
+    if args.overwrite:
+        # Only now that there is a model to make them anew with; and all of them, so that the run can be gone on with.
+        for folder, jobs in by_folder(plan.pending).items():
+            remove_records(folder, {(job.prompt.id, job.seed) for job in jobs})
     with VideoProgress(len(plan.pending), synchronize) as progress:
         pipe.progress_bar = progress.steps
         label, processor = None, None
         for job in plan.pending:
             if job.attention != label:
                 label, processor = job.attention, runner.attach(pipe, job.config)
-            record = _make_video(pipe, processor, plan, job, progress, lossless=args.lossless)
-            record |= common
-            append_record(job.folder, record)
+            with claimed(job.folder / job.name):
+                _remove_leftovers(job)
+                if _made_meanwhile(plan, job, overwrite=args.overwrite):
+                    progress.finish()
+                    continue
+                record = _make_video(pipe, processor, plan, job, progress, lossless=args.lossless)
+                record |= common
+                append_record(job.folder, record)
             records.append(record)
             progress.finish()
             if not args.json:

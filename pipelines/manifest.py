@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections.abc import Collection
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.errors import UserError
+from pipelines.files import write_texts
 from pipelines.video_io import lossless_path
 
 NAME = "manifest.jsonl"
@@ -96,24 +98,26 @@ def append_record(folder: Path, record: Record) -> None:
         if torn:
             os.truncate(path, len(complete))
         descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o644)
+        line = _line(record)
         with os.fdopen(descriptor, "ab", buffering=0) as file:
-            file.write(_line(record))
+            if file.write(line) != len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             os.fsync(file.fileno())
     except OSError as error:
         raise UserError(f"{path}: cannot write: {error.strerror}") from None
 
 
 def remove_records(folder: Path, keys: Collection[Key]) -> None:
-    """Take the given videos out of the manifest (they are to be made anew), replacing the file in one step."""
+    """Take the given videos out of the manifest (they are to be made anew), replacing the file in one step.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
     records = read_manifest(folder)
     if not any(key in records for key in keys):
         return
-    partial = folder / f".{NAME}.partial"
-    with partial.open("wb") as file:
-        file.writelines(_line(record) for key, record in records.items() if key not in keys)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, folder / NAME)
+    left = [json.dumps(record) + "\n" for key, record in records.items() if key not in keys]
+    write_texts({folder / NAME: "".join(left)})
 
 
 def differences(old: Record, new: Record, fields: Collection[str]) -> list[str]:

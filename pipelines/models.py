@@ -5,12 +5,14 @@ Nothing here loads weights. A model's small JSON files (model_index.json and two
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import inspect
 import json
 import math
 import re
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +98,11 @@ class Model:
         """What a manifest calls the model: its source, but the shipped one's name, as its folder differs by machine."""
         return self.name if self.source == str(DEMO_WEIGHTS) else self.source
 
+    @property
+    def weights(self) -> str | None:
+        """What tells the weights of a local folder from others under its name; None for a Hub id, or where none are."""
+        return _sampled_digest(Path(self.source)) if Path(self.source).is_dir() else None
+
 
 # Diffusers' documentation asks for Wan's VAE in float32, and for HunyuanVideo in float16 around a bfloat16 transformer.
 _WAN_DTYPES = {"vae": "float32"}
@@ -168,6 +175,8 @@ KNOWN_MODELS = {
     )
 }
 
+# Of a file of weights, so many places of so many bytes tell it from another one.
+_SAMPLES, _SAMPLE_BYTES = 64, 1024
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 # Model parts whose config tells the geometry; the first that a pipeline has is read.
 _TRANSFORMERS = ("transformer", "transformer_2")
@@ -184,7 +193,10 @@ def find_model(name: str) -> Model:
         if Path(known.source).is_absolute() and not Path(known.source).is_dir():
             raise UserError(f"--model {name}: its weights are missing from this installation ({known.source})")
         return known
-    folder = Path(name).expanduser()
+    try:
+        folder = Path(name).expanduser()
+    except RuntimeError:
+        raise UserError(f"--model {name}: no such user") from None
     if folder.is_dir():
         if not (folder / "model_index.json").is_file():
             raise UserError(f"--model {name}: the folder has no model_index.json, so it is no diffusers pipeline")
@@ -197,6 +209,21 @@ def find_model(name: str) -> Model:
             "else give a local folder or a Hub id (owner/name)"
         )
     return _describe(name, name, lambda path: _hub_json(name, path))
+
+
+@cache
+def _sampled_digest(folder: Path) -> str | None:
+    """A SHA-256 over names and sizes of a folder's weights and some bytes all over them: training moves them all."""
+    files = sorted(folder.rglob("*.safetensors"))
+    digest = hashlib.sha256()
+    for file in files:
+        size = file.stat().st_size
+        digest.update(f"{file.relative_to(folder).as_posix()} {size}\n".encode())
+        with open(file, "rb") as data:
+            for part in range(_SAMPLES):
+                data.seek(part * size // _SAMPLES)
+                digest.update(data.read(_SAMPLE_BYTES))
+    return digest.hexdigest()[:16] if files else None
 
 
 def check_available(model: Model) -> None:
@@ -268,7 +295,8 @@ def _describe(name: str, source: str, read: Any) -> Model:
         name=name,
         source=source,
         pipeline=pipeline,
-        geometry=_geometry(vae, transformer, multiple=16 if any(family) else 1),
+        # Helios works in sections of frames, which no rule here tells.
+        geometry=None if pipeline.startswith("Helios") else _geometry(vae, transformer, 16 if any(family) else 1),
         defaults=Defaults(fps=24 if family[2] else 16),
         dtypes=_WAN_DTYPES if family[0] else _HUNYUAN_DTYPES if family[2] and not family[1] else {},
         vae_tiling=family[2],

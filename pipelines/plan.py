@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import inspect
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -23,9 +24,10 @@ if TYPE_CHECKING:
     # A folder's name and the settings of its videos; None for dense and dense-alt.
     Labelled = tuple[str, XAttnConfig | None]
 
+_SIZES = ("height", "width", "num_frames")
 # What makes a video what it is: a finished one is kept only if all of these are as they would be now.
 COMPARED = (
-    "prompt", "negative_prompt", "image_sha256", "model", "height", "width", "num_frames", "fps", "steps",
+    "prompt", "negative_prompt", "image_sha256", "model", "weights", "height", "width", "num_frames", "fps", "steps",
     "guidance_scale", "guidance_scale_2", "flow_shift", "dtype", "attention", "config",
 )  # fmt: skip
 
@@ -64,6 +66,8 @@ class Plan:
     dtype: str
     jobs: tuple[Job, ...]
     pending: tuple[Job, ...]
+    # The records that were there when the plan was made, by folder, id and seed.
+    found: Mapping[tuple[Path, str, int], Record]
 
     @property
     def tokens(self) -> int | None:
@@ -109,7 +113,9 @@ def make_plan(args: argparse.Namespace, configs: Sequence[Labelled] | None = Non
         for prompt in prompts
         for seed in (seeds or [prompt.seed or 0])
     )
-    plan = Plan(model, settings, device, dtype, jobs, pending=jobs)
+    manifests = {folder: read_manifest(folder) for folder in {job.folder for job in jobs}}
+    found = {(folder, *key): record for folder, records in manifests.items() for key, record in records.items()}
+    plan = Plan(model, settings, device, dtype, jobs, pending=jobs, found=found)
     return plan if args.overwrite else replace(plan, pending=_pending(plan, lossless=args.lossless))
 
 
@@ -149,6 +155,7 @@ def _resolve_settings(model: Model, args: argparse.Namespace) -> runner.Settings
     for name in ("height", "width", "num_frames", "steps"):
         if value(name) is None:
             raise UserError(f"--{name.replace('_', '-')}: {model.name} ({model.pipeline}) has no default; give one")
+    _check_call(model)
     settings = runner.Settings(
         **{name: value(name) for name in ("height", "width", "num_frames", "fps", "steps", "flow_shift")},
         guidance_scale=value("guidance_scale"),
@@ -157,6 +164,25 @@ def _resolve_settings(model: Model, args: argparse.Namespace) -> runner.Settings
     if model.geometry is not None:
         model.geometry.check(settings.height, settings.width, settings.num_frames)
     return settings
+
+
+def _check_call(model: Model) -> None:
+    """Raise UserError for a pipeline that is not called with a prompt, a size and a number of steps."""
+    parameters = call_parameters(model)
+    needed = [
+        name
+        for name, parameter in parameters.items()
+        if parameter.default is inspect.Parameter.empty
+        and parameter.kind in (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+        and name not in ("self", "prompt", "image")
+    ]
+    lacking = [name for name in ("prompt", *_SIZES, "num_inference_steps") if name not in parameters]
+    for names, what in ((needed, "needs"), (lacking, "takes no")):
+        if names and "kwargs" not in parameters:
+            raise UserError(
+                f"--model {model.name}: {model.pipeline} {what} {', '.join(names)}, which generate cannot serve; "
+                "attach an XAttnProcessor to it in Python"
+            )
 
 
 def _configs(args: argparse.Namespace) -> list[Labelled]:
@@ -184,22 +210,29 @@ def _pending(plan: Plan, *, lossless: bool) -> tuple[Job, ...]:
     """The jobs without a finished video. A finished one of other settings is an error, not a surprise."""
     from pipelines.video_io import lossless_path
 
-    manifests = {folder: read_manifest(folder) for folder in {job.folder for job in plan.jobs}}
     pending = []
     for job in plan.jobs:
-        record = manifests[job.folder].get((job.prompt.id, job.seed))
+        record = plan.found.get((job.folder, job.prompt.id, job.seed))
         if record is None or not job.path.is_file():
             pending.append(job)
             continue
-        found = differences(record, identity(plan, job), COMPARED)
+        found = changes(plan, job, record)
         if found:
             raise UserError(
                 f"{job.path} was made with other settings ({'; '.join(found)}); "
                 "use another --out, or --overwrite to make it anew"
             )
-        if lossless and not lossless_path(job.path).is_file():
+        if lossless and not (record.get("lossless_file") and lossless_path(job.path).is_file()):
             pending.append(job)
     return tuple(pending)
+
+
+def changes(plan: Plan, job: Job, record: Record) -> list[str]:
+    """What a record of a job's video says otherwise than the plan does."""
+    wanted = identity(plan, job)
+    # Weights that are gone, or were not noted, tell nothing.
+    unknown = {"weights"} if None in (wanted["weights"], record.get("weights")) else set()
+    return differences(record, wanted, [name for name in COMPARED if name not in unknown])
 
 
 def identity(plan: Plan, job: Job) -> Record:
@@ -211,6 +244,7 @@ def identity(plan: Plan, job: Job) -> Record:
         "image": None if job.prompt.image is None else job.prompt.image.name,
         "image_sha256": None if job.prompt.image is None else _digest(job.prompt.image),
         "model": plan.model.identity,
+        "weights": plan.model.weights,
         "height": settings.height,
         "width": settings.width,
         "num_frames": settings.num_frames,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -46,7 +47,12 @@ def run_program(
             file=sys.stderr,
         )
         return 130
-    except BrokenPipeError:
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            print(f"{parser.program}: error: {str(error.filename)[:60]}...: the name is too long", file=sys.stderr)
+            return 2
+        if not isinstance(error, BrokenPipeError):
+            raise
         # The reader of stdout (head, less) has left; nothing more can be told, and Python must not try at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141

@@ -84,6 +84,7 @@ def load_pipeline(
             with this model or device.
     """
     import torch
+    from safetensors import SafetensorError
 
     dtypes: dict[str, torch.dtype] = {"default": getattr(torch, dtype)}
     if dtype != "float32":
@@ -94,7 +95,7 @@ def load_pipeline(
     argument = "dtype" if (major, minor) >= (0, 40) else "torch_dtype"
     try:
         pipe = pipeline_class(model).from_pretrained(model.source, **{argument: dtypes})
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(_load_message(model, error)) from None
     _set_flow_shift(pipe, settings.flow_shift)
     if settings.guidance_scale is not None and "guidance_scale" not in _parameters(pipe):
@@ -188,8 +189,11 @@ def _parameters(pipe: Any) -> dict[str, inspect.Parameter]:
 
 
 def _load_image(path: Path) -> Any:
+    from PIL import ImageOps
+
     try:
-        return _open_image(path).convert("RGB")
+        # Upright: photographs of phones say beside their pixels how they are to be turned.
+        return ImageOps.exif_transpose(_open_image(path)).convert("RGB")
     except OSError as error:
         raise UserError(f"{path}: damaged image: {' '.join(str(error).split())}") from None
 

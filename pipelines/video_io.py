@@ -108,7 +108,8 @@ def write_video(path: str | os.PathLike[str], frames: Frames, fps: float, *, los
                     process.stdin.close()
                 code = process.wait()
             if code != 0:
-                raise VideoError(f"{path}: cannot write the video: {_first_message(log, path, partial)}")
+                reason = _first_message(log, path, partial) or f"ffmpeg exit code {code}"
+                raise VideoError(f"{path}: cannot write the video: {reason}")
         try:
             os.replace(partial, path)
         except OSError as error:

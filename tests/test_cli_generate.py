@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,7 +14,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.torch import load_file, save_file
 
+from pipelines import models, runner
+from pipelines.cli import main
+from pipelines.files import claimed
 from pipelines.manifest import NAME as MANIFEST
 from pipelines.manifest import read_manifest
 from pipelines.models import KNOWN_MODELS, find_model
@@ -154,6 +159,8 @@ def test_finished_videos_are_kept_and_missing_ones_made(model, prompts, tmp_path
             path.with_suffix(".away").rename(path)
     assert missing.code == 2
     assert "cannot be loaded" in missing.err
+    # What was to be made anew is still there.
+    assert len(read_manifest(folder)) == 3
 
 
 def test_other_settings_are_refused_unless_overwrite(model, prompts, tmp_path, xattn):
@@ -205,6 +212,127 @@ def test_seeds_come_from_the_command_line_then_the_prompt_then_zero(model, tmp_p
     for extra, expected in (((), [9, 0]), (("--seeds", 4, 2), [4, 2, 4, 2])):
         result = json.loads(xattn(*command, *extra).out.splitlines()[-1])
         assert [video["seed"] for video in result["videos"]] == expected
+
+
+def test_a_video_that_another_process_is_making_is_left_to_it(model, prompts, tmp_path, xattn):
+    out = tmp_path / "out"
+    command = ("generate", "--model", model, "--prompts", prompts, "--out", out, "--attention", "dense", *SIZE)
+    (out / "dense").mkdir(parents=True)
+    with claimed(out / "dense" / "0002-s0"):
+        done = xattn(*command)
+    assert done.code == 2
+    assert done.err.splitlines()[-1].endswith("0002-s0: another process is making it")
+    assert list(read_manifest(out / "dense")) == [("0001", 0)]
+    assert xattn(*command).code == 0
+    assert sorted(path.name for path in (out / "dense").iterdir()) == [f"000{i}-s0.mp4" for i in (1, 2, 3)] + [MANIFEST]
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_a_video_that_another_run_has_made_meanwhile_is_not_written_over(
+    model, prompts, tmp_path, xattn, monkeypatch, same
+):
+    out, load = tmp_path / "out", runner.load_pipeline
+    other = tmp_path / "other.txt"
+    other.write_text(
+        prompts.read_text(encoding="utf-8").splitlines()[0] if same else "something else", encoding="utf-8"
+    )
+    options = ("--out", out, "--attention", "dense", *SIZE, "--limit", 2)
+    inner = ["generate", "--model", model, "--prompts", other, *options]
+    written: list[int] = []
+
+    def load_later(*arguments, **settings):
+        # The plan of the first run is made; the second one makes a video before it.
+        monkeypatch.setattr(runner, "load_pipeline", load)
+        assert main([str(part) for part in inner]) == 0
+        written.append((out / "dense" / "0001-s0.mp4").stat().st_mtime_ns)
+        return load(*arguments, **settings)
+
+    monkeypatch.setattr(runner, "load_pipeline", load_later)
+    done = xattn("generate", "--model", model, "--prompts", prompts, *options)
+    assert (out / "dense" / "0001-s0.mp4").stat().st_mtime_ns == written[0]
+    if same:
+        assert done.code == 0, done.err
+        assert len(read_manifest(out / "dense")) == 2
+    else:
+        assert done.code == 2
+        assert "another run has made another video of this name; use another --out" in done.err
+        assert read_manifest(out / "dense")["0001", 0]["prompt"] == "something else"
+
+
+def test_other_weights_in_the_same_folder_are_another_model(model, prompts, tmp_path, xattn):
+    copied = shutil.copytree(model, tmp_path / "model")
+    options = ("--prompts", prompts, "--out", tmp_path / "out", "--attention", "dense", *SIZE, "--limit", 1)
+    command = ("generate", "--model", copied, *options)
+    assert xattn(*command).code == 0
+    weights = next((copied / "transformer").glob("*.safetensors"))
+    save_file({name: 1.01 * value for name, value in load_file(weights).items()}, weights, {"format": "pt"})
+    models._sampled_digest.cache_clear()
+    refused = xattn(*command)
+    assert refused.code == 2
+    assert "was made with other settings (weights " in refused.err
+
+
+def test_a_copy_that_no_record_names_is_made_anew(model, prompts, tmp_path, xattn):
+    command = ("generate", "--model", model, "--prompts", prompts, "--out", tmp_path / "out", "--limit", 1)
+    command = (*command, "--attention", "dense", *SIZE)
+    assert xattn(*command).code == 0
+    # Killed between the copy and its record.
+    (tmp_path / "out/dense/0001-s0.mkv").write_bytes(b"of a killed run")
+    assert xattn(*command, "--lossless").code == 0
+    assert read_manifest(tmp_path / "out/dense")["0001", 0]["lossless_file"] == "0001-s0.mkv"
+    assert len(frames(tmp_path / "out/dense/0001-s0.mp4")) == 9
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "message"),
+    [
+        ("WanAnimatePipeline", "WanAnimatePipeline needs pose_video, face_video, which generate cannot serve"),
+        ("HunyuanVideo15ImageToVideoPipeline", "takes no height, width, which generate cannot serve"),
+        ("SanaVideoPipeline", "takes no num_frames, which generate cannot serve"),
+    ],
+)
+def test_a_pipeline_that_is_called_otherwise_is_refused_before_its_weights(pipeline, message, prompts, tmp_path, xattn):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/model_index.json").write_text(json.dumps({"_class_name": pipeline}))
+    done = xattn("generate", "--model", tmp_path / "model", "--prompts", prompts, *SIZE, "--out", tmp_path / "out")
+    assert done.code == 2
+    assert message in done.err.splitlines()[-1]
+
+
+def test_a_model_that_works_in_sections_has_its_own_rule_for_frames(tmp_path):
+    index = {"_class_name": "HeliosPipeline", "transformer": ["diffusers", "x"], "vae": ["diffusers", "x"]}
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    for part, config in (
+        ("transformer", {"_class_name": "HeliosTransformer3DModel", "patch_size": [1, 2, 2]}),
+        ("vae", {"_class_name": "AutoencoderKLWan"}),
+    ):
+        (tmp_path / part).mkdir()
+        (tmp_path / part / "config.json").write_text(json.dumps(config))
+    assert find_model(str(tmp_path)).geometry is None
+
+
+def test_a_photograph_is_turned_as_it_says(tmp_path):
+    from PIL import Image
+
+    image = Image.new("RGB", (40, 20))
+    exif = image.getexif()
+    exif[0x0112] = 6
+    image.save(tmp_path / "phone.jpg", exif=exif)
+    assert runner._load_image(tmp_path / "phone.jpg").size == (20, 40)
+
+
+def test_damaged_and_impossible_models_are_one_line(model, prompts, tmp_path, xattn):
+    broken = shutil.copytree(model, tmp_path / "broken")
+    weights = broken / "text_encoder" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    for name, message in (
+        (broken, "the folder cannot be loaded"),
+        ("~nobody-of-this-name/x", "no such user"),
+        ("x" * 5000, "the name is too long"),
+    ):
+        done = xattn("generate", "--model", name, "--prompts", prompts, "--out", tmp_path / "out", *SIZE)
+        assert done.code == 2
+        assert message in done.err.splitlines()[-1]
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from pipelines.demo import world
+from pipelines.demo import command, world
 from pipelines.demo.judge import judge
 from pipelines.demo.train_vae import reconstruction_psnr
 from pipelines.manifest import read_manifest
@@ -105,6 +105,12 @@ def test_the_transformer_sees_at_least_4096_tokens():
 
 def test_the_vae_brings_held_out_clips_back(pipe):
     assert reconstruction_psnr(pipe.vae, count=2, seed=3) > 30
+
+
+def test_videos_of_two_machines_have_no_speedup_and_a_table_all_the_same():
+    summary = dict.fromkeys(("dense_seconds", "sparse_seconds", "speedup_of_steps", "density", "psnr", "ssim"), 1.0)
+    table = command._table({**summary, "speedup": None, "pairs": 1, "right": {}})
+    assert table.splitlines()[-1].split()[2] == "-"
 
 
 def test_missing_weights_are_one_line(tmp_path, xattn, monkeypatch):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import os
 
 import pytest
 
@@ -54,6 +56,21 @@ def test_removed_records_are_gone_and_the_others_stay_in_order(tmp_path):
     assert list(read_manifest(tmp_path)) == [("a", 0), ("c", 0)]
     assert [path.name for path in tmp_path.iterdir()] == [NAME]
     remove_records(tmp_path / "not-there", {("a", 0)})
+
+
+def test_a_line_that_does_not_fit_on_the_disk_is_an_error(tmp_path, monkeypatch):
+    class Full(io.FileIO):
+        def write(self, data):
+            return super().write(data[:10])
+
+    append_record(tmp_path, record("a"))
+    monkeypatch.setattr(os, "fdopen", lambda descriptor, mode, buffering: Full(descriptor, mode))
+    with pytest.raises(UserError, match=f"{NAME}: cannot write: No space left"):
+        append_record(tmp_path, record("b"))
+    monkeypatch.undo()
+    assert set(read_manifest(tmp_path)) == {("a", 0)}
+    append_record(tmp_path, record("b"))
+    assert set(read_manifest(tmp_path)) == {("a", 0), ("b", 0)}
 
 
 def test_differences_name_the_field_and_both_values():

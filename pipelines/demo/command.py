@@ -158,7 +158,8 @@ def _table(summary: dict[str, Any]) -> str:
     columns = {
         "dense s": f"{summary['dense_seconds']:.1f}",
         "sparse s": f"{summary['sparse_seconds']:.1f}",
-        "speed-up": f"{summary['speedup']:.2f}",
+        # Where the two were not made on the same device, or with as many threads, there is none.
+        "speed-up": "-" if summary["speedup"] is None else f"{summary['speedup']:.2f}",
         "steps alone": f"{summary['speedup_of_steps']:.2f}",
         "density": f"{summary['density']:.3f}",
         "PSNR dB": f"{summary['psnr']:.2f}",
