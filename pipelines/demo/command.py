@@ -12,12 +12,9 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
-from pipelines.demo.asking import write_story
 from pipelines.demo.judging import judge_folder
-from pipelines.demo.stories import ORDINALS, SCENE_FRAMES
 from pipelines.manifest import read_manifest
 from pipelines.prompts import shipped_prompts
-from pipelines.video_qa import ANSWERS
 
 EXAMPLE = """\
 example:
@@ -92,6 +89,11 @@ def _run(args: argparse.Namespace, command: list[str]) -> int:
 
 def _ask(args: argparse.Namespace, keys: list[tuple[str, int]]) -> int:
     """Have the dense videos watched and asked about."""
+    # Not before: `--help` loads no torch.
+    from pipelines.demo.asking import write_story
+    from pipelines.demo.stories import ORDINALS, SCENE_FRAMES
+    from pipelines.video_qa import ANSWERS
+
     folder = args.out / "answers"
     questions = write_story(args.out / "dense", keys, folder)
     if questions is None:
