@@ -99,6 +99,9 @@ def produce(plan: Plan, args: argparse.Namespace, on_record: Callable[[Record], 
         check_available(plan.model)
     for folder in {job.folder for job in plan.jobs}:
         make_writable(folder)
+    for job in set(plan.jobs) - set(plan.pending):
+        # Of a run that was killed after it had finished this video and before it gave it back.
+        (job.folder / f".{job.name}.lock").unlink(missing_ok=True)
     skipped = len(plan.jobs) - len(plan.pending)
     if skipped:
         print(f"{skipped} of {len(plan.jobs)} videos are already finished and kept", file=sys.stderr)

@@ -137,6 +137,7 @@ def test_finished_videos_are_kept_and_missing_ones_made(model, prompts, tmp_path
     # What a kill leaves: a half-written video, and a line of the manifest cut short.
     (folder / ".0002-s0.partial.mp4").write_bytes(b"half")
     (folder / ".0002-s0.partial.mkv").write_bytes(b"half")
+    (folder / ".0001-s0.lock").touch()
     with (folder / MANIFEST).open("ab") as manifest:
         manifest.write(b'{"id": "0003", "se')
     done = xattn(*command, "--json")
