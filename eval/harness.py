@@ -106,8 +106,10 @@ def _sides(
     args: argparse.Namespace, model: Any, evaluate: Evaluate, configs: dict[str, XAttnConfig | None]
 ) -> Iterator[dict[str, Any]]:
     """A row for each configuration."""
+    from pipelines.positions import mend_positions
     from xattn_video.integrations.transformers import stop_xattention, use_xattention
 
+    mend_positions(model)
     for label, config in configs.items():
         try:
             stats = None if config is None else use_xattention(model, config)

@@ -11,7 +11,7 @@ from pipelines.manifest import Key, Record, check_exists, finished_videos, lossl
 
 # The two sides of a pair may differ in their attention only.
 _SAME_FIELDS = (
-    "model", "prompt", "negative_prompt", "image_sha256", "height", "width", "num_frames", "steps",
+    "model", "weights", "prompt", "negative_prompt", "image_sha256", "height", "width", "num_frames", "steps",
     "guidance_scale", "guidance_scale_2", "flow_shift", "dtype",
 )  # fmt: skip
 _NAMED_AT_MOST = 5

@@ -56,7 +56,11 @@ def claimed(name: Path) -> Iterator[None]:
         UserError: another process has it.
     """
     lock = name.with_name(f".{name.name}.lock")
-    with open(lock, "w") as file:
+    try:
+        file = open(lock, "w")  # noqa: SIM115
+    except OSError as error:
+        raise UserError(f"{lock}: cannot write: {error.strerror or error}") from None
+    with file:
         if fcntl is not None:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

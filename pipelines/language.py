@@ -83,7 +83,7 @@ def load_model(args: argparse.Namespace, model_class: str, processor_class: str)
         model = getattr(transformers, model_class).from_pretrained(source, dtype=args.dtype)
         processor = getattr(transformers, processor_class).from_pretrained(source)
     except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
-        if isinstance(error, OSError) and not Path(args.model).is_dir():
+        if isinstance(error, OSError) and not Path(source).is_dir():
             raise UserError(offline_message(args.model, error)) from None
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"--model {args.model}: cannot be loaded ({type(error).__name__}: {reason})") from None

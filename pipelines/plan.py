@@ -231,8 +231,8 @@ def changes(plan: Plan, job: Job, record: Record) -> list[str]:
     """What a record of a job's video says otherwise than the plan does."""
     wanted = identity(plan, job)
     # Weights that are gone, or were not noted, tell nothing.
-    unknown = {"weights"} if None in (wanted["weights"], record.get("weights")) else set()
-    return differences(record, wanted, [name for name in COMPARED if name not in unknown])
+    weighed = "weights" in wanted and "weights" in record
+    return differences(record, wanted, [name for name in COMPARED if name != "weights" or weighed])
 
 
 def identity(plan: Plan, job: Job) -> Record:
@@ -244,7 +244,7 @@ def identity(plan: Plan, job: Job) -> Record:
         "image": None if job.prompt.image is None else job.prompt.image.name,
         "image_sha256": None if job.prompt.image is None else _digest(job.prompt.image),
         "model": plan.model.identity,
-        "weights": plan.model.weights,
+        **({} if plan.model.weights is None else {"weights": plan.model.weights}),
         "height": settings.height,
         "width": settings.width,
         "num_frames": settings.num_frames,

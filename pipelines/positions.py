@@ -15,15 +15,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
+# By the `model_type` of their configurations.
+_MODELS = ("qwen2_vl", "qwen2_5_vl")
+
 
 def mend_positions(model: Any) -> bool:
     """Let `model.generate` place text after videos as in training; whether there was something to mend.
 
-    Models whose text stands right, and other releases, are left as they are.
+    Other models and other releases are left as they are, and so is one that is mended already.
     """
     inner = getattr(model, "model", None)
     original = getattr(inner, "get_rope_index", None)
-    if original is None or "mm_token_type_ids" not in inspect.signature(original).parameters:
+    if original is None or getattr(model.config, "model_type", None) not in _MODELS:
+        return False
+    if "mm_token_type_ids" not in inspect.signature(original).parameters or "get_rope_index" in vars(inner):
         return False
     inner.get_rope_index = _after_videos(original)
     return True

@@ -256,6 +256,14 @@ def test_missing_partners_are_named_or_skipped_when_asked(
     assert summary["pairs"] == 3
 
 
+def test_videos_of_other_weights_are_no_pair_and_unknown_ones_are(tmp_path: Path) -> None:
+    for folder, fields in (("a", {"weights": "1"}), ("b", {"weights": "2"}), ("c", {})):
+        add(tmp_path / folder, "cat", 0, clip(), **fields)
+    with pytest.raises(UserError, match=r"the two sides differ in weights: '1' in .*, '2' in "):
+        compare(tmp_path / "a", tmp_path / "b", lpips=False, progress=False)
+    assert compare(tmp_path / "a", tmp_path / "c", lpips=False, progress=False)["pairs"] == 1
+
+
 def test_the_floor_is_of_dense_videos_alone(tmp_path: Path) -> None:
     dense, floor, one, other = (tmp_path / name for name in ("dense", "dense-alt", "xattn-a", "xattn-b"))
     for folder, noise in ((dense, 0), (floor, 1), (one, 9), (other, 20)):

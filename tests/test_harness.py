@@ -14,23 +14,35 @@ from pipelines.demo import world
 from pipelines.video_io import write_video
 from tests.language_families import LAYERS, save_language_model, save_video_model
 
-TASK = """\
-task: recall_words
+# What lm-eval and lmms-eval read alike: JSON, answers in words, and whether they are the very ones.
+_DATA = """\
 dataset_path: json
 dataset_kwargs:
   data_files:
     test: {items}
 test_split: test
 output_type: generate_until
-doc_to_text: "{{{{question}}}}"
-doc_to_target: "{{{{answer}}}}"
-generation_kwargs:
-  max_gen_toks: 3
-  until: ["</s>"]
 metric_list:
   - metric: exact_match
     aggregation: mean
     higher_is_better: true
+"""
+TASK = f"""\
+task: recall_words
+{_DATA}doc_to_text: "{{{{{{{{question}}}}}}}}"
+doc_to_target: "{{{{{{{{answer}}}}}}}}"
+generation_kwargs:
+  max_gen_toks: 3
+  until: ["</s>"]
+"""
+VIDEO_TASK = f"""\
+task: watched_words
+{_DATA}doc_to_visual: !function watched.visual
+doc_to_text: !function watched.text
+doc_to_target: answer
+generation_kwargs:
+  max_new_tokens: 3
+  do_sample: false
 """
 
 
@@ -54,27 +66,6 @@ def test_lm_eval_runs_dense_and_sparse_on_a_local_model_and_task(tmp_path: Path,
     assert 0 < sparse["sparse_density"] < 0.9
     # Two items, three tokens each, the first of them from prefill.
     assert sparse["dense_calls"] == {"decode": 2 * 2 * LAYERS}
-
-
-VIDEO_TASK = """\
-task: watched_words
-dataset_path: json
-dataset_kwargs:
-  data_files:
-    test: {items}
-test_split: test
-output_type: generate_until
-doc_to_visual: !function watched.visual
-doc_to_text: !function watched.text
-doc_to_target: answer
-generation_kwargs:
-  max_new_tokens: 3
-  do_sample: false
-metric_list:
-  - metric: exact_match
-    aggregation: mean
-    higher_is_better: true
-"""
 
 
 @pytest.mark.skipif(importlib.util.find_spec("lmms_eval") is None, reason="lmms-eval is not installed")

@@ -41,8 +41,8 @@ def test_a_question_about_a_long_video_stands_where_training_put_it(model: Any, 
         # The tokens that are generated follow the question.
         answer = processor.tokenizer(asked.answer, return_tensors="pt").input_ids[0]
         inputs["input_ids"] = torch.cat([inputs["input_ids"], answer[None]], dim=1)
-        made = model.generate(**{**inputs, **_longer(inputs)}, max_new_tokens=1, output_logits=True,
-                              return_dict_in_generate=True, do_sample=False)  # fmt: skip
+        told: dict[str, Any] = {"output_logits": True, "return_dict_in_generate": True, "do_sample": False}
+        made = model.generate(**{**inputs, **_longer(inputs)}, max_new_tokens=1, **told)
     torch.testing.assert_close(made.logits[0][0], wanted[1], rtol=1e-4, atol=1e-4)
 
 
@@ -62,6 +62,9 @@ def test_generated_tokens_follow_the_prompt_one_by_one(family: str) -> None:
     model = build(family)
     if not mend_positions(model):
         pytest.skip("this release of transformers has nothing to mend")
+    mended = model.model.get_rope_index
+    assert not mend_positions(model)
+    assert model.model.get_rope_index is mended
     types = torch.tensor([[0] * 3 + [2] * 40 + [0] * 6])
     # 10 steps in time of 2 x 2 tokens.
     told: dict[str, Any] = {"video_grid_thw": torch.tensor([[10, 4, 4]])}
@@ -89,5 +92,6 @@ def test_what_stands_right_is_left_and_runs_are_moved_behind_all_before_them() -
     assert torch.equal(apart(wrong, types), right)
 
 
-def test_a_model_of_text_alone_has_nothing_to_mend() -> None:
-    assert not mend_positions(build("llama"))
+@pytest.mark.parametrize("family", ["llama", "qwen3-vl"])
+def test_models_that_were_trained_otherwise_are_left(family: str) -> None:
+    assert not mend_positions(build(family))

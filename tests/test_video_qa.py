@@ -274,6 +274,12 @@ def test_a_model_that_computes_no_numbers_is_named_as_one(made: Path, tmp_path: 
     assert (told["not_finite"], told["kl"], told["logit_error"]) == (1, None, None)
 
 
+def test_a_question_that_the_processor_cannot_take_is_named(made: Path, capfd: Any) -> None:
+    image = json.loads((made / "model" / "tokenizer_config.json").read_text()).get("video_token", "<|video_pad|>")
+    assert main(command(made, "--video", made / "red.mp4", "--question", f"w5 {image}")) == 2
+    assert "question: the processor of --model" in capfd.readouterr().err.splitlines()[-1]
+
+
 def test_another_question_under_the_same_name_is_asked_anew(made: Path, tmp_path: Path, capfd: Any) -> None:
     shutil.copy(made / "red.mp4", tmp_path / "a.mp4")
     write_video(tmp_path / "b.mp4", world.render(world.all_scenes()[100], 0), 8)

@@ -44,7 +44,6 @@ READ = {
 # What is read off the last token of a question there: the first of these words in it, or none. A layer later: the scene
 # that it means.
 NAMED = (tuple(world.COLOURS), world.SHAPES, (*stories.ORDINALS, "last"))
-_SCENES = 16
 _IGNORED = -100
 
 
@@ -162,7 +161,7 @@ class Learner(torch.nn.Module):
             torch.manual_seed(seed)
             self.readers = torch.nn.ModuleList(torch.nn.Linear(width, count) for count in READ.values())
             self.naming = torch.nn.ModuleList(torch.nn.Linear(width, len(names) + 1) for names in NAMED)
-            self.finding = torch.nn.Linear(width, _SCENES)
+            self.finding = torch.nn.Linear(width, READ["place"])
         self.eyes = Eyes(model.model.visual, width, seed)
 
 
