@@ -47,6 +47,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--stories", type=int, default=20, metavar="N", help="of each length, five questions each (20)")
     parser.add_argument("--stride", type=int, default=16, help="of the sparse prefill (16)")
     parser.add_argument("--threshold", type=float, default=0.9, metavar="T", help="of the sparse prefill (0.9)")
+    parser.add_argument(
+        "--dense-last", type=int, default=0, metavar="N", help="tokens at its end whose blocks stay dense (0)"
+    )
     parser.add_argument("--device", default="auto", help="as of xattn-video qa")
     parser.add_argument("--dtype", default="auto", help="as of xattn-video qa")
     parser.add_argument("--record", action="store_true", help=f"append the rows to eval/results/{LEDGER.name}")
@@ -103,8 +106,8 @@ def _asking(args: argparse.Namespace, items: Path, out: Path, scenes: int) -> li
     frames = scenes * stories.SCENE_FRAMES // watcher.EVERY
     asked = ["qa", "--items", str(items), "--out", str(out), "--attention", "both", "--fps", str(watcher.FPS)]
     asked += ["--max-frames", str(frames), "--max-new-tokens", "4", "--min-tokens", "0"]
-    for name in ("model", "stride", "threshold", "device", "dtype"):
-        asked += [f"--{name}", str(getattr(args, name))]
+    for name in ("model", "stride", "threshold", "dense_last", "device", "dtype"):
+        asked += [f"--{name.replace('_', '-')}", str(getattr(args, name))]
     return asked
 
 

@@ -29,6 +29,13 @@ def add_attention_options(parser: Any, *, stride: int, default: str = "both") ->
     parser.add_argument("--threshold", type=float, default=0.9, help="share of the score mass to keep (0.9)")
     parser.add_argument("--block-size", type=int, default=128, help="tokens a block (128)")
     parser.add_argument("--min-tokens", type=int, default=1024, help="shorter prompts stay dense (1024)")
+    parser.add_argument(
+        "--dense-last",
+        type=int,
+        default=0,
+        metavar="N",
+        help="the blocks of a prompt's last N tokens stay dense: its question, say 64 (0, as in the paper)",
+    )
 
 
 def configurations(args: argparse.Namespace) -> dict[str, XAttnConfig | None]:
@@ -43,6 +50,7 @@ def configurations(args: argparse.Namespace) -> dict[str, XAttnConfig | None]:
             threshold=args.threshold,
             block_size=args.block_size,
             min_tokens=args.min_tokens,
+            dense_last=args.dense_last,
             warmup_steps=0,
         )
     except (ValueError, TypeError) as error:

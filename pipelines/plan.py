@@ -229,9 +229,14 @@ def _pending(plan: Plan, *, lossless: bool) -> tuple[Job, ...]:
 
 def changes(plan: Plan, job: Job, record: Record) -> list[str]:
     """What a record of a job's video says otherwise than the plan does."""
+    from xattn_video import XAttnConfig
+
     wanted = identity(plan, job)
     # Weights that are gone, or were not noted, tell nothing.
     weighed = "weights" in wanted and "weights" in record
+    # What was no setting then had its default.
+    if record.get("config") is not None:
+        record = {**record, "config": {**XAttnConfig().to_dict(), **record["config"]}}
     return differences(record, wanted, [name for name in COMPARED if name != "weights" or weighed])
 
 

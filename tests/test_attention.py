@@ -185,6 +185,19 @@ def test_text_rows_are_exact(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_the_last_queries_of_a_prompt_are_exact_where_asked(backend):
+    query, key, value = random_qkv(2, 4, 2, 200, 264, 32)
+    settings = {"causal": True, "threshold": 0.3, "kv_start": torch.tensor([0, 40], dtype=torch.int32)}
+    paper = run(query, key, value, backend, **settings)
+    output = run(query, key, value, backend, dense_last=20, **settings)
+    exact = run(query, key, value, backend, **{**settings, "threshold": 1.0})
+    # The block of tokens 160 to 192 holds the first of the last 20.
+    torch.testing.assert_close(output[:, :, 160:], exact[:, :, 160:], atol=2e-6, rtol=1e-5)
+    assert torch.equal(output[:, :, :160], paper[:, :, :160])
+    assert not torch.allclose(paper[:, :, 160:], exact[:, :, 160:], atol=1e-3)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_the_layout_of_diffusers_needs_no_copy(backend):
     query, key, value = random_qkv(2, 3, 3, 150, 150, 32)
     strided = [tensor.transpose(1, 2).contiguous().transpose(1, 2) for tensor in (query, key, value)]

@@ -90,6 +90,17 @@ def test_an_unaligned_offset_forces_two_own_blocks():
     assert aligned[0, 0].tolist() == [[True, False, True]]
 
 
+@pytest.mark.parametrize(("dense_last", "rows"), [(0, 0), (1, 1), (4, 1), (5, 2), (20, 2), (21, 3), (1000, 7)])
+def test_the_blocks_of_the_last_queries_are_dense(dense_last, rows):
+    # 100 queries are six blocks of 16 and one of 4.
+    geometry = {"block_size": 16, "causal": True, "device": torch.device("cpu")}
+    forced = forced_blocks(1, 100, 132, dense_last=dense_last, **geometry)
+    valid = valid_blocks(1, 100, 132, **geometry)
+    assert torch.equal(forced[:, :, 7 - rows :], valid[:, :, 7 - rows :])
+    assert torch.equal(forced[:, :, : 7 - rows], forced_blocks(1, 100, 132, **geometry)[:, :, : 7 - rows])
+    assert not forced_blocks(1, 100, 100, block_size=16, dense_last=9, device=torch.device("cpu")).any()
+
+
 def test_text_rows_and_columns_are_dense():
     forced = forced_blocks(1, 100, 100, block_size=16, dense_tokens=(70, 81), device=torch.device("cpu"))[0, 0]
     touching = torch.tensor([False, False, False, False, True, True, False])

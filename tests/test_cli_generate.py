@@ -183,6 +183,20 @@ def test_other_settings_are_refused_unless_overwrite(model, prompts, tmp_path, x
     assert "prompt" in xattn(*command, "--steps", 3).err
 
 
+def test_a_video_from_before_a_setting_existed_had_its_default(model, prompts, tmp_path, xattn):
+    command = ("generate", "--model", model, "--prompts", prompts, "--out", tmp_path / "out", "--attention", "xattn")
+    command = (*command, "--limit", 1, *SIZE)
+    assert xattn(*command).code == 0
+    (path,) = (tmp_path / "out").glob(f"*/{MANIFEST}")
+    record = json.loads(path.read_text())
+    del record["config"]["dense_last"]
+    path.write_text(json.dumps(record) + "\n")
+    again = xattn(*command)
+    assert (again.code, "1 of 1 videos are already finished" in again.err) == (0, True), again.err
+    path.write_text(json.dumps({**record, "config": {**record["config"], "dense_last": 3}}) + "\n")
+    assert "made with other settings (config" in xattn(*command).err
+
+
 def test_a_dry_run_tells_all_and_needs_no_weights(model, prompts, tmp_path, xattn):
     configs = tmp_path / "configs"
     for path in model.rglob("*.json"):

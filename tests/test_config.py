@@ -23,6 +23,7 @@ from xattn_video import XAttnConfig
         ({"threshold": ()}, "at least one"),
         ({"warmup_steps": -1}, "warmup_steps must be 0 or more"),
         ({"min_tokens": -1}, "min_tokens must be 0 or more"),
+        ({"dense_last": -1}, "dense_last must be 0 or more"),
         ({"selection": "best"}, "selection must be one of"),
         ({"selection": "top_k"}, "top_k"),
         ({"top_k": 3}, "top_k"),
@@ -74,6 +75,7 @@ def test_labels_tell_configurations_apart():
         XAttnConfig(selection="top_ratio", top_ratio=0.27),
         XAttnConfig(dense_layers=(0,)),
         XAttnConfig(min_tokens=64),
+        XAttnConfig(dense_last=64),
         XAttnConfig(backend="reference"),
         XAttnConfig(),
     ]

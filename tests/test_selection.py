@@ -50,6 +50,15 @@ def test_the_kept_set_is_the_smallest_that_suffices(tau, causal, dense_tokens, k
         assert float(scores[index][kept[index]].sum()) == pytest.approx(mass)
 
 
+def test_the_last_queries_keep_every_valid_block():
+    scores = torch.rand(1, 2, 8, 8, generator=torch.Generator().manual_seed(0)) ** 4
+    geometry = {"block_size": 16, "causal": True, "threshold": 0.3}
+    kept, paper = select_blocks(scores, dense_last=17, **geometry), select_blocks(scores, **geometry)
+    assert torch.equal(kept[:, :, :6], paper[:, :, :6])
+    assert torch.equal(kept[:, :, 6:], torch.ones(8, 8, dtype=torch.bool).tril()[6:].expand(1, 2, 2, 8))
+    assert not paper[:, :, 6:].equal(kept[:, :, 6:])
+
+
 def test_threshold_one_keeps_every_valid_block_even_without_mass():
     scores = torch.zeros(1, 1, 4, 4)
     scores[..., 0] = 1
@@ -109,6 +118,7 @@ def test_top_k_and_top_ratio():
         ({"kv_lens": torch.tensor([600])}, "kv_lens must lie between"),
         ({"kv_lens": torch.tensor([1.5])}, "kv_lens must be an integer tensor"),
         ({"kv_start": torch.tensor([1, 2])}, "kv_start must have shape"),
+        ({"dense_last": -1}, "dense_last must be 0 or more"),
         ({"selection": "top_k"}, "top_k"),
     ],
 )

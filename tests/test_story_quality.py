@@ -95,6 +95,13 @@ def test_a_row_compares_dense_and_sparse_answers_and_a_run_goes_on(
     assert [one["scenes"] for one in both] == [2, 3]
     assert both[0]["right"] == again["right"]
 
+    # Another sparse prefill beside dense; a question is shorter than 16 tokens.
+    assert main(command(tmp_path / "out", model, "--dense-last", "16")) == 0
+    (exact,) = json.loads(capfd.readouterr().out.splitlines()[-1])
+    assert (exact["config"]["dense_last"], row["config"]["dense_last"]) == (16, 0)
+    assert exact["sparse_density"] > row["sparse_density"]
+    assert exact["kl"] < row["kl"]
+
 
 def test_the_table_is_in_percent_and_points() -> None:
     row = {

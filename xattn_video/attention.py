@@ -113,7 +113,8 @@ def xattention(
     backend = resolve(config.backend, device, query.dtype)
     factor = default_scale(scale, head_dim)
     valid = valid_blocks(batch, q_len, kv_len, device=device, **geometry)
-    forced = forced_blocks(batch, q_len, kv_len, device=device, dense_tokens=dense_tokens, **geometry)
+    exact: dict[str, Any] = {"dense_tokens": dense_tokens, "dense_last": config.dense_last}
+    forced = forced_blocks(batch, q_len, kv_len, device=device, **exact, **geometry)
     scores = backend.antidiagonal_scores(query, key, stride=config.stride, scale=factor, **geometry)
     kept = select_kept(backend, scores, valid, forced, config, threshold)
     output = attend_kept(backend, query, key, value, kept, scale=factor, **geometry)

@@ -107,13 +107,15 @@ def forced_blocks(
     kv_start: Tensor | None = None,
     kv_lens: Tensor | None = None,
     dense_tokens: tuple[int, int] | None = None,
+    dense_last: int = 0,
     device: torch.device,
 ) -> Tensor:
     """Blocks that every selection keeps, a subset of the valid ones.
 
-    Causal: the first valid block of the row and every block that overlaps the query block's own positions. With
-    `dense_tokens = (start, stop)`: every key block that touches the range, and all valid blocks of the query
-    blocks that touch it.
+    Causal: the first valid block of the row, every block that overlaps the query block's own positions, and all
+    valid blocks of the query blocks that hold one of the `dense_last` last queries. With
+    `dense_tokens = (start, stop)`: every key block that touches the range, and all valid blocks of the query blocks
+    that touch it.
 
     Returns:
         bool `[B, 1, Nq, Nk]`.
@@ -129,6 +131,8 @@ def forced_blocks(
         own_begin = (query_begin[None, :] + offset[:, None])[:, :, None]
         own_end = ((query_begin + block_size).clamp(max=q_len)[None, :] + offset[:, None])[:, :, None]
         forced = holds_first | ((key_begin < own_end) & (key_end > own_begin))
+        if dense_last:
+            forced = forced | (query_begin + block_size > q_len - dense_last)[:, None]
     if dense_tokens is not None and dense_tokens[0] < dense_tokens[1]:
         dense_start, dense_stop = dense_tokens
         key_dense = (key_begin < dense_stop) & (key_end > dense_start)

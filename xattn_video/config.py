@@ -32,6 +32,9 @@ class XAttnConfig:
         warmup_steps: denoising steps, counted from the first one run, that stay dense.
         dense_layers: layers that stay dense: indices in forward order, or fnmatch patterns on module paths.
         min_tokens: key lengths below this stay dense.
+        dense_last: query tokens at the end of a causal call whose blocks keep every valid block: the question at
+            the end of a long prompt. Its few rows are scored worst of all (one group of `stride` rows may hold
+            all of it) and cost least. 0, as in the paper, treats them like all others; chunks each have an end.
         selection: `"threshold"`, or for ablations `"top_k"` (needs `top_k`) or `"top_ratio"` (needs `top_ratio`).
         top_k: key blocks kept a query block.
         top_ratio: share of the valid key blocks kept a query block, in (0, 1].
@@ -49,17 +52,18 @@ class XAttnConfig:
     warmup_steps: int = 5
     dense_layers: tuple[int | str, ...] = ()
     min_tokens: int = 1024
+    dense_last: int = 0
     selection: str = "threshold"
     top_k: int | None = None
     top_ratio: float | None = None
     backend: str = "auto"
 
     def __post_init__(self) -> None:
-        for name in ("stride", "block_size", "warmup_steps", "min_tokens"):
+        for name in ("stride", "block_size", "warmup_steps", "min_tokens", "dense_last"):
             _check_integer(name, getattr(self, name))
         check_geometry(self.stride, self.block_size)
         object.__setattr__(self, "threshold", _checked_threshold(self.threshold))
-        for name in ("warmup_steps", "min_tokens"):
+        for name in ("warmup_steps", "min_tokens", "dense_last"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)}")
         if isinstance(self.dense_layers, (str, int)):
@@ -108,6 +112,8 @@ class XAttnConfig:
             parts.append(f"b{self.block_size}")
         if self.min_tokens != 1024:
             parts.append(f"m{self.min_tokens}")
+        if self.dense_last:
+            parts.append(f"q{self.dense_last}")
         if self.dense_layers:
             parts.append(f"d{_digest(self.dense_layers)}")
         if self.backend != "auto":

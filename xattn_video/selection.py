@@ -26,6 +26,7 @@ def select_blocks(
     kv_start: Tensor | None = None,
     kv_lens: Tensor | None = None,
     dense_tokens: tuple[int, int] | None = None,
+    dense_last: int = 0,
     selection: str = "threshold",
     top_k: int | None = None,
     top_ratio: float | None = None,
@@ -34,8 +35,9 @@ def select_blocks(
     """Keep the fewest blocks that hold a share `threshold` of each row's mass (the paper's section 2.2).
 
     Blocks are taken in order of decreasing score, equal scores by lower index, after the forced ones: under
-    `causal` the first valid block and those that overlap the query block's own positions, and with
-    `dense_tokens` every valid block that touches the range on either side.
+    `causal` the first valid block, those that overlap the query block's own positions and all of the query blocks
+    that hold one of the `dense_last` last queries, and with `dense_tokens` every valid block that touches the range
+    on either side.
 
     Args:
         scores: `[B, Hq, Nq, Nk]`, as `score_blocks` gives them.
@@ -45,6 +47,7 @@ def select_blocks(
         q_len, kv_len: tokens; None is full blocks.
         kv_start, kv_lens: integer `[B]`, the range of valid keys; None is 0 and kv_len.
         dense_tokens: token range of a joint sequence that stays exact on both sides (text), or None.
+        dense_last: queries at the end of a causal call whose blocks keep every valid block.
         selection: `threshold`; or `top_k` (the `top_k` best blocks a row) or `top_ratio` (a share `top_ratio`
             of the row's valid blocks, rounded up), the rules of the paper's Table 8.
         top_k, top_ratio: the number that goes with `selection`.
@@ -77,7 +80,9 @@ def select_blocks(
         "device": scores.device,
     }
     valid = valid_blocks(batch, q_len, kv_len, **geometry)
-    forced = forced_blocks(batch, q_len, kv_len, dense_tokens=dense_tokens, **geometry)
+    if dense_last < 0:
+        raise ValueError(f"dense_last must be 0 or more, got {dense_last}")
+    forced = forced_blocks(batch, q_len, kv_len, dense_tokens=dense_tokens, dense_last=dense_last, **geometry)
     if backend == "auto":
         backend = auto_name(scores.device, scores.dtype) or "reference"
     select = resolve(backend, scores.device, scores.dtype).select
