@@ -38,7 +38,7 @@ class Case:
         return self.frames * self.height * self.width + self.text_tokens
 
 
-# ALGORITHM section 6.
+# The sizes at which these models are published.
 GPU_CASES = (
     Case("wan-1.3b-480p", 21, 30, 52, 0, 12, 128, "bf16"),
     Case("wan-14b-720p", 21, 45, 80, 0, 40, 128, "bf16"),

@@ -122,7 +122,7 @@ class Evidence:
     compile_seconds: float
 
     def complaints(self) -> list[str]:
-        """Why the configuration is not acceptable (DESIGN.md, Kernels); empty if it is."""
+        """Why the configuration is not acceptable on its target; empty if it is."""
         found = []
         limit = SHARED_LIMIT[self.target] * 1024
         if self.shared > limit:

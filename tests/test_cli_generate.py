@@ -474,7 +474,7 @@ def test_the_defaults_of_known_models_obey_their_own_rules(name):
 @pytest.mark.parametrize(
     ("name", "size", "tokens"),
     [
-        # The numbers of ALGORITHM.md's cost model.
+        # As published for these models and sizes.
         ("hunyuan-video", (720, 1280, 129), 118_800),
         ("wan2.1-14b", (720, 1280, 81), 75_600),
         ("wan2.1-1.3b", (480, 832, 81), 32_760),

@@ -1,4 +1,4 @@
-"""Sparse attention on tiny real pipelines of Wan 2.1 and 2.2, VACE, Animate, SkyReels-V2 and Helios."""
+"""Sparse attention on tiny real pipelines of Wan 2.1 and 2.2, VACE, Animate, SkyReels-V2, ChronoEdit and Helios."""
 
 from __future__ import annotations
 

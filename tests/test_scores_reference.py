@@ -1,4 +1,4 @@
-"""The reference scores against the formula of ALGORITHM.md, one tile at a time, in float64."""
+"""The reference scores against the paper's formula, one tile at a time, in float64."""
 
 from __future__ import annotations
 

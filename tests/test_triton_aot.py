@@ -1,4 +1,4 @@
-"""Every default launch configuration compiles for every GPU class and keeps DESIGN.md's rules. No GPU needed."""
+"""Every default launch configuration compiles for every GPU class and is acceptable there. No GPU needed."""
 
 from __future__ import annotations
 

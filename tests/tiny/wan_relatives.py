@@ -1,4 +1,4 @@
-"""Tiny pipelines of SkyReels-V2 and Helios, which are built on Wan; text is in cross-attention."""
+"""Tiny pipelines of SkyReels-V2, ChronoEdit and Helios, which are built on Wan; text is in cross-attention."""
 
 from __future__ import annotations
 
@@ -10,9 +10,12 @@ from torch import Tensor
 from tests.tiny.common import Family, generators, newer_classes, seeded
 from tests.tiny.wan_family import (
     FRAMES,
+    IMAGE_DIM,
     TOKENS,
+    call_i2v,
     call_t2v,
     flow_scheduler,
+    image_encoder,
     size,
     text_inputs,
     tiny_transformer,
@@ -21,6 +24,8 @@ from tests.tiny.wan_family import (
 
 # after tests.tiny.common, which mends a torchvision that does not fit this torch
 from diffusers import (  # isort: skip
+    ChronoEditPipeline,
+    ChronoEditTransformer3DModel,
     DiffusionPipeline,
     SkyReelsV2DiffusionForcingPipeline,
     SkyReelsV2Pipeline,
@@ -47,6 +52,26 @@ def build_skyreels(seed: int, pipeline: Any = SkyReelsV2Pipeline, **changes: Any
 
 build_skyreels_forcing = partial(build_skyreels, pipeline=SkyReelsV2DiffusionForcingPipeline)
 call_skyreels_forcing = partial(call_t2v, prompt=None)
+
+
+# ---- ChronoEdit: an image is edited by way of a video, of which the last steps keep the first and the last frame
+
+
+def build_chronoedit(seed: int) -> DiffusionPipeline:
+    with seeded(seed):
+        return ChronoEditPipeline(
+            transformer=tiny_transformer(
+                ChronoEditTransformer3DModel, in_channels=36, image_dim=IMAGE_DIM, added_kv_proj_dim=64
+            ),
+            vae=tiny_vae(),
+            scheduler=flow_scheduler(),
+            text_encoder=None,
+            tokenizer=None,
+            **image_encoder(),
+        )
+
+
+call_chronoedit = partial(call_i2v, enable_temporal_reasoning=True, num_temporal_reasoning_steps=6)
 
 
 # ---- Helios: two chunks, the second with the first in its history
@@ -109,6 +134,14 @@ WAN_RELATIVES = (
         "cross-attention",
         tokens=(TOKENS,),
         notes="one timestep a frame; synchronous, so without a mask",
+    ),
+    Family(
+        "chronoedit",
+        build_chronoedit,
+        call_chronoedit,
+        "cross-attention, with an image branch",
+        tokens=(TOKENS, 2 * 7 * 9),
+        notes="two of the frames go on alone after 6 of 8 steps",
     ),
     Family(
         "helios",

@@ -1,4 +1,4 @@
-"""Antidiagonal block scores (ALGORITHM.md section 1) in one pass, without the [Sq/S, Sk/S] matrix in memory.
+"""Antidiagonal block scores (`reference.antidiagonal_scores`) in one pass, without the [Sq/S, Sk/S] matrix in memory.
 
 A program owns a strip of query groups (several query blocks) and walks over the visible key groups once. Each row's sum
 over each key block, relative to the row's running maximum, goes to the program's scratch, and so does that maximum, one
@@ -336,7 +336,7 @@ def antidiagonal_scores(
     kv_start: torch.Tensor | None,
     kv_lens: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Block scores of XAttention (ALGORITHM.md section 1; paper section 2.1).
+    """Block scores of XAttention (`reference.antidiagonal_scores`; the paper's section 2.1).
 
     query [B, Hq, Sq, D], key [B, Hkv, Sk, D] in float32, float16 or bfloat16; kv_start, kv_lens None or int32 [B].
     Returns float32 [B, Hq, Nq, Nk]; a row sums to the number of real query groups in its block.

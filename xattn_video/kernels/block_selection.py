@@ -1,4 +1,4 @@
-"""Block selection (ALGORITHM.md section 2) by bisection on the score: no sort, no read by the host.
+"""Block selection (`reference.select`) by bisection on the score: no sort, no read by the host.
 
 Scores are not negative, so their bit patterns are ordered like the numbers. 31 halvings find the cut, the least score
 for which the blocks above it do not yet hold enough; blocks at the cut itself are taken in index order.

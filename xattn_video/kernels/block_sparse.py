@@ -1,4 +1,4 @@
-"""Block-sparse attention forward (ALGORITHM.md section 3) over lists of kept key blocks."""
+"""Block-sparse attention forward (`reference.block_sparse_forward`) over lists of kept key blocks."""
 
 # Triton gives the parameters of jit functions their types, one launch at a time
 # mypy: allow-untyped-defs

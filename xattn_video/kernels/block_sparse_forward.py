@@ -76,7 +76,7 @@ def block_sparse_forward_lists(
     kv_start: torch.Tensor | None,
     kv_lens: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Exact softmax attention over the kept blocks (ALGORITHM.md section 3).
+    """Exact softmax attention over the kept blocks (`reference.block_sparse_forward`).
 
     query [B, Hq, Sq, D], key and value [B, Hkv, Sk, D] in one of float32, float16, bfloat16; indices int32
     [B, Hq, Nq, Nk], ascending as far as counts int32 [B, Hq, Nq] says, both contiguous; kv_start, kv_lens None or int32
