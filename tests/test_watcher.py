@@ -233,25 +233,40 @@ def test_what_is_read_off_a_scene_is_what_it_shows() -> None:
             assert all(value < READ[name] for name, value in values.items())
 
 
-def test_what_is_read_off_a_question_is_what_it_names_and_the_scene_it_means(processor: Any) -> None:
+def test_what_is_read_off_a_question_is_what_it_names_and_the_scenes_it_means(processor: Any) -> None:
     batch = draw_batch(0, 0, 1, (Phase(1.0, (3,), 6, 40),))
-    labels = question_labels(batch)
-    asked = [one for of_story in batch.asked for one in of_story]
-    assert labels.shape == (len(asked), len(NAMED) + 1)
-    for one, (colour, shape, place, scene) in zip(asked, labels.tolist(), strict=True):
-        words = one.question.lower().rstrip("?.").replace(",", "").split()
-        # "What shape was the first one?" names no shape; "What came first, ...?" does say first.
-        for names, number in zip(NAMED, (colour, shape, place), strict=True):
-            named = [word for word in words if word in names]
-            assert ([*names, None][number] == named[0]) if named else number == len(names)
-        assert scene == one.scene
-    assert len(set(labels[:, 3].tolist())) == 3
+    named, found = (iter(labels.tolist()) for labels in question_labels(batch))
+    meant = []
+    for story, several in zip(batch.stories, batch.asked, strict=True):
+        looks = [stories.look(scene) for scene in story.scenes]
+        for one in several:
+            # "What shape was the first one?" names no shape; "What came first, ...?" does say first.
+            spoken = one.question.lower().rstrip("?").replace(",", "").split()
+            wanted = [
+                *_padded([word for word in spoken if word in world.COLOURS], 2),
+                *_padded([word for word in spoken if word in world.SHAPES], 2),
+                *_padded([word for word in spoken if word in (*stories.ORDINALS, "last")], 1),
+            ]
+            by_look = sorted((one.question.find(look), at) for at, look in enumerate(looks) if look in one.question)
+            scenes = _padded([at for _, at in by_look], 2)
+            # Every word of an answer has its row.
+            for _ in one.answer.split():
+                choices = [[*names, None] for names, times in NAMED for _ in range(times)]
+                assert [values[at] for values, at in zip(choices, next(named), strict=True)] == wanted
+                places = [*range(READ["place"]), None]
+                assert [places[at] for at in next(found)] == [one.scene, *scenes]
+            meant.append((one.kind, *scenes))
+    assert next(named, None) is next(found, None) is None
+    assert {len([at for at in scenes if at is not None]) for kind, *scenes in meant if kind == "order"} == {1, 2}
     # In the order of the tokens that they are read off.
     tokens = tokenise(processor.tokenizer, batch, (12, 8, 8))
-    ends = tokens.asked(processor.tokenizer.convert_tokens_to_ids("<answer>"))
-    assert ends.sum(1).tolist() == [len(of_story) for of_story in batch.asked]
-    follows = processor.tokenizer.convert_ids_to_tokens(tokens.labels[ends])
-    assert follows == [one.answer.split()[0] for one in asked]
+    telling = tokens.telling(processor.tokenizer.eos_token_id)
+    follows = processor.tokenizer.convert_ids_to_tokens(tokens.labels[telling])
+    assert follows == [word for several in batch.asked for one in several for word in one.answer.split()]
+
+
+def _padded(values: list[Any], length: int) -> list[Any]:
+    return [*values, *[None] * length][:length]
 
 
 def _fixed() -> Batch:

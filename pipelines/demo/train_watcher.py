@@ -5,14 +5,16 @@ alone and stands where it would stand as the only one, so one step does the work
 answered from another.
 
 Its vision tower is trained before, on two frames at a time (`train_eyes`). What a scene shows, which one it is, and
-what the one before it showed is also read off its tokens halfway through the model, what a question names off its last
-token there, and which scene it means off the same token a layer later: by linear maps that are trained with the model
-and then thrown away. The answers alone, a few dozen words a step, did not teach it to find a scene by its look.
+what the one before it showed is also read off its tokens halfway through the model. Off each token that a word of an
+answer follows is read what the question names there, and a layer later which scenes these are and which one is meant.
+Linear maps do that which are trained with the model and then thrown away. The answers alone, a few dozen words a step,
+did not teach it to find a scene by its look, nor an answer's second word to find it again.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import logging
 import re
 import time
@@ -41,9 +43,8 @@ READ = {
     "colour before": len(world.COLOURS) + 1,
     "shape before": len(world.SHAPES) + 1,
 }
-# What is read off the last token of a question there: the first of these words in it, or none. A layer later: the scene
-# that it means.
-NAMED = (tuple(world.COLOURS), world.SHAPES, (*stories.ORDINALS, "last"))
+# What a question names: of these words the first ones in it, so many, or none.
+NAMED = ((tuple(world.COLOURS), 2), (world.SHAPES, 2), ((*stories.ORDINALS, "last"), 1))
 _IGNORED = -100
 
 
@@ -105,9 +106,9 @@ class Tokens:
     positions: torch.Tensor
     mask: torch.Tensor
 
-    def asked(self, answer: int) -> torch.Tensor:
-        """Where a question ends, bool `[stories, tokens]`; `answer` is the token that it ends with."""
-        return self.ids == answer
+    def telling(self, stop: int) -> torch.Tensor:
+        """Where a word of an answer follows, bool `[stories, tokens]`; `stop` is the token after the last word."""
+        return (self.labels != _IGNORED) & (self.labels != stop)
 
 
 def tokenise(tokenizer: Any, batch: Batch, grid: tuple[int, int, int]) -> Tokens:
@@ -160,8 +161,11 @@ class Learner(torch.nn.Module):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.readers = torch.nn.ModuleList(torch.nn.Linear(width, count) for count in READ.values())
-            self.naming = torch.nn.ModuleList(torch.nn.Linear(width, len(names) + 1) for names in NAMED)
-            self.finding = torch.nn.Linear(width, READ["place"])
+            self.naming = torch.nn.ModuleList(
+                torch.nn.Linear(width, len(names) + 1) for names, times in NAMED for _ in range(times)
+            )
+            # The scene that is meant, and those of the first and the second look that are named; there may be none.
+            self.finding = torch.nn.ModuleList(torch.nn.Linear(width, READ["place"] + 1) for _ in range(3))
         self.eyes = Eyes(model.model.visual, width, seed)
 
 
@@ -175,15 +179,32 @@ def scene_labels(batch: Batch) -> torch.Tensor:
     return torch.tensor([[label(story, number) for number in range(len(story.scenes))] for story in batch.stories])
 
 
-def question_labels(batch: Batch) -> torch.Tensor:
-    """What NAMED names of each question, and the scene that it means, int64 `[questions, len(NAMED) + 1]`."""
+def question_labels(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    """What NAMED names of a question, and the scene that it means with those that it names by their looks.
 
-    def label(asked: stories.Asked) -> list[int]:
-        words = re.findall(r"\w+", asked.question.lower())
-        named = [next((names.index(word) for word in words if word in names), len(names)) for names in NAMED]
-        return [*named, asked.scene]
+    A row for each word of its answer, int64 `[words, 5]` and `[words, 3]`; what is not named is the highest value.
+    """
 
-    return torch.tensor([label(one) for asked in batch.asked for one in asked])
+    def padded(values: list[int], times: int, none: int) -> list[int]:
+        return (values + [none] * times)[:times]
+
+    named, found = [], []
+    for story, several in zip(batch.stories, batch.asked, strict=True):
+        looks = [stories.look(scene) for scene in story.scenes]
+        for asked in several:
+            spoken = re.findall(r"\w+", asked.question.lower())
+            # A look is two words; one that is named occurs once.
+            pairs = [" ".join(pair) for pair in itertools.pairwise(spoken)]
+            scenes = padded([looks.index(pair) for pair in pairs if pair in looks], 2, READ["place"])
+            mentioned = [
+                value
+                for names, times in NAMED
+                for value in padded([names.index(word) for word in spoken if word in names], times, len(names))
+            ]
+            words = len(asked.answer.split())
+            named += [mentioned] * words
+            found += [[asked.scene, *scenes]] * words
+    return torch.tensor(named), torch.tensor(found)
 
 
 def batch_loss(learner: Learner, processor: Any, batch: Batch) -> dict[str, torch.Tensor]:
@@ -191,7 +212,7 @@ def batch_loss(learner: Learner, processor: Any, batch: Batch) -> dict[str, torc
 
     `loss`: the mean cross-entropy of the answers' tokens, plus that of what is read off the scenes' tokens, off the
     questions and off the frames. Shares that are right: `right` of the answers' words, `read` of the scenes' values,
-    `seen` of the frames', `found` of the scenes that are meant.
+    `seen` of the frames', `found` of the scenes that are meant or named.
     """
     model, device = learner.watcher, learner.watcher.device
     videos = [story.render(watcher.EVERY, offset) for story, offset in zip(batch.stories, batch.offsets, strict=True)]
@@ -214,9 +235,9 @@ def batch_loss(learner: Learner, processor: Any, batch: Batch) -> dict[str, torc
         # The video's tokens come second, after the one that says that they do.
         video = hidden.hidden_states[READ_AFTER][:, 1 : 1 + frames * height * width // merge**2]
         read = [reader(video).float() for reader in learner.readers]
-        ends = tokens.asked(processor.tokenizer.convert_tokens_to_ids("<answer>")).to(device)
-        named = [reader(hidden.hidden_states[READ_AFTER][ends]).float() for reader in learner.naming]
-        found = learner.finding(hidden.hidden_states[READ_AFTER + 1][ends]).float()
+        telling = tokens.telling(processor.tokenizer.eos_token_id).to(device)
+        named = [reader(hidden.hidden_states[READ_AFTER][telling]).float() for reader in learner.naming]
+        found = [reader(hidden.hidden_states[READ_AFTER + 1][telling]).float() for reader in learner.finding]
         seen_frames = learner.eyes.read(len(batch.stories) * frames)
     wanted = wanted[counted]
     words = wanted != processor.tokenizer.eos_token_id
@@ -225,9 +246,9 @@ def batch_loss(learner: Learner, processor: Any, batch: Batch) -> dict[str, torc
     reading, read_right = judged(read, labels.repeat_interleave(video.shape[1] // scenes, dim=1))
     of_frames = labels[..., : len(SHOWN)].repeat_interleave(frames // scenes, dim=1)
     seeing, seen_right = judged(seen_frames, of_frames.flatten(0, 1))
-    asked = question_labels(batch).to(device)
-    naming, _ = judged(named, asked[:, :-1])
-    finding, found_right = judged([found], asked[:, -1:])
+    of_named, of_found = question_labels(batch)
+    naming, _ = judged(named, of_named.to(device))
+    finding, found_right = judged(found, of_found.to(device))
     answering = torch.nn.functional.cross_entropy(logits, wanted)
     return {
         "loss": answering + reading + naming + finding + seeing,
@@ -267,7 +288,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, help="folder of the run; an existing run goes on")
     parser.add_argument("--minutes", type=float, help="stop after this long, to be continued (default: no limit)")
     parser.add_argument("--eye-steps", type=int, default=1500, help="of the vision tower alone (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=3900, help="of stories (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=5200, help="of stories (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     return run_program(parser, _run, arguments)
