@@ -27,6 +27,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
+from eval.ledger import provenance
 from pipelines.errors import UserError
 from pipelines.files import write_texts
 from pipelines.program import Parser, run_program
@@ -319,7 +320,8 @@ def _run(arguments: argparse.Namespace) -> int:
         triton.knobs.cache.dir = cache
         cases = default_cases() if arguments.defaults else all_cases()
         gathered = run(cases, arguments.target or TARGETS)
-    rows = [{**evidence.row(), "triton": triton.__version__} for evidence in gathered]
+    source = provenance("triton")
+    rows = [{**evidence.row(), **source} for evidence in gathered]
     if arguments.output:
         write_texts({arguments.output: "".join(json.dumps(row) + "\n" for row in rows)})
     rejected = sum(bool(row["complaints"]) for row in rows)

@@ -22,7 +22,7 @@ VIDEO_MODEL = "AutoModelForImageTextToText"
 Row = dict[str, Any]
 
 
-def add_attention_options(parser: Any, *, stride: int, default: str = "both") -> None:
+def add_attention_options(parser: Any, *, stride: int, default: str = "both", dense_last: int = 0) -> None:
     """`--attention` and the settings of sparse prefill, on a parser or a group of one."""
     parser.add_argument("--attention", choices=ATTENTIONS, default=default, help=f"default: {default}")
     parser.add_argument("--stride", type=int, default=stride, help=f"antidiagonal stride ({stride})")
@@ -32,9 +32,9 @@ def add_attention_options(parser: Any, *, stride: int, default: str = "both") ->
     parser.add_argument(
         "--dense-last",
         type=int,
-        default=0,
+        default=dense_last,
         metavar="N",
-        help="the blocks of a prompt's last N tokens stay dense: its question, say 64 (0, as in the paper)",
+        help=f"the blocks of a prompt's last N tokens, its question, stay dense; 0 as in the paper ({dense_last})",
     )
 
 

@@ -17,13 +17,15 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from pipelines.answering import first_token_divergence, generate_answer
-from pipelines.cli import main
+from pipelines.cli import build_parser, main
 from pipelines.demo import world
 from pipelines.errors import UserError
+from pipelines.language import configurations
 from pipelines.qa_items import Question, read_questions
 from pipelines.video_frames import sample_video
 from pipelines.video_io import VideoError, read_video, write_video
 from tests.language_families import LAYERS, build, prompt, save_video_model
+from xattn_video import XAttnConfig
 
 LABEL = "xattn-s8-t0.50-w0-b16-m0"
 
@@ -45,7 +47,26 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def command(made: Path, *more: Any) -> list[str]:
     given = ["qa", "--model", made / "model", "--fps", 8, "--max-new-tokens", 5, "--device", "cpu", "--stride", 8]
-    return [str(part) for part in (*given, "--threshold", 0.5, "--block-size", 16, "--min-tokens", 0, *more)]
+    return [
+        str(part)
+        for part in (*given, "--threshold", 0.5, "--block-size", 16, "--min-tokens", 0, "--dense-last", 0, *more)
+    ]
+
+
+def test_by_default_prefill_is_sparse_as_in_the_paper_and_the_question_dense() -> None:
+    args = build_parser("qa").parse_args(["qa", "--video", "a.mp4", "--question", "w5"])
+    ((_, config),) = configurations(args).items()
+    assert config == XAttnConfig.preset("qwen2-vl", dense_last=64)
+
+
+def test_the_blocks_of_the_question_stay_dense_where_asked(made: Path, tmp_path: Path, capfd: Any) -> None:
+    told = {}
+    for last in (0, 32):
+        asked = ("--video", made / "red.mp4", "--question", "w5", "--out", tmp_path / "out", "--json")
+        assert main(command(made, *asked, "--attention", "xattn", "--dense-last", last)) == 0
+        told |= json.loads(capfd.readouterr().out.splitlines()[-1])["configurations"]
+    assert list(told) == [LABEL, f"{LABEL}-q32"]
+    assert told[LABEL]["sparse_density"] < told[f"{LABEL}-q32"]["sparse_density"] < 1
 
 
 def test_questions_are_answered_dense_and_sparse_and_a_killed_run_goes_on(
