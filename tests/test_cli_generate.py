@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from pipelines import models, runner
 from pipelines.cli import main
+from pipelines.errors import UserError
 from pipelines.files import claimed
 from pipelines.manifest import NAME as MANIFEST
 from pipelines.manifest import read_manifest
@@ -240,6 +241,12 @@ def test_a_video_that_another_process_is_making_is_left_to_it(model, prompts, tm
     assert list(read_manifest(out / "dense")) == [("0001", 0)]
     assert xattn(*command).code == 0
     assert sorted(path.name for path in (out / "dense").iterdir()) == [f"000{i}-s0.mp4" for i in (1, 2, 3)] + [MANIFEST]
+
+
+def test_a_claim_that_cannot_be_written_is_one_line(tmp_path):
+    (tmp_path / ".one.lock").mkdir()
+    with pytest.raises(UserError, match=r"\.one\.lock: cannot write: Is a directory"), claimed(tmp_path / "one"):
+        pass
 
 
 @pytest.mark.parametrize("same", [True, False])
