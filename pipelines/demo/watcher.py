@@ -7,6 +7,7 @@ frames, so a scene that is watched at FPS frames a second has 256 of them.
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,8 @@ _SPECIAL = (
     "<|image_pad|>",
     "<answer>",
 )
+# Those of them that a tokenizer has no name for.
+_MORE = _SPECIAL[3:]
 _IDS = {word: number for number, word in enumerate(_SPECIAL)}
 _TEMPLATE = (
     "{% for message in messages %}{% for part in message.content %}{% if part.type == 'video' %}"
@@ -110,7 +113,7 @@ def build_tokenizer() -> Any:
         pad_token="<pad>",
         eos_token="</s>",
         unk_token="<unk>",
-        additional_special_tokens=[word for word in _SPECIAL if word not in ("<pad>", "</s>", "<unk>")],
+        additional_special_tokens=list(_MORE),
     )
 
 
@@ -129,5 +132,10 @@ def save_watcher(model: Any, folder: Path) -> None:
     with whole_folder(folder) as partial:
         copy.deepcopy(model).to(torch.bfloat16).save_pretrained(partial)
         build_processor().save_pretrained(partial)
-        # transformers 5 writes a class name that 4 does not have.
-        edit_json(partial / "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast")
+        # In words that transformers 4 knows, and 5 too.
+        both = {"tokenizer_class": "PreTrainedTokenizerFast", "additional_special_tokens": list(_MORE)}
+        edit_json(partial / "tokenizer_config.json", **both, extra_special_tokens=None)
+        text = json.loads((partial / "config.json").read_text(encoding="utf-8"))["text_config"]
+        if (rotary := text.pop("rope_parameters", None)) is not None:
+            text |= {"rope_theta": rotary.pop("rope_theta"), "rope_scaling": rotary}
+            edit_json(partial / "config.json", text_config=text)
