@@ -12,6 +12,7 @@ PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11 p
 
 LOWEST := .venv-lowest
 LOWEST_DIFFUSERS := 0.36.0
+LOWEST_TRANSFORMERS := 4.57.1
 
 .PHONY: help demo test test-gpu test-lowest lint bench bench-gpu bench-static clean
 
@@ -19,7 +20,7 @@ help:
 	@echo "make demo          generate dense and sparse videos with a small model and compare them"
 	@echo "make test          run the tests (no GPU needed)"
 	@echo "make test-gpu      run the tests that need a GPU"
-	@echo "make test-lowest   run the diffusers tests with the oldest supported diffusers"
+	@echo "make test-lowest   run the tests of models with the oldest supported diffusers and transformers"
 	@echo "make lint          ruff and mypy"
 	@echo "make bench         time sparse against dense attention on this machine"
 	@echo "make bench-gpu     the same on a GPU at the sizes of Wan and HunyuanVideo, and causal up to 256k tokens"
@@ -50,11 +51,17 @@ $(LOWEST)/.installed: pyproject.toml constraints.txt | new-enough
 	grep -viE '^(diffusers|transformers|huggingface_hub|tokenizers|accelerate|peft|httpx|httpcore|h11|typer)' constraints.txt \
 		> $(LOWEST)/constraints.txt
 	$(LOWEST)/bin/python -m pip install --quiet --disable-pip-version-check \
-		--constraint $(LOWEST)/constraints.txt diffusers==$(LOWEST_DIFFUSERS) --editable '.[test]'
+		--constraint $(LOWEST)/constraints.txt diffusers==$(LOWEST_DIFFUSERS) transformers==$(LOWEST_TRANSFORMERS) \
+		--editable '.[test,plot]'
 	@touch $@
 
+# What builds models; diffusers' pipelines first, the longest.
+LOWEST_TESTS := tests/test_diffusers*.py tests/test_cli_generate.py tests/test_transformers.py tests/test_video_qa.py \
+	tests/test_watcher*.py tests/test_positions.py tests/test_asking.py tests/test_demo.py tests/test_first_token.py \
+	tests/test_needle.py
+
 test-lowest: $(LOWEST)/.installed
-	OMP_NUM_THREADS=1 $(LOWEST)/bin/python -m pytest -n $(TEST_WORKERS) tests/test_diffusers*.py tests/test_cli_generate.py
+	OMP_NUM_THREADS=1 $(LOWEST)/bin/python -m pytest -n $(TEST_WORKERS) $(LOWEST_TESTS)
 
 lint: $(READY)
 	$(BIN)/ruff check .
