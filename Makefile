@@ -13,6 +13,7 @@ PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11 p
 LOWEST := .venv-lowest
 LOWEST_DIFFUSERS := 0.36.0
 LOWEST_TRANSFORMERS := 4.57.1
+LOWEST_READY := $(LOWEST)/.installed-$(LOWEST_DIFFUSERS)-$(LOWEST_TRANSFORMERS)
 
 .PHONY: help demo test test-gpu test-lowest lint bench bench-gpu bench-static clean
 
@@ -46,7 +47,7 @@ test-gpu: $(READY)
 	$(BIN)/python -m pytest -m gpu
 
 # The oldest diffusers brings its own range of huggingface_hub, so the pins of what belongs together are left out.
-$(LOWEST)/.installed: pyproject.toml constraints.txt | new-enough
+$(LOWEST_READY): pyproject.toml constraints.txt | new-enough
 	$(PYTHON) -m venv $(LOWEST)
 	grep -viE '^(diffusers|transformers|huggingface_hub|tokenizers|accelerate|peft|httpx|httpcore|h11|typer)' constraints.txt \
 		> $(LOWEST)/constraints.txt
@@ -58,9 +59,9 @@ $(LOWEST)/.installed: pyproject.toml constraints.txt | new-enough
 # What builds models; diffusers' pipelines first, the longest.
 LOWEST_TESTS := tests/test_diffusers*.py tests/test_cli_generate.py tests/test_transformers.py tests/test_video_qa.py \
 	tests/test_watcher*.py tests/test_positions.py tests/test_asking.py tests/test_demo.py tests/test_first_token.py \
-	tests/test_needle.py
+	tests/test_needle.py tests/test_story_quality.py tests/test_harness.py
 
-test-lowest: $(LOWEST)/.installed
+test-lowest: $(LOWEST_READY)
 	OMP_NUM_THREADS=1 $(LOWEST)/bin/python -m pytest -n $(TEST_WORKERS) $(LOWEST_TESTS)
 
 lint: $(READY)

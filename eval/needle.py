@@ -19,7 +19,14 @@ from eval.needle_items import TASKS, Item, make_item, score
 from pipelines.environment import device_name
 from pipelines.errors import UserError
 from pipelines.files import make_writable, write_texts
-from pipelines.language import add_attention_options, add_machine_options, configurations, load_model, read_answers
+from pipelines.language import (
+    add_attention_options,
+    add_machine_options,
+    configurations,
+    load_model,
+    read_answers,
+    weights_of,
+)
 from pipelines.program import Parser, run_program
 from xattn_video import XAttnConfig
 
@@ -59,7 +66,10 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"--samples must be 1 or more, got {args.samples}")
     make_writable(args.out)
     model, tokenizer = load_model(args, "AutoModelForCausalLM", "AutoTokenizer")
-    rows = read_answers(args.out / ANSWERS, ("label", "key"), _signature(args))
+    earlier = read_answers(args.out / ANSWERS, ("label", "key"), _signature(args))
+    # Other weights of the same name are asked anew.
+    weights = weights_of(args.model)
+    rows = {key: row for key, row in earlier.items() if weights is None or row.get("weights") == weights}
     items = list(_items(args, tokenizer))
     for label, config in configs.items():
         _answer_all(args, model, tokenizer, items, label, config, rows)
@@ -134,6 +144,7 @@ def _answer_all(
                 "decode_seconds": round(answer.decode_seconds, 4),
                 "sparse_density": None if summary is None else summary["sparse_density"],
                 "dense_calls": {} if summary is None else summary["dense_calls"], **_signature(args),
+                "weights": weights_of(args.model),
             }  # fmt: skip
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
             file.flush()

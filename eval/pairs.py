@@ -11,7 +11,7 @@ from pipelines.manifest import Key, Record, check_exists, finished_videos, lossl
 
 # The two sides of a pair may differ in their attention only.
 _SAME_FIELDS = (
-    "model", "weights", "prompt", "negative_prompt", "image_sha256", "height", "width", "num_frames", "steps",
+    "model", "prompt", "negative_prompt", "image_sha256", "height", "width", "num_frames", "steps",
     "guidance_scale", "guidance_scale_2", "flow_shift", "dtype",
 )  # fmt: skip
 _NAMED_AT_MOST = 5
@@ -73,7 +73,9 @@ def shortened(text: str, length: int = 40) -> str:
 
 
 def _pair(key: Key, dense_dir: Path, dense: Record, sparse_dir: Path, sparse: Record) -> Pair:
-    for field in _SAME_FIELDS:
+    # Weights that are gone, or were not noted, tell nothing.
+    weighed = dense.get("weights") is not None and sparse.get("weights") is not None
+    for field in (*_SAME_FIELDS, *(("weights",) if weighed else ())):
         if field in dense and field in sparse and dense[field] != sparse[field]:
             raise UserError(
                 f"{video_name(key)}: the two sides differ in {field}: {shortened(repr(dense[field]))} in {dense_dir}, "

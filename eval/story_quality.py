@@ -48,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--stride", type=int, default=16, help="of the sparse prefill (16)")
     parser.add_argument("--threshold", type=float, default=0.9, metavar="T", help="of the sparse prefill (0.9)")
     parser.add_argument(
-        "--dense-last", type=int, default=0, metavar="N", help="tokens at its end whose blocks stay dense (0)"
+        "--dense-last", type=int, default=0, metavar="N", help="tokens at a prompt's end whose blocks stay dense (0)"
     )
     parser.add_argument("--device", default="auto", help="as of xattn-video qa")
     parser.add_argument("--dtype", default="auto", help="as of xattn-video qa")
@@ -67,12 +67,13 @@ def run(args: argparse.Namespace) -> int:
     rows = []
     for scenes in args.scenes:
         items = write_stories(args.out, scenes, args.stories)
-        answers = args.out / f"answers-{scenes:03d}"
+        # A folder of its own: dense answers are timed beside the sparse ones that they are compared with.
+        answers = args.out / f"answers-{scenes:03d}-{label}"
         # It has said itself what was wrong.
         if code := cli.main(_asking(args, items, answers, scenes)):
             return code
         rows.append({"scenes": scenes, "config": config.to_dict(), **_row(args, items, answers, label)})
-    print(table(rows))
+    print(f"sparse: {label}\n{table(rows)}")
     if args.record:
         append_rows(LEDGER, rows)
     print(json.dumps(rows))

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.errors import UserError
-from pipelines.models import offline_message
+from pipelines.models import offline_message, sampled_digest
 from xattn_video import XAttnConfig
 
 ATTENTIONS = ("dense", "xattn", "both")
@@ -34,7 +34,7 @@ def add_attention_options(parser: Any, *, stride: int, default: str = "both", de
         type=int,
         default=dense_last,
         metavar="N",
-        help=f"the blocks of a prompt's last N tokens, its question, stay dense; 0 as in the paper ({dense_last})",
+        help=f"the blocks of a prompt's last N tokens stay dense: a question's; 0 as in the paper ({dense_last})",
     )
 
 
@@ -99,6 +99,12 @@ def load_model(args: argparse.Namespace, model_class: str, processor_class: str)
         return model.to(device).eval(), processor
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {args.device}: {' '.join(str(error).split())[:200]}") from None
+
+
+def weights_of(model: str) -> str | None:
+    """What tells the weights of `--model` from others under its name; None for a Hub id, or where there are none."""
+    source = DEMO_WATCHER if model == DEMO else Path(model)
+    return sampled_digest(source) if source.is_dir() else None
 
 
 def _demo_source(model_class: str) -> str:

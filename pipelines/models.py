@@ -101,7 +101,7 @@ class Model:
     @property
     def weights(self) -> str | None:
         """What tells the weights of a local folder from others under its name; None for a Hub id, or where none are."""
-        return _sampled_digest(Path(self.source)) if Path(self.source).is_dir() else None
+        return sampled_digest(Path(self.source)) if Path(self.source).is_dir() else None
 
 
 # Diffusers' documentation asks for Wan's VAE in float32, and for HunyuanVideo in float16 around a bfloat16 transformer.
@@ -212,7 +212,7 @@ def find_model(name: str) -> Model:
 
 
 @cache
-def _sampled_digest(folder: Path) -> str | None:
+def sampled_digest(folder: Path) -> str | None:
     """A SHA-256 over names and sizes of a folder's weights and some bytes all over them: training moves them all."""
     files = sorted(folder.rglob("*.safetensors"))
     digest = hashlib.sha256()

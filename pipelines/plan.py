@@ -233,7 +233,7 @@ def changes(plan: Plan, job: Job, record: Record) -> list[str]:
 
     wanted = identity(plan, job)
     # Weights that are gone, or were not noted, tell nothing.
-    weighed = "weights" in wanted and "weights" in record
+    weighed = wanted.get("weights") is not None and record.get("weights") is not None
     # What was no setting then had its default.
     if record.get("config") is not None:
         record = {**record, "config": {**XAttnConfig().to_dict(), **record["config"]}}

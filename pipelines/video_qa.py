@@ -24,13 +24,14 @@ from pipelines.language import (
     configurations,
     load_model,
     read_answers,
+    weights_of,
 )
 from pipelines.qa_items import Question, check_answer, check_options, read_questions
 from pipelines.video_frames import SampledVideo, check_sampling, sample_video
 
 MODEL = "Qwen/Qwen2-VL-7B-Instruct"
 ANSWERS, SUMMARY = "answers.jsonl", "summary.json"
-# A question's blocks stay dense: eval.story_quality shows what a short one loses otherwise.
+# The blocks of so many last tokens stay dense: eval.story_quality shows what a short question loses otherwise.
 QUESTION_TOKENS = 64
 
 EXAMPLE = """\
@@ -38,7 +39,7 @@ example:
   xattn-video qa --video cat.mp4 --question "What does the cat do?"
   xattn-video qa --video cat.mp4 --question "Which animal?" --options dog cat --answer cat --attention both
   xattn-video qa --items questions.jsonl --attention both --out answers
-  xattn-video qa --model demo --video demo-out/dense/0001-s0.mp4 --question "How does the shape move?"
+  xattn-video qa --model demo --video demo-out/answers/story.mp4 --question "What colour was the second shape?"
 """
 
 
@@ -85,7 +86,8 @@ def run(args: argparse.Namespace) -> int:
     rows: dict[tuple[str, str], Row] = {}
     if args.out is not None:
         make_writable(args.out)
-        rows = _still_valid(read_answers(args.out / ANSWERS, ("id", "attention"), _signature(args)), questions, configs)
+        earlier = read_answers(args.out / ANSWERS, ("id", "attention"), _signature(args))
+        rows = _still_valid(earlier, questions, configs, weights_of(args.model))
     wanted = [(question, label) for question in questions for label in configs]
     if any((question.id, label) not in rows for question, label in wanted):
         _answer_all(args, questions, configs, rows)
@@ -202,7 +204,7 @@ def _answer(
         answer, told = _generate(model, config, question, inputs, args.max_new_tokens)
         reply = processor.tokenizer.decode(answer.tokens, skip_special_tokens=True).strip()
         row: Row = {
-            "id": question.id, "video": str(question.video), **_asked(question),
+            "id": question.id, "video": str(question.video), **_asked(question, weights_of(args.model)),
             "attention": label, "reply": reply, "answer": question.answer, "right": question.right(reply),
             "frames": len(video.frames), "fps": video.fps, "prompt_tokens": answer.prompt_tokens,
             "prefill_seconds": round(answer.prefill_seconds, 4), "decode_seconds": round(answer.decode_seconds, 4),
@@ -310,25 +312,28 @@ def _signature(args: argparse.Namespace) -> Row:
     }  # fmt: skip
 
 
-def _asked(question: Question) -> Row:
-    """What must be equal for an answer to a question of this id to be taken from an earlier run."""
+def _asked(question: Question, weights: str | None) -> Row:
+    """What must be equal for an answer to a question of this id to be taken from an earlier run; else it is asked."""
     file = question.video.stat()
     return {
         "question": question.question, "options": list(question.options),
-        "video_bytes": file.st_size, "video_changed": int(file.st_mtime),
+        "video_bytes": file.st_size, "video_changed": int(file.st_mtime), "weights": weights,
     }  # fmt: skip
 
 
 def _still_valid(
-    rows: dict[tuple[str, str], Row], questions: Sequence[Question], configs: dict[str, Any]
+    rows: dict[tuple[str, str], Row], questions: Sequence[Question], configs: dict[str, Any], weights: str | None
 ) -> dict[tuple[str, str], Row]:
-    """Earlier answers to these very questions, marked anew: the right answer may have been put right since.
+    """Earlier answers of these weights to these very questions, marked anew: the right one may have been put right.
 
     Where dense and sparse are asked for, a sparse answer that was never compared does not count.
     """
     valid = {}
     for question in questions:
-        asked = _asked(question)
+        asked = _asked(question, weights)
+        if weights is None:
+            # Not here, or of a Hub id: nothing to tell them by.
+            del asked["weights"]
         for label in configs:
             row = rows.get((question.id, label))
             if row is None or any(row.get(name) != value for name, value in asked.items()):

@@ -288,7 +288,7 @@ def test_other_weights_in_the_same_folder_are_another_model(model, prompts, tmp_
     assert xattn(*command).code == 0
     weights = next((copied / "transformer").glob("*.safetensors"))
     save_file({name: 1.01 * value for name, value in load_file(weights).items()}, weights, {"format": "pt"})
-    models._sampled_digest.cache_clear()
+    models.sampled_digest.cache_clear()
     refused = xattn(*command)
     assert refused.code == 2
     assert "was made with other settings (weights " in refused.err

@@ -257,11 +257,12 @@ def test_missing_partners_are_named_or_skipped_when_asked(
 
 
 def test_videos_of_other_weights_are_no_pair_and_unknown_ones_are(tmp_path: Path) -> None:
-    for folder, fields in (("a", {"weights": "1"}), ("b", {"weights": "2"}), ("c", {})):
+    for folder, fields in (("a", {"weights": "1"}), ("b", {"weights": "2"}), ("c", {}), ("d", {"weights": None})):
         add(tmp_path / folder, "cat", 0, clip(), **fields)
     with pytest.raises(UserError, match=r"the two sides differ in weights: '1' in .*, '2' in "):
         compare(tmp_path / "a", tmp_path / "b", lpips=False, progress=False)
-    assert compare(tmp_path / "a", tmp_path / "c", lpips=False, progress=False)["pairs"] == 1
+    for unknown in ("c", "d"):
+        assert compare(tmp_path / "a", tmp_path / unknown, lpips=False, progress=False)["pairs"] == 1
 
 
 def test_the_floor_is_of_dense_videos_alone(tmp_path: Path) -> None:

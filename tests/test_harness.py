@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import json
 from pathlib import Path
@@ -9,10 +10,13 @@ from typing import Any
 
 import pytest
 
-from eval.harness import main, table
+from eval.harness import _sides, main, table
 from pipelines.demo import world
 from pipelines.video_io import write_video
-from tests.language_families import LAYERS, save_language_model, save_video_model
+from tests.language_families import LAYERS, build, save_language_model, save_video_model
+from xattn_video import XAttnConfig
+
+import transformers  # isort: skip
 
 # What lm-eval and lmms-eval read alike: JSON, answers in words, and whether they are the very ones.
 _DATA = """\
@@ -88,6 +92,21 @@ def test_lmms_eval_runs_dense_and_sparse_on_a_local_video_model(tmp_path: Path, 
     assert dense["sparse_density"] is None
     assert 0 < sparse["sparse_density"] < 0.9
     assert set(sparse["dense_calls"]) == {"decode"}
+
+
+@pytest.mark.skipif(transformers.__version__.startswith("4."), reason="transformers 4 has nothing to mend")
+def test_a_video_model_is_asked_with_its_positions_mended() -> None:
+    model = build("qwen2-vl")
+    seen: list[bool] = []
+
+    def evaluate() -> dict[str, Any]:
+        seen.append("get_rope_index" in vars(model.model))
+        return {"task": {"exact_match": 0.5}}
+
+    configs = {"dense": None, "sparse": XAttnConfig(min_tokens=0)}
+    rows = list(_sides(argparse.Namespace(model="tiny"), model, evaluate, configs))
+    assert [row["attention"] for row in rows] == ["dense", "sparse"]
+    assert seen == [True, True]
 
 
 def test_the_table_has_every_number_of_both_sides() -> None:

@@ -159,3 +159,12 @@ def test_answers_of_another_model_are_not_mixed_in(model: Path, tmp_path: Path, 
     assert main(arguments(model, out, *few)) == 0
     assert main(arguments(model, out, *few, "--no-chat")) == 2
     assert "has answers with chat True; use another --out" in capfd.readouterr().err
+    # Those of other weights under the same name are asked again.
+    path = out / "answers.jsonl"
+    first, *others = (json.loads(line) for line in path.read_text().splitlines())
+    rows = [{**first, "weights": "others"}, *others]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert main(arguments(model, out, *few)) == 0
+    again = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [row["key"] for row in again] == [*(row["key"] for row in rows), first["key"]]
+    assert again[-1]["weights"] == first["weights"]

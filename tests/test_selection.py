@@ -118,7 +118,9 @@ def test_top_k_and_top_ratio():
         ({"kv_lens": torch.tensor([600])}, "kv_lens must lie between"),
         ({"kv_lens": torch.tensor([1.5])}, "kv_lens must be an integer tensor"),
         ({"kv_start": torch.tensor([1, 2])}, "kv_start must have shape"),
-        ({"dense_last": -1}, "dense_last must be 0 or more"),
+        ({"dense_last": -1}, "dense_last must be an integer of 0 or more"),
+        ({"dense_last": 2.5}, "dense_last must be an integer of 0 or more"),
+        ({"dense_last": 9}, "dense_last goes with causal attention"),
         ({"selection": "top_k"}, "top_k"),
     ],
 )

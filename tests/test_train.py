@@ -23,6 +23,7 @@ from pipelines.demo.train_latents import ClipSize, clip_scene
 from pipelines.demo.train_loop import Plan, schedule_at, train
 from pipelines.demo.train_phases import CONTINUED_PHASES, FULL, PHASES, Anchor, Phase, draw_batch
 from pipelines.demo.train_transformer import build_transformer, cut_out, noise_levels, rotary_of, train_transformer
+from pipelines.errors import UserError
 from pipelines.models import import_diffusers
 
 TINY = (
@@ -312,6 +313,19 @@ def test_training_learns(tmp_path: Path) -> None:
     train(Plan("toy", tmp_path, 300, 3e-2, log_steps=10), model, loss_of)
     losses = [json.loads(line)["loss"] for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert losses[-1] < 0.02 * losses[0]
+
+
+def test_a_run_of_another_model_is_one_line(tmp_path: Path) -> None:
+    def loss_of(step: int) -> dict[str, torch.Tensor]:
+        return {"loss": model(torch.ones(1, 4)).square().mean()}
+
+    for model in (torch.nn.Linear(4, 4), torch.nn.Linear(4, 5), torch.nn.Sequential(torch.nn.Linear(4, 4))):
+        plan = Plan("toy", tmp_path, 2, 1e-2)
+        if plan.checkpoint.exists():
+            with pytest.raises(UserError, match=r"toy\.safetensors: of another model than is trained now"):
+                train(plan, model, loss_of)
+        else:
+            assert train(plan, model, loss_of)[0] == 2
 
 
 def test_the_learning_rate_rises_stays_and_falls_to_nothing(tmp_path: Path) -> None:

@@ -116,6 +116,30 @@ def test_a_prompt_in_uneven_chunks_is_sparse_and_with_threshold_1_sdpas(family: 
     assert stats.summary()["sparse_calls"] == LAYERS * len(sizes)
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen2-vl"])
+def test_the_end_of_a_prompt_is_dense_where_asked_padded_chunked_and_in_static_caches(family: str) -> None:
+    skip_old_chunks(family)
+    model, (tokens, mask) = build(family), padded("left")
+
+    def cache() -> Any:
+        return transformers.StaticCache(config=model.config.get_text_config(decoder=True), max_cache_len=160)
+
+    def logits(sizes: tuple[int, ...], **state: Any) -> Tensor:
+        return chunked(model, tokens, sizes, mask, **state)[mask.bool()]
+
+    for sizes, state in (((TOKENS,), dict), ((40, 17, 43), dict), ((60, 40), lambda: {"past_key_values": cache()})):
+        dense = logits(sizes, **state())
+        # All queries are among the last so many.
+        with sparse(model, threshold=0.3, dense_last=1000) as stats:
+            close(logits(sizes, **state()), dense)
+        if not (OLD and state()):
+            assert stats.summary()["dense_calls"] == {}
+            assert stats.summary()["sparse_density"] == 1
+            with sparse(model, threshold=0.3, dense_last=8) as stats:
+                assert (logits(sizes, **state()) - dense).abs().max() > 1e-3
+            assert stats.summary()["sparse_density"] < 1
+
+
 @ALL
 def test_a_static_cache_is_sparse_and_with_threshold_1_sdpas(family: str) -> None:
     skip_old_chunks(family)

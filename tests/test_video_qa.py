@@ -21,6 +21,7 @@ from pipelines.cli import build_parser, main
 from pipelines.demo import world
 from pipelines.errors import UserError
 from pipelines.language import configurations
+from pipelines.models import sampled_digest
 from pipelines.qa_items import Question, read_questions
 from pipelines.video_frames import sample_video
 from pipelines.video_io import VideoError, read_video, write_video
@@ -57,6 +58,26 @@ def test_by_default_prefill_is_sparse_as_in_the_paper_and_the_question_dense() -
     args = build_parser("qa").parse_args(["qa", "--video", "a.mp4", "--question", "w5"])
     ((_, config),) = configurations(args).items()
     assert config == XAttnConfig.preset("qwen2-vl", dense_last=64)
+
+
+def test_answers_of_other_weights_are_asked_anew(made: Path, tmp_path: Path, capfd: Any) -> None:
+    shutil.copytree(made / "model", tmp_path / "model")
+    asked = command(made, "--video", made / "red.mp4", "--question", "w5", "--out", tmp_path / "out", "--json")
+    asked[asked.index("--model") + 1] = str(tmp_path / "model")
+    path = tmp_path / "out" / "answers.jsonl"
+
+    def replies() -> list[str]:
+        sampled_digest.cache_clear()
+        assert main(asked) == 0
+        capfd.readouterr()
+        return [json.loads(line)["reply"] for line in path.read_text().splitlines()]
+
+    assert len(replies()) == 1
+    path.write_text(json.dumps({**json.loads(path.read_text()), "reply": "of an earlier run"}) + "\n")
+    assert replies() == ["of an earlier run"]
+    (weights,) = (tmp_path / "model").glob("*.safetensors")
+    save_file({name: value + 0.01 for name, value in load_file(weights).items()}, weights, metadata={"format": "pt"})
+    assert replies()[-1] != "of an earlier run"
 
 
 def test_the_blocks_of_the_question_stay_dense_where_asked(made: Path, tmp_path: Path, capfd: Any) -> None:

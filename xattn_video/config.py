@@ -35,7 +35,7 @@ class XAttnConfig:
         dense_last: query tokens at the end of a causal call whose blocks keep every valid block: the question at
             the end of a long prompt. Its few rows are scored worst of all (one group of `stride` rows may hold
             all of it) and cost least. 0, as in the paper, treats them like all others. A prompt in chunks has as
-            many ends, and padding on the right counts as tokens.
+            many ends, and padding on the right counts as tokens. Without effect on video models: not causal.
         selection: `"threshold"`, or for ablations `"top_k"` (needs `top_k`) or `"top_ratio"` (needs `top_ratio`).
         top_k: key blocks kept a query block.
         top_ratio: share of the valid key blocks kept a query block, in (0, 1].

@@ -80,8 +80,10 @@ def select_blocks(
         "device": scores.device,
     }
     valid = valid_blocks(batch, q_len, kv_len, **geometry)
-    if dense_last < 0:
-        raise ValueError(f"dense_last must be 0 or more, got {dense_last}")
+    if isinstance(dense_last, bool) or not isinstance(dense_last, int) or dense_last < 0:
+        raise ValueError(f"dense_last must be an integer of 0 or more, got {dense_last}")
+    if dense_last and not causal:
+        raise ValueError(f"dense_last goes with causal attention, got dense_last {dense_last} and causal False")
     forced = forced_blocks(batch, q_len, kv_len, dense_tokens=dense_tokens, dense_last=dense_last, **geometry)
     if backend == "auto":
         backend = auto_name(scores.device, scores.dtype) or "reference"

@@ -19,6 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from pipelines.demo.train_curve import draw_curve
+from pipelines.errors import UserError
 from pipelines.files import whole_files, write_texts
 
 logger = logging.getLogger(__name__)
@@ -195,10 +196,17 @@ def _save(
 def _load(
     plan: Plan, model: torch.nn.Module, average: dict[str, torch.Tensor], optimizers: list[torch.optim.Optimizer]
 ) -> tuple[int, float]:
-    """Fill model, average and optimizers from the checkpoint; the steps and the seconds it stands for."""
+    """Fill model, average and optimizers from the checkpoint; the steps and the seconds it stands for.
+
+    Raises:
+        UserError: the checkpoint is of another model.
+    """
     with safe_open(plan.checkpoint, framework="pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         state = json.loads(file.metadata()["state"])
+    shapes = {name: tensors[key].shape for name in average if (key := f"model.{name}") in tensors}
+    if shapes != {name: value.shape for name, value in average.items()}:
+        raise UserError(f"{plan.checkpoint}: of another model than is trained now; use another --out")
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(tensors[f"model.{name}"])
