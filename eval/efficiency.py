@@ -79,6 +79,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--block-size", type=int, default=128)
     parser.add_argument("--threshold", type=float, default=0.9)
     parser.add_argument(
+        "--dense-last", type=int, default=0, metavar="N", help="with --model: as of qa, which has 64 (default 0)"
+    )
+    parser.add_argument(
         "--locality",
         type=float,
         default=DEFAULT_LOCALITY,
@@ -102,8 +105,11 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"--rounds must be 1 or more, got {args.rounds}")
     if not 0 <= args.locality <= 1:
         raise UserError(f"--locality must be from 0 to 1, got {args.locality}")
+    if args.dense_last and args.model is None:
+        raise UserError("--dense-last goes with --model")
+    given = {name: getattr(args, name) for name in ("stride", "block_size", "threshold", "dense_last")}
     try:
-        config = XAttnConfig(stride=args.stride, block_size=args.block_size, threshold=args.threshold, min_tokens=0)
+        config = XAttnConfig(**given, min_tokens=0)
     except ValueError as error:
         raise UserError(str(error)) from error
     if args.model is not None:

@@ -49,6 +49,18 @@ def test_a_row_a_length_with_both_times_and_the_density(
         assert any(line.split()[:2] == [f"{row['tokens']:,}", f"{row['density']:.3f}"] for line in printed)
 
 
+def test_the_prompts_end_may_stay_dense(model: Path, capfd: Any) -> None:
+    densities = {}
+    for last in (0, 40):
+        assert main(command(model, "--tokens", "400", "--rounds", "1", "--dense-last", str(last))) == 0
+        (row,) = json.loads(capfd.readouterr().out.splitlines()[-1])["rows"]
+        assert row["config"]["dense_last"] == last
+        densities[last] = row["density"]
+    assert densities[0] < densities[40] < 1
+    assert main(["bench", "--tokens", "256", "--device", "cpu", "--dense-last", "40"]) == 2
+    assert capfd.readouterr().err.splitlines()[-1].endswith("error: --dense-last goes with --model")
+
+
 def test_a_model_whose_sparse_logits_are_wrong_is_not_timed(
     model: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
 ) -> None:
