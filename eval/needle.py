@@ -66,10 +66,7 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"--samples must be 1 or more, got {args.samples}")
     make_writable(args.out)
     model, tokenizer = load_model(args, "AutoModelForCausalLM", "AutoTokenizer")
-    earlier = read_answers(args.out / ANSWERS, ("label", "key"), _signature(args))
-    # Other weights of the same name are asked anew.
-    weights = weights_of(args.model)
-    rows = {key: row for key, row in earlier.items() if weights is None or row.get("weights") == weights}
+    rows = read_answers(args.out / ANSWERS, ("label", "key"), _signature(args), weights_of(args.model))
     items = list(_items(args, tokenizer))
     for label, config in configs.items():
         _answer_all(args, model, tokenizer, items, label, config, rows)

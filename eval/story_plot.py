@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from eval import selection_plots
 from eval.story_quality import LEDGER
 from pipelines.errors import UserError
 from pipelines.files import whole_files
@@ -18,7 +18,7 @@ Row = dict[str, Any]
 
 EXAMPLE = """\
 example:
-  python -m eval.story_plot story_quality.png
+  python -m eval.story_plot --plot story_quality.png
 """
 
 # A sparse prefill by its stride and the tokens at the prompt's end whose blocks stay dense.
@@ -73,8 +73,7 @@ def draw(series: dict[tuple[int, int], list[Row]]) -> Any:
 
 def run(args: argparse.Namespace) -> int:
     """Draw; 0. Raises UserError."""
-    if importlib.util.find_spec("matplotlib") is None:
-        raise UserError("the picture needs matplotlib; install it with: pip install 'xattn-video[plot]'")
+    selection_plots.check(args.plot)
     try:
         lines = args.rows.read_text(encoding="utf-8").splitlines()
         series = latest(map(json.loads, lines), args.model)
@@ -84,16 +83,16 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"{args.rows}: has a line that is no row of eval.story_quality") from None
     if not series:
         raise UserError(f"{args.rows}: no row of --model {args.model}")
-    with whole_files(args.picture) as (partial,):
+    with whole_files(args.plot) as (partial,):
         draw(series).savefig(partial, dpi=110)
-    print(f"wrote {args.picture}")
+    print(f"wrote {args.plot}")
     return 0
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run as a program: 0, or 2 with one line for bad input."""
     parser = Parser(prog="python -m eval.story_plot", description=__doc__, epilog=EXAMPLE)
-    parser.add_argument("picture", type=Path, metavar="PICTURE", help="its suffix says which format, such as .png")
+    parser.add_argument("--plot", type=Path, required=True, metavar="FILE.png", help="the picture; needs matplotlib")
     parser.add_argument("--rows", type=Path, default=LEDGER, metavar="FILE", help="default: those in eval/results")
     parser.add_argument("--model", default="demo", help="as the rows name it (demo)")
     return run_program(parser, run, arguments)

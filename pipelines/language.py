@@ -115,11 +115,14 @@ def _demo_source(model_class: str) -> str:
     return str(DEMO_WATCHER)
 
 
-def read_answers(path: Path, names: tuple[str, str], signature: Mapping[str, Any]) -> dict[tuple[str, str], Row]:
+def read_answers(
+    path: Path, names: tuple[str, str], signature: Mapping[str, Any], weights: str | None = None
+) -> dict[tuple[str, str], Row]:
     """The answers of earlier runs by the two fields that `names` gives; a line that a kill cut short is cut off.
 
     Args:
         signature: fields that must have these values for an answer to be taken.
+        weights: of `weights_of`; answers of other weights are left out, to be asked anew. None takes all.
 
     Raises:
         UserError: a line is no answer, or one with another signature.
@@ -135,7 +138,8 @@ def read_answers(path: Path, names: tuple[str, str], signature: Mapping[str, Any
     for number, line in enumerate(whole.split(b"\n")[:-1], start=1):
         try:
             row = json.loads(line)
-            rows[row[names[0]], row[names[1]]] = row
+            if weights is None or row.get("weights") == weights:
+                rows[row[names[0]], row[names[1]]] = row
             other = [name for name in signature if row[name] != signature[name]]
         except (ValueError, KeyError, TypeError):
             raise UserError(f"{path}:{number}: not an answer of this program; use another --out") from None

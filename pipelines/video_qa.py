@@ -86,8 +86,8 @@ def run(args: argparse.Namespace) -> int:
     rows: dict[tuple[str, str], Row] = {}
     if args.out is not None:
         make_writable(args.out)
-        earlier = read_answers(args.out / ANSWERS, ("id", "attention"), _signature(args))
-        rows = _still_valid(earlier, questions, configs, weights_of(args.model))
+        earlier = read_answers(args.out / ANSWERS, ("id", "attention"), _signature(args), weights_of(args.model))
+        rows = _still_valid(earlier, questions, configs)
     wanted = [(question, label) for question in questions for label in configs]
     if any((question.id, label) not in rows for question, label in wanted):
         _answer_all(args, questions, configs, rows)
@@ -204,13 +204,14 @@ def _answer(
         answer, told = _generate(model, config, question, inputs, args.max_new_tokens)
         reply = processor.tokenizer.decode(answer.tokens, skip_special_tokens=True).strip()
         row: Row = {
-            "id": question.id, "video": str(question.video), **_asked(question, weights_of(args.model)),
+            "id": question.id, "video": str(question.video), **_asked(question),
             "attention": label, "reply": reply, "answer": question.answer, "right": question.right(reply),
             "frames": len(video.frames), "fps": video.fps, "prompt_tokens": answer.prompt_tokens,
             "prefill_seconds": round(answer.prefill_seconds, 4), "decode_seconds": round(answer.decode_seconds, 4),
             "sparse_density": told.get("sparse_density"), "dense_calls": told.get("dense_calls", {}),
             "agrees": None, "kl": None, "logit_error": None,
             "finite": bool(answer.first_logits.max().isfinite()), **_signature(args),
+            "weights": weights_of(args.model),
             "device": device_name(model.device), "model_dtype": str(model.dtype).removeprefix("torch."),
         }  # fmt: skip
         if config is None:
@@ -312,28 +313,25 @@ def _signature(args: argparse.Namespace) -> Row:
     }  # fmt: skip
 
 
-def _asked(question: Question, weights: str | None) -> Row:
+def _asked(question: Question) -> Row:
     """What must be equal for an answer to a question of this id to be taken from an earlier run; else it is asked."""
     file = question.video.stat()
     return {
         "question": question.question, "options": list(question.options),
-        "video_bytes": file.st_size, "video_changed": int(file.st_mtime), "weights": weights,
+        "video_bytes": file.st_size, "video_changed": int(file.st_mtime),
     }  # fmt: skip
 
 
 def _still_valid(
-    rows: dict[tuple[str, str], Row], questions: Sequence[Question], configs: dict[str, Any], weights: str | None
+    rows: dict[tuple[str, str], Row], questions: Sequence[Question], configs: dict[str, Any]
 ) -> dict[tuple[str, str], Row]:
-    """Earlier answers of these weights to these very questions, marked anew: the right one may have been put right.
+    """Earlier answers to these very questions, marked anew: the right answer may have been put right since.
 
     Where dense and sparse are asked for, a sparse answer that was never compared does not count.
     """
     valid = {}
     for question in questions:
-        asked = _asked(question, weights)
-        if weights is None:
-            # Not here, or of a Hub id: nothing to tell them by.
-            del asked["weights"]
+        asked = _asked(question)
         for label in configs:
             row = rows.get((question.id, label))
             if row is None or any(row.get(name) != value for name, value in asked.items()):

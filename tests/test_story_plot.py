@@ -48,7 +48,7 @@ def test_it_is_drawn_from_a_file_of_rows(tmp_path: Path, capfd: Any) -> None:
     pytest.importorskip("matplotlib")
     rows, picture = tmp_path / "rows.jsonl", tmp_path / "stories.png"
     rows.write_text(json.dumps(row(4, 0.9)) + "\n")
-    assert main([str(picture), "--rows", str(rows)]) == 0
+    assert main(["--plot", str(picture), "--rows", str(rows)]) == 0
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert capfd.readouterr().out == f"wrote {picture}\n"
 
@@ -66,7 +66,14 @@ def test_bad_input_is_one_line(lines: str | None, message: str, tmp_path: Path, 
     pytest.importorskip("matplotlib")
     if lines is not None:
         (tmp_path / "rows.jsonl").write_text(lines)
-    assert main([str(tmp_path / "a.png"), "--rows", str(tmp_path / "rows.jsonl")]) == 2
+    assert main(["--plot", str(tmp_path / "a.png"), "--rows", str(tmp_path / "rows.jsonl")]) == 2
     error = capfd.readouterr().err.splitlines()[-1]
     assert error.startswith("story_plot: error: ")
     assert message in error
+
+
+def test_a_picture_of_another_format_is_refused(tmp_path: Path, capfd: Any) -> None:
+    pytest.importorskip("matplotlib")
+    assert main(["--plot", str(tmp_path / "a.txt")]) == 2
+    assert "--plot must end in .png" in capfd.readouterr().err
+    assert not list(tmp_path.iterdir())

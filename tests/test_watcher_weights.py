@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from eval.story_plot import latest
 from eval.story_quality import LEDGER, main, table
 from pipelines.demo import asking, stories, watcher, world
 from pipelines.language import DEMO_WATCHER, VIDEO_MODEL
@@ -65,17 +65,10 @@ def test_transformers_4_knows_its_settings_too() -> None:
     assert "extra_special_tokens" not in json.loads((DEMO_WATCHER / "tokenizer_config.json").read_text())
 
 
-def _rows() -> Iterator[dict[str, Any]]:
-    """The latest row of the shipped model for each length and sparse prefill; `dense_last` came later."""
-    rows = [json.loads(line) for line in LEDGER.read_text(encoding="utf-8").splitlines()]
-    for row in rows:
-        row["prefill"] = row["config"]["stride"], row["config"].get("dense_last", 0)
-    yield from {(row["prefill"], row["scenes"]): row for row in rows if row["model"] == "demo"}.values()
-
-
 @pytest.mark.parametrize("file", [CARD, CARD.parents[3] / "README.md"])
 def test_the_cards_show_what_was_measured(file: Path) -> None:
-    rows = {(*row["prefill"], row["scenes"]): row for row in _rows()}
+    series = latest(map(json.loads, LEDGER.read_text(encoding="utf-8").splitlines()), "demo")
+    rows = {(*prefill, row["scenes"]): row for prefill, several in series.items() for row in several}
     lengths = [4, 8, 16, 32, 64]
     all_of = ((16, 0, lengths), (16, 64, lengths), (16, 8, lengths[:3]), (8, 0, lengths[:3]))
     assert rows.keys() == {(stride, last, scenes) for stride, last, several in all_of for scenes in several}

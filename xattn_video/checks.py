@@ -77,6 +77,14 @@ def check_dense_tokens(dense_tokens: tuple[int, int] | None, q_len: int, kv_len:
         raise ValueError(f"dense_tokens must be (start, stop) inside 0..{kv_len}, got {tuple(dense_tokens)}")
 
 
+def check_dense_last(dense_last: int, causal: bool) -> None:
+    """Raise `ValueError` unless it is a number of queries, and 0 where attention is not causal."""
+    if isinstance(dense_last, bool) or not isinstance(dense_last, int) or dense_last < 0:
+        raise ValueError(f"dense_last must be an integer of 0 or more, got {dense_last}")
+    if dense_last and not causal:
+        raise ValueError(f"dense_last goes with causal attention, got dense_last {dense_last} and causal False")
+
+
 def check_threshold(threshold: float | Tensor, heads: int) -> None:
     """Raise `ValueError` unless threshold is a number in (0, 1] or a tensor 0-d or `[heads]`."""
     if not isinstance(threshold, Tensor):

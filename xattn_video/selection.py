@@ -11,7 +11,7 @@ from torch import Tensor
 from . import reference
 from .backends import auto_name, resolve
 from .blocks import forced_blocks, num_blocks, valid_blocks
-from .checks import check_dense_tokens, check_key_bounds, check_threshold
+from .checks import check_dense_last, check_dense_tokens, check_key_bounds, check_threshold
 from .config import check_geometry, check_selection
 
 
@@ -71,6 +71,7 @@ def select_blocks(
     check_selection(selection, top_k, top_ratio)
     check_threshold(threshold, heads)
     check_dense_tokens(dense_tokens, q_len, kv_len)
+    check_dense_last(dense_last, causal)
     kv_start, kv_lens = check_key_bounds(kv_start, kv_lens, batch, kv_len, scores.device)
     geometry: dict[str, Any] = {
         "block_size": block_size,
@@ -80,10 +81,6 @@ def select_blocks(
         "device": scores.device,
     }
     valid = valid_blocks(batch, q_len, kv_len, **geometry)
-    if isinstance(dense_last, bool) or not isinstance(dense_last, int) or dense_last < 0:
-        raise ValueError(f"dense_last must be an integer of 0 or more, got {dense_last}")
-    if dense_last and not causal:
-        raise ValueError(f"dense_last goes with causal attention, got dense_last {dense_last} and causal False")
     forced = forced_blocks(batch, q_len, kv_len, dense_tokens=dense_tokens, dense_last=dense_last, **geometry)
     if backend == "auto":
         backend = auto_name(scores.device, scores.dtype) or "reference"

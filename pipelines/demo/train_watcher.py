@@ -212,8 +212,7 @@ def batch_loss(learner: Learner, processor: Any, batch: Batch) -> dict[str, torc
 
     `loss`: the mean cross-entropy of the answers' tokens, plus that of what is read off the scenes' tokens, off the
     questions and off the frames. Shares that are right: `right` of the answers' words, `read` of the scenes' values,
-    `seen` of the frames', `found` of the scenes that are meant and named, or told to
-    be none.
+    `seen` of the frames', `found` of the scenes that are meant and named ("none" counts).
     """
     model, device = learner.watcher, learner.watcher.device
     videos = [story.render(watcher.EVERY, offset) for story, offset in zip(batch.stories, batch.offsets, strict=True)]
