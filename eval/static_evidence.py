@@ -2,7 +2,8 @@
 
 Every kernel is compiled ahead of time with the specialisation that the JIT would give it (the launcher's own arguments
 on tensors of real size that hold no memory), and the machine code is read: registers, stack, shared and tensor memory,
-matrix instructions, local loads inside the loops that hold them. One line a kernel; the last line of stdout is JSON.
+matrix instructions, what else the innermost loop around them holds, local loads in it, and whether its copies run
+beside its products. One line a kernel; the last line of stdout is JSON.
 """
 
 from __future__ import annotations
@@ -32,8 +33,8 @@ from pipelines.errors import UserError
 from pipelines.files import write_texts
 from pipelines.program import Parser, run_program
 from xattn_video.blocks import num_blocks
-from xattn_video.kernels import antidiagonal_scores, block_sparse
-from xattn_video.kernels.launch import launch_config
+from xattn_video.kernels import antidiagonal_scores, block_sparse, launch_tables
+from xattn_video.kernels.launch_tables import LaunchConfig
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -54,8 +55,8 @@ MATRIX_INSTRUCTION = {
     "gfx942": r"\bv_mfma_",
 }
 TENSOR_MEMORY_COLUMNS = 512
-# fetch whole tiles by tensor descriptors
-COPY_ENGINE = ("sm_90", "sm_100", "sm_120")
+# what a configuration needs to fetch whole tiles by tensor descriptors; where memory is small, a smaller tile too
+COPY_ENGINE = {"sm_90": {"TMA": 1}, "sm_100": {"TMA": 1}, "sm_120": {"TMA": 1, "BLOCK_N": 32}}
 LOCAL_LOAD = {"cuda": r"\bLDL\b", "hip": r"\bscratch_load"}
 CONFIG_NAMES = ("BLOCK_R", "BLOCK_C", "BLOCK_K", "BLOCK_M", "BLOCK_N", "num_warps", "num_stages")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -75,8 +76,14 @@ class Case:
     stride: int = 8
     tma: bool = False
 
-    def kernel_and_arguments(self) -> tuple[JITFunction, dict[str, Any]]:
-        """The kernel and what its launcher would pass for one large video."""
+    def config(self, target: str) -> LaunchConfig:
+        """The configuration that comes with the package for that device class."""
+        table = launch_tables.packaged_table(target)
+        own = launch_tables.lookup(table, self.kernel, launch_tables.width(DTYPES[self.dtype]), self.head_dim)
+        return {**own, **COPY_ENGINE[target]} if self.tma else own
+
+    def kernel_and_arguments(self, target: str) -> tuple[JITFunction, dict[str, Any]]:
+        """The kernel and what its launcher would pass for one large video on that device class."""
         dtype = DTYPES[self.dtype]
         query = _meta(1, TOKENS, HEADS, self.head_dim, dtype=dtype).transpose(1, 2)
         blocks = num_blocks(TOKENS, self.block_size)
@@ -86,6 +93,7 @@ class Case:
             "scale": self.head_dim**-0.5,
             "kv_start": _meta(1, dtype=torch.int32) if self.causal else None,
             "kv_lens": _meta(1, dtype=torch.int32),
+            "config": self.config(target),
         }
         if self.kernel == "antidiagonal_scores":
             scores = _meta(1, HEADS, blocks, blocks, dtype=torch.float32)
@@ -94,8 +102,6 @@ class Case:
         lse = _meta(1, HEADS, TOKENS, dtype=torch.float32)
         indices = _meta(1, HEADS, blocks, blocks, dtype=torch.int32)
         counts = _meta(1, HEADS, blocks, dtype=torch.int32)
-        if self.tma:
-            options["config"] = {**launch_config("block_sparse", dtype, self.head_dim), "TMA": 1}
         _, arguments = block_sparse.block_sparse_arguments(query, query, query, query, lse, indices, counts, **options)
         return block_sparse._block_sparse_kernel, arguments
 
@@ -106,7 +112,12 @@ def _meta(*shape: int, dtype: torch.dtype) -> torch.Tensor:
 
 @dataclasses.dataclass(frozen=True)
 class Evidence:
-    """What one compiled kernel shows; registers and stack are those of one thread, memory is in bytes."""
+    """What one compiled kernel shows; registers and stack are those of one thread, memory is in bytes.
+
+    The loop is the shortest of those around matrix instructions that hold no other: the one without masks.
+    `copies_in_flight`: groups of copies into shared memory that its wait leaves running while it multiplies; None where
+    it waits in another way (tile copies, AMD) or copies nothing.
+    """
 
     target: str
     case: Case
@@ -120,6 +131,9 @@ class Evidence:
     async_copies: int
     tile_copies: int
     local_loads_in_loop: int
+    loop_instructions: int
+    loop_matrix_instructions: int
+    copies_in_flight: int | None
     compile_seconds: float
 
     def complaints(self) -> list[str]:
@@ -135,6 +149,8 @@ class Evidence:
             found.append(f"no matrix instruction {MATRIX_INSTRUCTION[self.target]}")
         if self.local_loads_in_loop and self.case.dtype != "fp32" and self.case.head_dim in (64, 128):
             found.append(f"{self.local_loads_in_loop} local loads in the inner loop")
+        if self.copies_in_flight == 0 and self.case.dtype != "fp32" and self.case.head_dim <= 128:
+            found.append("the loop waits for every copy before it multiplies")
         if self.case.tma and not self.tile_copies:
             found.append("asked for tensor descriptors, and the copy engine is not used")
         return found
@@ -162,7 +178,7 @@ def compile_like_jit(kernel: JITFunction, arguments: dict[str, Any], target: GPU
 
 def gather(case: Case, target: str) -> Evidence:
     """Compile one case for one target and read the machine code."""
-    kernel, arguments = case.kernel_and_arguments()
+    kernel, arguments = case.kernel_and_arguments(target)
     started = time.process_time()
     compiled = compile_like_jit(kernel, arguments, TARGETS[target])
     seconds = time.process_time() - started
@@ -208,8 +224,10 @@ def _read_nvidia(compiled: CompiledKernel, target: str) -> dict[str, int]:
 
 def _read_amd(compiled: CompiledKernel, target: str) -> dict[str, int]:
     assembly = compiled.asm["amdgcn"]
-    code = list(enumerate(assembly.splitlines()))
-    labels = {match.group(1): line for line, text in code if (match := re.match(r"(\.?\w+):", text))}
+    lines = list(enumerate(assembly.splitlines()))
+    labels = {match.group(1): line for line, text in lines if (match := re.match(r"(\.?\w+):", text))}
+    # not directives and comments
+    code = [(line, text) for line, text in lines if re.match(r"\s+[a-z]", text)]
     backward = [
         (labels[branch.group(1)], line)
         for line, text in code
@@ -226,15 +244,27 @@ def _read_amd(compiled: CompiledKernel, target: str) -> dict[str, int]:
     }
 
 
-def _matrix_loops(code: list[tuple[int, str]], backward: list[tuple[int, int]], target: str) -> dict[str, int]:
-    """Matrix instructions in all, and local loads inside any loop that holds one."""
+def _matrix_loops(code: list[tuple[int, str]], backward: list[tuple[int, int]], target: str) -> dict[str, int | None]:
+    """Matrix instructions in all, and what the innermost loops around them hold."""
     matrix = [address for address, text in code if re.search(MATRIX_INSTRUCTION[target], text)]
-    local = [address for address, text in code if re.search(LOCAL_LOAD[TARGETS[target].backend], text)]
-    loops = [(low, high) for low, high in backward if any(low <= address <= high for address in matrix)]
+    around = [(low, high) for low, high in backward if any(low <= address <= high for address in matrix)]
+    loops = [loop for loop in around if not any(other != loop and _inside(other, loop) for other in around)]
+    texts = [[text for address, text in code if low <= address <= high] for low, high in loops]
+    local = LOCAL_LOAD[TARGETS[target].backend]
+    fast = min(texts, key=len, default=[])
+    waits = [int(wait.group(1), 16) for text in fast if (wait := re.search(r"\bDEPBAR\.LE SB0, (0x[0-9a-f]+)", text))]
+    copies = any(re.search(r"\bLDGSTS\b", text) for text in fast)
     return {
         "matrix_instructions": len(matrix),
-        "local_loads_in_loop": sum(any(low <= address <= high for low, high in loops) for address in local),
+        "local_loads_in_loop": sum(bool(re.search(local, text)) for loop in texts for text in loop),
+        "loop_instructions": len(fast),
+        "loop_matrix_instructions": sum(bool(re.search(MATRIX_INSTRUCTION[target], text)) for text in fast),
+        "copies_in_flight": min(waits, default=None) if copies else None,
     }
+
+
+def _inside(inner: tuple[int, int], outer: tuple[int, int]) -> bool:
+    return outer[0] <= inner[0] and inner[1] <= outer[1]
 
 
 def _cuobjdump(option: str, cubin: Path) -> str:
@@ -243,7 +273,7 @@ def _cuobjdump(option: str, cubin: Path) -> str:
 
 
 def default_cases() -> Iterator[Case]:
-    """Every entry of launch_configs/default.json: what the tests compile."""
+    """Every entry of the tables that come with the package, on some target: what the tests compile."""
     yield Case("antidiagonal_scores", "bf16", 64)
     yield Case("antidiagonal_scores", "bf16", 128, causal=True)
     yield Case("antidiagonal_scores", "fp32", 128)
@@ -270,7 +300,8 @@ def all_cases() -> Iterator[Case]:
 
 HEADER = (
     f"{'target':7} {'kernel':20} {'type':4} {'D':>3} {'causal':6} {'P':>3} {'S':>2} {'tiles':>14} {'warps':>5}"
-    f" {'stg':>3} {'regs':>4} {'stack':>5} {'spill':>5} {'shared':>6} {'tmem':>4} {'mma':>4} {'LDL':>3} {'s':>4}"
+    f" {'stg':>3} {'regs':>4} {'stack':>5} {'spill':>5} {'shared':>6} {'tmem':>4} {'mma':>4} {'LDL':>3}"
+    f" {'loop':>4} {'mma':>4} {'ahead':>5} {'s':>4}"
 )
 
 
@@ -283,6 +314,8 @@ def format_row(evidence: Evidence) -> str:
         f"{case.stride:2} {tiles:>14} {evidence.config['num_warps']:5} {evidence.config['num_stages']:3} "
         f"{evidence.registers:4} {evidence.stack:5} {evidence.spills:5} {evidence.shared:6} "
         f"{evidence.tensor_memory_columns:4} {evidence.matrix_instructions:4} {evidence.local_loads_in_loop:3} "
+        f"{evidence.loop_instructions:4} {evidence.loop_matrix_instructions:4} "
+        f"{'-' if evidence.copies_in_flight is None else evidence.copies_in_flight:>5} "
         f"{evidence.compile_seconds:4.1f}  {'; '.join(evidence.complaints())}"
     )
 

@@ -75,8 +75,9 @@ def candidates(
     stages = (1, 2) if wide else (2, 3, 4)
     if kernel == "antidiagonal_scores":
         sides = (32, 64) if wide else (64, 128)
+        columns = sides if wide else (64, 128, 256)
         inner = tuple(size for size in (32, 64, 128) if size == 32 or size < 2 * head_dim)
-        axes = {"BLOCK_R": sides, "BLOCK_C": sides, "BLOCK_K": inner[:1] if wide else inner}
+        axes = {"BLOCK_R": sides, "BLOCK_C": columns, "BLOCK_K": inner[:1] if wide else inner}
     elif kernel == "block_sparse":
         axes = {"BLOCK_M": (32, 64) if wide else (64, 128), "BLOCK_N": (16, 32) if wide else (32, 64, 128)}
     else:

@@ -36,6 +36,11 @@ class Problem:
     kv_lens: tuple[int, ...] | None = None
     layout: str = "bhsd"
     content: str = "random"
+    scale: float | None = None
+
+    @property
+    def factor(self) -> float:
+        return self.head_dim**-0.5 if self.scale is None else self.scale
 
     def __str__(self) -> str:
         changed = [
@@ -80,7 +85,7 @@ class Problem:
         return {
             "block_size": self.block_size,
             "causal": self.causal,
-            "scale": self.head_dim**-0.5,
+            "scale": self.factor,
             "kv_start": self.bound("kv_start", device),
             "kv_lens": self.bound("kv_lens", device),
         }
@@ -147,7 +152,7 @@ def eager_attention(problem: Problem, query: Tensor, key: Tensor, value: Tensor,
     values = value.masked_fill(padding, 0).repeat_interleave(repeats, dim=1)
     kept = mask.repeat_interleave(problem.block_size, 2).repeat_interleave(problem.block_size, 3)
     kept = kept[:, :, : problem.lengths[0], : problem.lengths[1]] & problem.visible()[:, None].to(query.device)
-    logits = (query @ keys.transpose(-1, -2) * problem.head_dim**-0.5).masked_fill(~kept, -torch.inf)
+    logits = (query @ keys.transpose(-1, -2) * problem.factor).masked_fill(~kept, -torch.inf)
     probs = torch.softmax(logits.float(), dim=-1).nan_to_num(0.0).to(query.dtype)
     return probs @ values
 
@@ -167,7 +172,7 @@ def eager_scores(problem: Problem, query: Tensor, key: Tensor) -> Tensor:
         last = torch.arange(visible.shape[1]) * size + size - 1 + offset[:, None]
         visible = visible & (torch.arange(visible.shape[2]) * size <= last[:, :, None])
     visible = visible[:, None].to(query.device)
-    logits = query_rows @ key_rows.transpose(-1, -2) * (problem.head_dim**-0.5 / size)
+    logits = query_rows @ key_rows.transpose(-1, -2) * (problem.factor / size)
     probs = torch.softmax(logits.masked_fill(~visible, -torch.inf).float(), dim=-1).nan_to_num(0.0)
     groups = problem.block_size // size
     columns = _in_blocks(probs, groups).sum(-1)

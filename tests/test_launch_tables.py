@@ -19,9 +19,9 @@ OWN = {"BLOCK_M": 32, "BLOCK_N": 16, "num_warps": 2, "num_stages": 5}
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """An empty folder for tuned tables, and a GPU of the class sm_90."""
+    """An empty folder for tuned tables, and a GPU of the class sm_80."""
     monkeypatch.setenv(launch_tables.FOLDER_VARIABLE, str(tmp_path))
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (8, 0))
     monkeypatch.setattr(torch.version, "hip", None)
     launch_tables.forget_tables()
     launch_tables._gpu_class.cache_clear()
@@ -50,9 +50,9 @@ def test_without_other_tables_a_launch_gets_the_defaults(folder):
 
 def test_a_tuned_entry_comes_first_on_its_device_class_and_nowhere_else(folder):
     table = {"block_sparse": {"16-bit": {"128": OWN}}}
-    launch_tables.write_table(folder / "sm_90.json", table, {"device": "a GPU"})
+    launch_tables.write_table(folder / "sm_80.json", table, {"device": "a GPU"})
     assert launch_tables.find_config("block_sparse", torch.bfloat16, 128, GPU) == OWN
-    assert json.loads((folder / "sm_90.json").read_text())["about"] == {"device": "a GPU"}
+    assert json.loads((folder / "sm_80.json").read_text())["about"] == {"device": "a GPU"}
     # Each entry for itself: the others stay.
     for head_dim, limit in ((64, "64"), (100, "127"), (200, "256")):
         found = launch_tables.find_config("block_sparse", torch.bfloat16, head_dim, GPU)
@@ -73,20 +73,38 @@ def test_a_shipped_class_lies_between_the_defaults_and_the_users(folder, monkeyp
     monkeypatch.setattr(
         launch_tables,
         "shipped_table",
-        lambda name: {"block_sparse": {"16-bit": {"64": shipped, "128": shipped}}} if name == "sm_90" else real(name),
+        lambda name: {"block_sparse": {"16-bit": {"64": shipped, "128": shipped}}} if name == "sm_80" else real(name),
     )
     monkeypatch.setattr(launch_tables, "forget_tables", launch_tables._merged_table.cache_clear)
     assert launch_tables.find_config("block_sparse", torch.bfloat16, 128, GPU) == shipped
-    launch_tables.write_table(folder / "sm_90.json", {"block_sparse": {"16-bit": {"128": OWN}}}, {})
+    launch_tables.write_table(folder / "sm_80.json", {"block_sparse": {"16-bit": {"128": OWN}}}, {})
     assert launch_tables.find_config("block_sparse", torch.bfloat16, 128, GPU) == OWN
     assert launch_tables.find_config("block_sparse", torch.bfloat16, 64, GPU) == shipped
 
 
-def test_an_amd_gpu_is_named_after_its_architecture(folder, monkeypatch):
+def shipped_entry(name: str, limit: str) -> Any:
+    table = launch_tables.shipped_table(name)
+    assert table is not None
+    return table["block_sparse"]["16-bit"][limit]
+
+
+def test_a_hopper_gpu_has_tiles_of_its_own(folder, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
+    found = launch_tables.find_config("block_sparse", torch.bfloat16, 128, GPU)
+    assert found == shipped_entry("sm_90", "128") != default_entry("block_sparse", "16-bit", "128")
+    # what its table does not name is the default
+    assert launch_tables.find_config("block_sparse", torch.bfloat16, 64, GPU) == default_entry(
+        "block_sparse", "16-bit", "64"
+    )
+
+
+@pytest.mark.parametrize("name", ["gfx942:sramecc+:xnack-", "gfx1100"])
+def test_an_amd_gpu_is_named_after_its_architecture_and_reads_the_table_of_all(folder, monkeypatch, name):
     monkeypatch.setattr(torch.version, "hip", "6.2")
-    properties = SimpleNamespace(gcnArchName="gfx942:sramecc+:xnack-")
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
-    assert launch_tables.device_class(GPU) == "gfx942"
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: SimpleNamespace(gcnArchName=name))
+    assert launch_tables.device_class(GPU) == name.partition(":")[0]
+    found = launch_tables.find_config("block_sparse", torch.bfloat16, 128, GPU)
+    assert found == shipped_entry("gfx", "128") != default_entry("block_sparse", "16-bit", "128")
 
 
 def test_the_folder_is_the_chosen_one_or_in_the_users_cache(monkeypatch):
@@ -104,7 +122,7 @@ def entry(**changes: Any) -> dict[str, Any]:
 
 
 def test_an_entry_may_ask_for_tensor_descriptors(folder):
-    (folder / "sm_90.json").write_text(json.dumps(entry(TMA=1)))
+    (folder / "sm_80.json").write_text(json.dumps(entry(TMA=1)))
     assert launch_tables.find_config("block_sparse", torch.bfloat16, 128, GPU) == {**OWN, "TMA": 1}
 
 
@@ -133,9 +151,9 @@ def test_an_entry_may_ask_for_tensor_descriptors(folder):
     ],
 )
 def test_a_malformed_table_is_an_error_that_names_file_and_entry(document, words, folder):
-    path = folder / "sm_90.json"
+    path = folder / "sm_80.json"
     path.write_text(document if isinstance(document, str) else json.dumps(document))
-    with pytest.raises(ValueError, match=r"sm_90\.json") as raised:
+    with pytest.raises(ValueError, match=r"sm_80\.json") as raised:
         launch_tables.find_config("block_sparse", torch.bfloat16, 128, GPU)
     message = str(raised.value)
     assert message.startswith(f"{path}: ")
@@ -146,13 +164,13 @@ def test_a_malformed_table_is_an_error_that_names_file_and_entry(document, words
 
 
 def test_a_malformed_table_is_never_written(folder):
-    path = folder / "new" / "sm_90.json"
+    path = folder / "new" / "sm_80.json"
     with pytest.raises(ValueError, match="num_warps must be a power of two"):
         launch_tables.write_table(path, entry(num_warps=5), {})
     assert not path.parent.exists()
     launch_tables.write_table(path, entry(), {})
     assert launch_tables.read_table(path) == entry()
-    assert [file.name for file in path.parent.iterdir()] == ["sm_90.json"]
+    assert [file.name for file in path.parent.iterdir()] == ["sm_80.json"]
 
 
 def test_every_shipped_table_is_well_formed():

@@ -55,12 +55,14 @@ def gpu_problems():
         yield Problem(heads=(4, 4), lengths=(4096, 4096), head_dim=128, block_size=128, dtype=dtype, content="video")
     for stride in (4, 16, 32):
         yield Problem(lengths=(4100, 4100), head_dim=128, block_size=128, stride=stride, dtype=torch.bfloat16)
+    for scale in (-0.1, 0.0, 10.0):
+        yield Problem(lengths=(2085, 2085), head_dim=64, block_size=128, causal=True, dtype=torch.bfloat16, scale=scale)
 
 
 def gpu_test(check_name):
     """A test of one check of kernel_checks over all problems on the GPU."""
 
-    @pytest.mark.parametrize("number", range(27))
+    @pytest.mark.parametrize("number", range(30))
     def test(number):
         from tests import kernel_checks
 
@@ -79,7 +81,7 @@ test_same_bits_twice_on_a_gpu = gpu_test("check_same_twice")
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA or ROCm device")
-@pytest.mark.parametrize("number", range(27))
+@pytest.mark.parametrize("number", range(30))
 def test_scores_use_scratch_again_on_a_gpu(number):
     """Two programs for many strips: a missing barrier would let threads read or overwrite each other's sums."""
     from tests import kernel_checks

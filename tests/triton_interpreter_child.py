@@ -20,7 +20,7 @@ from xattn_video.kernels import antidiagonal_scores as scores_kernel
 from xattn_video.kernels import block_lists as lists_kernel
 from xattn_video.kernels import block_selection as selection_kernel
 from xattn_video.kernels import block_sparse_forward as attention_operator
-from xattn_video.kernels import descriptors
+from xattn_video.kernels import descriptors, launch_tables
 from xattn_video.kernels.descriptors import describe
 
 FP16, BF16 = torch.float16, torch.bfloat16
@@ -66,6 +66,16 @@ STRIPS = [
 @pytest.mark.parametrize("problem", STRIPS, ids=str)
 def test_scores_use_scratch_again(problem, tiles, programs):
     kernel_checks.check_scratch(problem, "cpu", tiles, programs)
+
+
+@pytest.mark.parametrize("name", ["sm_90", "gfx942"])
+def test_tiles_of_the_shipped_tables(name):
+    """What a GPU class launches with, on blocks as large as its tiles."""
+    table = launch_tables.packaged_table(name)
+    own = {kernel: launch_tables.lookup(table, kernel, "16-bit", 128) for kernel in table}
+    problem = Problem(lengths=(300, 2500), heads=(2, 1), head_dim=128, block_size=128, kv_lens=(2300,), dtype=FP16)
+    kernel_checks.check_scratch(problem, "cpu", own["antidiagonal_scores"], 1)
+    kernel_checks.check_attention(problem, "cpu", config=own["block_sparse"])
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -127,6 +137,15 @@ def test_attention_for_every_block_size(block_size):
 @pytest.mark.parametrize("dtype", [torch.float32, FP16], ids=str)
 def test_attention_for_every_head_dim(head_dim, dtype):
     problem = Problem(lengths=(70, 70), heads=(1, 1), head_dim=head_dim, dtype=dtype)
+    kernel_checks.check_attention(problem, "cpu")
+    kernel_checks.check_scores(problem, "cpu")
+
+
+@pytest.mark.parametrize("scale", [-0.3, 0.0, 30.0])
+@pytest.mark.parametrize("causal", [False, True])
+def test_every_scale(scale, causal):
+    """Maxima are taken before the scale is applied: one below 0 turns them round, and 0 must not meet -inf."""
+    problem = Problem(lengths=(90, 140), causal=causal, kv_start=(5,), kv_lens=(120,), scale=scale)
     kernel_checks.check_attention(problem, "cpu")
     kernel_checks.check_scores(problem, "cpu")
 

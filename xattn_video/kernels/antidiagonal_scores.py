@@ -31,6 +31,7 @@ from .launch import (
     device_guard,
     is_interpreted,
     launch_config,
+    positive_scale,
     processors,
     unit_inner_stride,
 )
@@ -169,7 +170,6 @@ def _antidiagonal_scores_kernel(
                     q = load_tile(q_tile, real_query[:, None], in_head[None, :], MASKED, MASK_D)
                     k = load_tile(k_tile, real_key[None, :], in_head[:, None], MASKED, MASK_D)
                     logits = dot(q, k, logits, INTERPRET)
-                logits *= qk_scale
                 if MASKED:
                     started = tile_groups >= kv_start // STRIDE - first_key
                     visible = started[None, :] & (tile_groups[None, :] < (row_stop - first_key)[:, None])
@@ -178,9 +178,10 @@ def _antidiagonal_scores_kernel(
                 shift = new_max
                 if MASKED:
                     shift = finite_max(new_max)
-                probs = tl.exp2(logits - shift[:, None])
+                # one fused multiply-add an element: the maximum is that of the unscaled logits
+                probs = tl.exp2(logits * qk_scale - (shift * qk_scale)[:, None])
                 sums = tl.sum(tl.reshape(probs, [BLOCK_R, C_BLOCKS, GROUPS]), axis=2)  # [BLOCK_R, C_BLOCKS]
-                row_sum = row_sum * tl.exp2(row_max - shift) + tl.sum(sums, axis=1)
+                row_sum = row_sum * tl.exp2((row_max - shift) * qk_scale) + tl.sum(sums, axis=1)
                 row_max = new_max
                 tl.store(strip_sums + tile * C_BLOCKS + tl.arange(0, C_BLOCKS)[None, :], sums)
                 tl.store(strip_maxima + tile * BLOCK_R, row_max[:, None])
@@ -200,7 +201,7 @@ def _antidiagonal_scores_kernel(
             in_written = (blocks >= first_tile * C_BLOCKS) & (blocks < stop_tile * C_BLOCKS)
             sums = tl.load(strip_sums + blocks[None, :], mask=in_written[None, :], other=0.0)
             maxima = tl.load(strip_maxima + read_tiles[None, :] * BLOCK_R, mask=written[None, :], other=-float("inf"))
-            weights = tl.exp2(maxima - shift[:, None]) * inverse[:, None]  # [BLOCK_R, READ_TILES]
+            weights = tl.exp2((maxima - shift[:, None]) * qk_scale) * inverse[:, None]  # [BLOCK_R, READ_TILES]
             mass = tl.reshape(sums, [BLOCK_R, READ_TILES, C_BLOCKS]) * weights[:, :, None]
             mass = tl.reshape(mass, [BLOCK_R // GROUPS, GROUPS, READ_TILES * C_BLOCKS])
             in_scores = (rows < Nq)[:, None] & (blocks < Nk)[None, :]
@@ -225,7 +226,8 @@ def scores_arguments(
 ) -> tuple[tuple[int], dict[str, Any]]:
     """Grid and keyword arguments of the kernel, launch options and scratch included.
 
-    query and key have a dense last dimension; programs is the largest grid, by default one a processor of the GPU.
+    query and key have a dense last dimension, and scale is above 0; programs is the largest grid, by default one a
+    processor of the GPU.
     """
     batch, query_heads, q_len, head_dim = query.shape
     config = config or launch_config("antidiagonal_scores", query.dtype, head_dim, query.device)
@@ -280,11 +282,15 @@ def scores_arguments(
     return grid, arguments
 
 
-def launch_antidiagonal_scores(query: torch.Tensor, key: torch.Tensor, scores: torch.Tensor, **options: Any) -> None:
+def launch_antidiagonal_scores(
+    query: torch.Tensor, key: torch.Tensor, scores: torch.Tensor, *, scale: float, **options: Any
+) -> None:
     """Fill scores [B, Hq, Nq, Nk] float32; the options are those of scores_arguments."""
     if scores.numel() == 0:
         return
-    grid, arguments = scores_arguments(unit_inner_stride(query), unit_inner_stride(key), scores, **options)
+    query, scale = positive_scale(query, scale)
+    query, key = unit_inner_stride(query), unit_inner_stride(key)
+    grid, arguments = scores_arguments(query, key, scores, scale=scale, **options)
     with device_guard(query):
         _antidiagonal_scores_kernel[grid](**arguments)
 

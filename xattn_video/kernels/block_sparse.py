@@ -20,6 +20,7 @@ from .launch import (
     device_guard,
     is_interpreted,
     launch_config,
+    positive_scale,
     unit_inner_stride,
 )
 from .primitives import dot, finite_max, first_at_least, key_range, load_tile
@@ -70,10 +71,15 @@ def _attend_kept_blocks(
     tokens = tl.arange(0, BLOCK_N)
     in_head = tl.arange(0, BLOCK_D) < HEAD_DIM
     head_entries = split - first
-    for step in range((head_entries + stop - resume) * SUB_TILES):
-        entry = step // SUB_TILES
+    steps = (head_entries + stop - resume) * SUB_TILES
+    # An entry is read one step before it is needed: a copy whose address had to be loaded in the same step would be
+    # issued too late to run beside the products of the step before.
+    next_block = tl.load(list_ptr + tl.where(head_entries > 0, first, resume), mask=steps > 0, other=0)
+    for step in range(steps):
+        key_token = next_block * BLOCK_SIZE + (step % SUB_TILES) * BLOCK_N
+        entry = (step + 1) // SUB_TILES
         entry = tl.where(entry < head_entries, first + entry, resume + entry - head_entries)
-        key_token = tl.load(list_ptr + entry) * BLOCK_SIZE + (step % SUB_TILES) * BLOCK_N
+        next_block = tl.load(list_ptr + entry, mask=step + 1 < steps, other=0)
         positions = key_token + tokens
         valid = (positions >= kv_start) & (positions < kv_stop)
         if TMA:
@@ -81,7 +87,7 @@ def _attend_kept_blocks(
         else:
             k_tile = k_ptr + key_token.to(tl.int64) * stride_ks + k_offsets
             k = load_tile(k_tile, valid[None, :], in_head[:, None], MASKED, MASK_D)  # [BLOCK_D, BLOCK_N]
-        logits = dot(q, k, tl.zeros([q.shape[0], BLOCK_N], dtype=tl.float32), INTERPRET) * qk_scale
+        logits = dot(q, k, tl.zeros([q.shape[0], BLOCK_N], dtype=tl.float32), INTERPRET)
         if MASKED:
             visible = valid[None, :]
             if CAUSAL:
@@ -91,8 +97,9 @@ def _attend_kept_blocks(
         shift = new_max
         if MASKED:
             shift = finite_max(new_max)
-        probs = tl.exp2(logits - shift[:, None])  # [BLOCK_M, BLOCK_N]
-        correction = tl.exp2(row_max - shift)
+        # one fused multiply-add an element: the maximum is that of the unscaled logits
+        probs = tl.exp2(logits * qk_scale - (shift * qk_scale)[:, None])  # [BLOCK_M, BLOCK_N]
+        correction = tl.exp2((row_max - shift) * qk_scale)
         row_sum = row_sum * correction + tl.sum(probs, axis=1)
         acc = acc * correction[:, None]
         if TMA:
@@ -238,7 +245,7 @@ def _block_sparse_kernel(
     output = acc / row_sum[:, None]
     output_tile = output_ptr + queries.to(tl.int64)[:, None] * stride_os + columns[None, :]
     tl.store(output_tile, output.to(output_ptr.dtype.element_ty), mask=real_query & in_head)
-    lse = tl.where(sees_key, (row_max + tl.log2(row_sum)) * ln2, -float("inf"))
+    lse = tl.where(sees_key, (row_max * qk_scale + tl.log2(row_sum)) * ln2, -float("inf"))
     tl.store(lse_ptr + tl.program_id(1).to(tl.int64) * Sq + queries, lse, mask=queries < Sq)
 
 
@@ -258,7 +265,10 @@ def block_sparse_arguments(
     kv_lens: torch.Tensor | None,
     config: LaunchConfig | None = None,
 ) -> tuple[tuple[int, int], dict[str, Any]]:
-    """Grid and keyword arguments of the kernel, launch options included; the tensors have a dense last dimension."""
+    """Grid and keyword arguments of the kernel, launch options included.
+
+    The tensors have a dense last dimension, and scale is above 0.
+    """
     batch, query_heads, q_len, head_dim = query.shape
     config = config or launch_config("block_sparse", query.dtype, head_dim, query.device)
     # a tile lies inside one block
@@ -315,12 +325,15 @@ def launch_block_sparse(
     lse: torch.Tensor,
     indices: torch.Tensor,
     counts: torch.Tensor,
+    *,
+    scale: float,
     **options: Any,
 ) -> None:
     """Fill output [B, Hq, Sq, D] and lse float32 [B, Hq, Sq]; the options are those of block_sparse_arguments."""
     if output.numel() == 0:
         return
+    query, scale = positive_scale(query, scale)
     query, key, value = unit_inner_stride(query), unit_inner_stride(key), unit_inner_stride(value)
-    grid, arguments = block_sparse_arguments(query, key, value, output, lse, indices, counts, **options)
+    grid, arguments = block_sparse_arguments(query, key, value, output, lse, indices, counts, scale=scale, **options)
     with device_guard(query):
         _block_sparse_kernel[grid](**arguments)

@@ -50,6 +50,13 @@ def unit_inner_stride(tensor: torch.Tensor) -> torch.Tensor:
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
+def positive_scale(query: torch.Tensor, scale: float) -> tuple[torch.Tensor, float]:
+    """A query and a scale above 0 with the same scaled products: the kernels take maxima before they scale."""
+    if scale < 0:
+        return -query, -scale
+    return (query, scale) if scale else (torch.zeros_like(query), 1.0)
+
+
 def device_guard(tensor: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
     """Make the tensor's GPU the current one: Triton launches on the current device, wherever the tensors are."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()

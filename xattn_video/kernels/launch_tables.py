@@ -1,8 +1,9 @@
 """Tables of launch configurations: where they lie, what they must hold, which entry a launch gets. No Triton needed.
 
 A table is JSON: `{kernel: {"16-bit" | "32-bit": {largest head_dim: {name: number}}}}`, and may say in `about` how it
-was made. Three are laid over each other, entry by entry: `default.json`, which has them all; the one shipped for the
-device class (`sm_90`, `gfx942`); and the one that `xattn-video tune` wrote for it into the user's folder.
+was made. They are laid over each other, entry by entry: `default.json`, which has them all and fits every NVIDIA GPU
+from sm_80 on; `gfx.json` on AMD, whose GPUs have less shared memory; the one shipped for the device class (`sm_90`,
+`gfx942`); and the one that `xattn-video tune` wrote for it into the user's folder.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ Table = dict[str, dict[str, dict[str, LaunchConfig]]]
 
 FOLDER_VARIABLE = "XATTN_VIDEO_CONFIG_DIR"
 DEFAULT = "default"
+AMD = "gfx"
 ABOUT = "about"
 WIDTHS = ("16-bit", "32-bit")
 # Names that a configuration may have beside those of the default table: with TMA 1 keys and values are fetched through
@@ -94,10 +96,8 @@ def _merged_table(name: str, folder: Path) -> Table:
 
 def packaged_table(name: str) -> Table:
     """The table of a device class without the user's entries."""
-    default = shipped_table(DEFAULT)
-    assert default is not None
-    shipped = None if name == DEFAULT else shipped_table(name)
-    return merge(default, shipped) if shipped else default
+    layers = [DEFAULT, *([AMD] if name.startswith(AMD) else []), *([] if name == DEFAULT else [name])]
+    return merge(*(table for layer in layers if (table := shipped_table(layer)) is not None))
 
 
 def forget_tables() -> None:
