@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from .backends import Backend, auto_name, resolve
-from .blocks import forced_blocks, query_key_range, valid_blocks
+from .blocks import query_key_range, valid_blocks
+from .call_blocks import call_blocks
 from .checks import (
     check_dense_tokens,
     check_key_bounds,
@@ -112,17 +113,16 @@ def xattention(
 
     backend = resolve(config.backend, device, query.dtype)
     factor = default_scale(scale, head_dim)
-    valid = valid_blocks(batch, q_len, kv_len, device=device, **geometry)
-    exact: dict[str, Any] = {"dense_tokens": dense_tokens, "dense_last": config.dense_last}
-    forced = forced_blocks(batch, q_len, kv_len, device=device, **exact, **geometry)
+    exact = None if dense_tokens is None else tuple(dense_tokens)
+    blocks = call_blocks(query, kv_len, dense_tokens=exact, dense_last=config.dense_last, **geometry)
     scores = backend.antidiagonal_scores(query, key, stride=config.stride, scale=factor, **geometry)
-    kept = select_kept(backend, scores, valid, forced, config, threshold)
+    kept = select_kept(backend, scores, blocks.valid, blocks.forced, config, threshold)
     output = attend_kept(backend, query, key, value, kept, scale=factor, **geometry)
     if not return_stats:
         return output
     # the counts of the lists, or the flags of the mask
     kept_blocks = kept if isinstance(kept, Tensor) else kept[1]
-    return output, CallStats(kept_blocks.sum(), valid.sum() * heads, None)
+    return output, CallStats(kept_blocks.sum(), blocks.total * heads, None)
 
 
 def select_kept(

@@ -120,6 +120,34 @@ def forced_blocks(
     Returns:
         bool `[B, 1, Nq, Nk]`.
     """
+    return valid_and_forced_blocks(
+        batch,
+        q_len,
+        kv_len,
+        block_size=block_size,
+        causal=causal,
+        kv_start=kv_start,
+        kv_lens=kv_lens,
+        dense_tokens=dense_tokens,
+        dense_last=dense_last,
+        device=device,
+    )[1]
+
+
+def valid_and_forced_blocks(
+    batch: int,
+    q_len: int,
+    kv_len: int,
+    *,
+    block_size: int,
+    causal: bool,
+    kv_start: Tensor | None,
+    kv_lens: Tensor | None,
+    dense_tokens: tuple[int, int] | None,
+    dense_last: int,
+    device: torch.device,
+) -> tuple[Tensor, Tensor]:
+    """`valid_blocks` and `forced_blocks` in one go, each bool `[B, 1, Nq, Nk]`."""
     first, end, key_begin, key_end, offset = _block_edges(
         batch, q_len, kv_len, block_size, causal, kv_start, kv_lens, device
     )
@@ -138,7 +166,7 @@ def forced_blocks(
         key_dense = (key_begin < dense_stop) & (key_end > dense_start)
         query_dense = (query_begin < dense_stop) & (query_begin + block_size > dense_start)
         forced = forced | key_dense | query_dense[:, None]
-    return (forced & valid)[:, None]
+    return valid[:, None], (forced & valid)[:, None]
 
 
 def mask_to_lists(block_mask: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,62 @@
+"""Valid and forced blocks of attention calls, made once for calls that are alike: all layers and steps of a video."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .blocks import valid_and_forced_blocks
+
+# two lengths or so at a time (a pipeline with two stages, self-attention and a decoder's), and some room
+KEPT_CALLS = 8
+
+
+class CallBlocks(NamedTuple):
+    """Which blocks a call may and must keep. The tensors are shared between calls and not to be written to.
+
+    Attributes:
+        valid, forced: bool `[B, 1, Nq, Nk]`.
+        total: valid blocks of one head over the batch, int64 0-d.
+    """
+
+    valid: Tensor
+    forced: Tensor
+    total: Tensor
+
+
+def call_blocks(
+    query: Tensor, kv_len: int, *, kv_start: Tensor | None, kv_lens: Tensor | None, **rules: Any
+) -> CallBlocks:
+    """The blocks of a call with that query `[B, Hq, Sq, D]`; rules are the other arguments of `blocks.forced_blocks`.
+
+    Without bounds they follow from sizes alone and are kept for the next such call of the same stream: on a GPU some
+    forty short kernels fewer a call. Bounds are values on the device, so that calls with them start anew.
+    """
+    sizes = (query.shape[0], query.shape[2], kv_len)
+    if kv_start is None and kv_lens is None and _may_keep(query):
+        stream = torch.cuda.current_stream(query.device).cuda_stream if query.is_cuda else 0
+        return _kept_blocks(*sizes, stream, device=query.device, **rules)
+    return _make(*sizes, kv_start=kv_start, kv_lens=kv_lens, device=query.device, **rules)
+
+
+def _may_keep(query: Tensor) -> bool:
+    """Whether tensors made now hold values that later calls can use."""
+    if torch.compiler.is_compiling() or type(query) is not Tensor:
+        return False
+    # what a capture makes has no values yet, and its memory belongs to the graph
+    return not (query.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
+@lru_cache(maxsize=KEPT_CALLS)
+def _kept_blocks(batch: int, q_len: int, kv_len: int, stream: int, **rules: Any) -> CallBlocks:
+    """`stream`: another stream might read before this one has written."""
+    with torch.inference_mode(False):
+        return _make(batch, q_len, kv_len, kv_start=None, kv_lens=None, **rules)
+
+
+def _make(batch: int, q_len: int, kv_len: int, **rules: Any) -> CallBlocks:
+    valid, forced = valid_and_forced_blocks(batch, q_len, kv_len, **rules)
+    return CallBlocks(valid, forced, valid.sum())
