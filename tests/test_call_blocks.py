@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import warnings
 from collections import Counter
 
 import pytest
@@ -104,12 +105,14 @@ def test_a_list_of_dense_tokens_is_taken():
 
 
 def test_tracing_and_fake_tensors_leave_nothing_behind():
-    """What a tracer makes has no values."""
+    """What a tracer makes has no values; and it warns of memories that it looks through."""
 
     def blocks(tensor):
         return call_blocks(tensor, 200, **NO_BOUNDS, **RULES).forced
 
-    traced = torch.compile(blocks, fullgraph=True, backend="eager")(query())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        traced = torch.compile(blocks, fullgraph=True, backend="eager")(query())
     with torch._subclasses.FakeTensorMode() as mode:
         call_blocks(mode.from_tensor(query()), 200, **NO_BOUNDS, **RULES)
     assert module._kept_blocks.cache_info().currsize == 0
