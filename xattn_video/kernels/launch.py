@@ -33,7 +33,7 @@ def check_supported(dtype: torch.dtype, head_dim: int) -> None:
 
 
 def launch_config(kernel: str, dtype: torch.dtype, head_dim: int, device: torch.device | None = None) -> LaunchConfig:
-    """Tile sizes, warps and stages of a kernel on that device; None is the table that suits every GPU.
+    """Tile sizes, warps and stages of a kernel on that device; None is the default table's.
 
     Raises ValueError for a malformed table.
     """
