@@ -183,7 +183,6 @@ def test_every_shipped_table_is_well_formed():
 
 def test_the_launchers_ask_for_the_device_of_their_tensors(monkeypatch):
     pytest.importorskip("triton", reason="Triton is for Linux only")
-    from eval.static_evidence import Case
     from xattn_video.kernels import antidiagonal_scores, block_sparse
 
     asked = []
@@ -194,6 +193,9 @@ def test_the_launchers_ask_for_the_device_of_their_tensors(monkeypatch):
 
     for module in (antidiagonal_scores, block_sparse):
         monkeypatch.setattr(module, "launch_config", launch_config)
-    for kernel in ("antidiagonal_scores", "block_sparse"):
-        Case(kernel, "fp16", 64).kernel_and_arguments()
+    query = torch.empty(1, 2, 256, 64, dtype=torch.float16, device="meta")
+    options = {"block_size": 128, "causal": False, "scale": 0.125, "kv_start": None, "kv_lens": None}
+    blocks = torch.empty(1, 2, 2, 2, device="meta")
+    antidiagonal_scores.scores_arguments(query, query, blocks, stride=8, **options)
+    block_sparse.block_sparse_arguments(query, query, query, query, blocks, blocks, blocks, **options)
     assert asked == [("antidiagonal_scores", torch.float16, 64, "meta"), ("block_sparse", torch.float16, 64, "meta")]
