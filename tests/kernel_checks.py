@@ -354,7 +354,10 @@ def check_selection(problem: Problem, device: str, kind: str) -> None:
     forced = forced_blocks(problem.batch, *problem.lengths, **geometry).to(device)
     shape = (problem.batch, problem.heads[0], *valid.shape[2:])
     scores = torch.rand(shape, generator=torch.Generator().manual_seed(2)).to(device)
-    scores = {"even": scores, "sharp": scores**20, "ties": (scores * 4).floor() / 4, "zero": scores * 0}[kind]
+    kinds = {"even": scores, "sharp": scores**20, "ties": (scores * 4).floor() / 4, "zero": scores * 0}
+    # a row sums to the query groups of a block: the largest sum there is, and more at a block than at any other
+    kinds |= {"large": scores * 128, "large and sharp": 128 * scores**20}
+    scores = kinds[kind]
     # a transposed layout: the kernel takes strides
     scores = scores.transpose(1, 2).contiguous().transpose(1, 2)
     per_head = torch.linspace(0.3, 1.0, problem.heads[0], device=device)

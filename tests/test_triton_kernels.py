@@ -94,7 +94,7 @@ def test_scores_use_scratch_again_on_a_gpu(number):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA or ROCm device")
-@pytest.mark.parametrize("kind", ["even", "sharp", "ties", "zero"])
+@pytest.mark.parametrize("kind", ["even", "sharp", "ties", "zero", "large", "large and sharp"])
 def test_selection_on_a_gpu(kind):
     from tests import kernel_checks
 

@@ -164,7 +164,7 @@ def test_whole_call(causal):
     kernel_checks.check_whole_call(problem, "cpu")
 
 
-@pytest.mark.parametrize("kind", ["even", "sharp", "ties", "zero"])
+@pytest.mark.parametrize("kind", ["even", "sharp", "ties", "zero", "large", "large and sharp"])
 @pytest.mark.parametrize("causal", [False, True])
 def test_selection_is_the_sorted_set(kind, causal):
     problem = Problem(lengths=(40, 600), batch=2, block_size=16, causal=causal, kv_lens=(600, 333))

@@ -78,7 +78,8 @@ def _block_selection_kernel(
     low = tl.min(bits * 0, axis=0) - 1
     high = tl.max(bits, axis=0)
     while high - low > 1:
-        middle = (low + high) // 2
+        # the patterns of two scores of 2 or more do not add up in 32 bits
+        middle = low + (high - low) // 2
         enough = _mass_ahead(bits, mass, middle, forced_mass) >= wanted
         low = tl.where(enough, middle, low)
         high = tl.where(enough, high, middle)
