@@ -7,6 +7,7 @@ is not installed or is wrong comes back with the reason, so that a table without
 from __future__ import annotations
 
 import importlib
+import types
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -133,7 +134,11 @@ class _Flex:
         if problem.causal:
             mask = _causal_mask(length, problem.query.device)
         options: dict[str, Any] = {"enable_gqa": problem.query.shape[1] != problem.key.shape[1]}
-        attend = torch.compile(flex_attention, fullgraph=True, dynamic=False)
+        # code of its own: torch counts recompilations by code, and past a few it gives up
+        code = flex_attention.__code__.replace()
+        own = types.FunctionType(code, flex_attention.__globals__, "flex_attention", flex_attention.__defaults__)
+        own.__kwdefaults__ = flex_attention.__kwdefaults__
+        attend = torch.compile(own, fullgraph=True, dynamic=False)
         return partial(attend, problem.query, problem.key, problem.value, block_mask=mask, **options)
 
 

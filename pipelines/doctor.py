@@ -67,8 +67,8 @@ def devices() -> list[dict[str, Any]]:
     import torch
 
     cuda = [
-        (f"cuda:{index}", f"{torch.cuda.get_device_name(index)}, {_gib(torch.cuda.mem_get_info(index)[1])}")
-        for index in range(torch.cuda.device_count())
+        (f"cuda:{index}", f"{own.name}, {_gib(own.total_memory)}")
+        for index, own in enumerate(map(torch.cuda.get_device_properties, range(torch.cuda.device_count())))
     ]
     found = [("cpu", f"{cpu_name()}, {torch.get_num_threads()} threads"), *cuda]
     if torch.xpu.is_available():

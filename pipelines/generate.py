@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -142,7 +143,9 @@ def _make_videos(plan: Plan, args: argparse.Namespace, on_record: Callable[[Reco
         offload=args.offload,
         compile_blocks=args.compile,
     )
-    synchronize = torch.accelerator.synchronize if plan.device.type != "cpu" else lambda: None
+    # of the device that is asked for: it need not be the current one
+    on_device = partial(torch.accelerator.synchronize, plan.device)
+    synchronize = on_device if plan.device.type != "cpu" else lambda: None
     # A model that cannot be sparse says so before hours of dense videos.
     for config in dict.fromkeys(job.config for job in plan.pending if job.config is not None):
         runner.attach(pipe, config)

@@ -17,7 +17,7 @@ from xattn_video.kernels import block_selection as selection_kernel
 from xattn_video.kernels import block_sparse as attention_kernel
 from xattn_video.kernels import block_sparse_forward as attention_operator
 from xattn_video.kernels.descriptors import has_copy_engine
-from xattn_video.kernels.launch import launch_config, unit_inner_stride
+from xattn_video.kernels.launch import launch_config, positive_scale, unit_inner_stride
 
 
 @dataclasses.dataclass(frozen=True)
@@ -192,6 +192,8 @@ def check_scratch(problem: Problem, device: str, config: dict[str, int], program
     query, key, _ = problem.tensors(device)
     scores = problem.unwritten_scores(device)
     options = {**problem.options(device), "stride": problem.stride, "config": config, "programs": programs}
+    judged = query
+    query, options["scale"] = positive_scale(query, options["scale"])
     grid, arguments = scores_kernel.scores_arguments(query, key, scores, **options)
     strips = num_blocks(problem.lengths[0], config["BLOCK_R"] * problem.stride) * problem.batch * problem.heads[0]
     assert grid == (programs,)
@@ -202,7 +204,7 @@ def check_scratch(problem: Problem, device: str, config: dict[str, int], program
         assert arguments[name].shape == longer_arguments[name].shape
         arguments[name].fill_(torch.nan)
     scores_kernel._antidiagonal_scores_kernel[grid](**arguments)
-    _judge_scores(problem, query, key, scores)
+    _judge_scores(problem, judged, key, scores)
 
 
 def _judge_scores(problem: Problem, query: Tensor, key: Tensor, scores: Tensor) -> None:

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from xattn_video import call_blocks as module
 from xattn_video import xattention
 from xattn_video.blocks import forced_blocks, valid_blocks
-from xattn_video.call_blocks import call_blocks
+from xattn_video.call_blocks import call_blocks, head_thresholds
 
 RULES = {"block_size": 32, "causal": False, "dense_tokens": None, "dense_last": 0}
 NO_BOUNDS = {"kv_start": None, "kv_lens": None}
@@ -21,9 +21,11 @@ NO_BOUNDS = {"kv_start": None, "kv_lens": None}
 
 @pytest.fixture(autouse=True)
 def nothing_kept():
-    module._kept_blocks.cache_clear()
+    for kept in (module._kept_blocks, module._kept_thresholds):
+        kept.cache_clear()
     yield
-    module._kept_blocks.cache_clear()
+    for kept in (module._kept_blocks, module._kept_thresholds):
+        kept.cache_clear()
 
 
 class Operators(TorchDispatchMode):
@@ -118,6 +120,22 @@ def test_tracing_and_fake_tensors_leave_nothing_behind():
     assert module._kept_blocks.cache_info().currsize == 0
     assert torch.equal(traced, blocks(query()))
     assert type(blocks(query())) is torch.Tensor
+
+
+def test_thresholds_of_heads_are_copied_once():
+    """A copy from the host makes it wait, in each of sixty layers."""
+    shares = (0.5, 1.0)
+    tensor = torch.randn(1, 2, 256, 16)
+    settings = {"stride": 4, "block_size": 32, "min_tokens": 0, "return_stats": True}
+    output, _ = xattention(tensor, tensor, tensor, threshold=shares, **settings)
+    assert head_thresholds(tensor, shares) is head_thresholds(tensor, shares)
+    assert module._kept_thresholds.cache_info().misses == 1
+    for head, share in enumerate(shares):
+        own = tensor[:, head : head + 1]
+        assert torch.equal(xattention(own, own, own, threshold=share, **settings)[0], output[:, head : head + 1])
+    compiled = torch.compile(lambda query: head_thresholds(query, (0.25, 0.75)), fullgraph=True, backend="eager")
+    assert compiled(tensor).tolist() == [0.25, 0.75]
+    assert module._kept_thresholds.cache_info().currsize == 1
 
 
 @pytest.mark.gpu

@@ -54,6 +54,30 @@ def test_bench_prints_a_table_and_ends_in_json(
     assert [row["name"] for row in recorded] == ["causal-1100", "video-1100"]
 
 
+def test_a_case_that_does_not_fit_is_left_out_and_the_others_are_recorded_as_they_come(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    make, ledger = efficiency.make_inputs, tmp_path / "ledger.jsonl"
+
+    def cases(args: object, device: object) -> list[Case]:
+        return [Case(name, 1, 32, 35, 0, 1, 16, "fp32") for name in ("first", "large", "second", "killed")]
+
+    def inputs(case: Case, locality: float, device: torch.device) -> object:
+        if case.name == "large":
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        if case.name == "killed":
+            assert [json.loads(line)["name"] for line in ledger.read_text().splitlines()] == ["first", "second"]
+            raise KeyboardInterrupt
+        return make(case, locality, device)
+
+    monkeypatch.setattr(efficiency, "chosen_cases", cases)
+    monkeypatch.setattr(efficiency, "make_inputs", inputs)
+    monkeypatch.setattr(efficiency, "LEDGER", ledger)
+    assert main([*ARGUMENTS, "--record"]) == 130
+    assert "large: left out" in capsys.readouterr().err
+    assert [json.loads(line)["name"] for line in ledger.read_text().splitlines()] == ["first", "second"]
+
+
 def test_nothing_is_timed_or_recorded_when_the_result_is_wrong(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

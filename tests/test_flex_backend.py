@@ -224,5 +224,7 @@ def test_on_a_gpu_it_is_the_reference(head_dim, causal, dtype):
     output, lse = block_sparse_attention(*inputs, block_mask, backend="flex", **settings)
     exact = [part.double() for part in inputs]
     truth, truth_lse = block_sparse_attention(*exact, block_mask, backend="reference", **settings)
-    assert (output.double() - truth).norm() <= 4 * torch.finfo(dtype).eps * truth.norm() + 1e-5
+    # float32 products are summed one after the other there, over 1,050 keys
+    allowed = (16 if dtype == torch.float32 else 4) * torch.finfo(dtype).eps
+    assert (output.double() - truth).norm() <= allowed * truth.norm()
     torch.testing.assert_close(lse.double(), truth_lse, atol=1e-4, rtol=1e-4)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.language_families import BUILDERS, LAYERS, SPECIAL, TEXT, build, prompt
 from xattn_video import XAttnConfig, xattention
@@ -202,6 +203,26 @@ def test_a_range_takes_no_memory_and_says_what_the_whole_mask_says() -> None:
         assert ranges.untyped_storage().nbytes() == 3 * 4
         assert torch.equal(dense_mask(ranges, queries, TOKENS), sdpa_mask(**asked, attention_mask=left))
     assert range_mask(batch_size=3, **positions(TOKENS, 0), kv_length=TOKENS) is None
+
+
+class Reads(TorchDispatchMode):
+    """Counts the numbers that the host reads one by one."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func.overloadpacket.__name__ == "_local_scalar_dense"
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("before", [0, 60])
+def test_the_mask_of_a_padded_prompt_is_read_at_once(before: int) -> None:
+    """Each read makes the host wait for the GPU; before transformers 5 the position of a chunk is one more."""
+    _, left = padded("left")
+    asked: dict[str, Any] = {"batch_size": 3, **positions(TOKENS - before, before), "kv_length": TOKENS}
+    with Reads() as reads:
+        assert is_range(range_mask(**asked, attention_mask=left))
+    assert reads.count <= ("cache_position" in asked)
 
 
 @pytest.mark.parametrize("window", [TOKENS - 1, 32])

@@ -199,8 +199,13 @@ for kernel in tune.KERNELS:
     assert 0 < runner.block_mask.float().mean() < 1
     # Milliseconds: the interpreter takes more than one.
     assert tune.timer(runner, 1)(launch_tables.find_config(kernel, torch.float32, 16)) > 1
-    # Before and after the launch.
-    assert len(waits) == 2
+    # Before and after a launch that tells how long one takes, and the one that is timed.
+    assert len(waits) == 4
+    # Those of a moment follow each other.
+    launches = []
+    runner.launch = lambda config, output: launches.append(len(waits))
+    tune.timer(runner, 1)({})
+    assert launches == [4, 5] + [7] * tune.MOST_LAUNCHES
 """
 
 

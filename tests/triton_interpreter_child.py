@@ -16,6 +16,7 @@ from triton.runtime.interpreter import InterpreterBuilder
 
 from tests import kernel_checks
 from tests.kernel_checks import Problem
+from xattn_video import xattention
 from xattn_video.kernels import antidiagonal_scores as scores_kernel
 from xattn_video.kernels import block_lists as lists_kernel
 from xattn_video.kernels import block_selection as selection_kernel
@@ -59,6 +60,7 @@ STRIPS = [
     Problem(lengths=(500, 430), batch=2, causal=True, kv_start=(0, 150), kv_lens=(430, 380), block_size=64, dtype=BF16),
     Problem(lengths=(270, 530), batch=2, head_dim=16, stride=4, block_size=64, kv_start=(140, 6), kv_lens=(400, 6)),
     Problem(lengths=(600, 600), head_dim=16, stride=16, block_size=128, causal=True, content="video"),
+    Problem(lengths=(600, 600), head_dim=16, block_size=64, causal=True, scale=-0.2),
 ]
 
 
@@ -162,6 +164,19 @@ def test_whole_call(causal):
         lengths=(100, 150), heads=(4, 2), batch=2, causal=causal, kv_start=(0, 20), kv_lens=(150, 131), content="video"
     )
     kernel_checks.check_whole_call(problem, "cpu")
+
+
+def test_bounds_may_be_strided():
+    """Such as a column of a mask: the kernels read item after item."""
+    problem = Problem(lengths=(100, 150), batch=2, causal=True, content="video")
+    query, key, value = problem.tensors("cpu")
+    bounds = torch.tensor([[0, 150], [20, 131]])
+    settings = {"stride": 8, "block_size": 32, "threshold": 0.6, "min_tokens": 0, "causal": True}
+    outputs = [
+        xattention(query, key, value, backend=backend, kv_start=bounds[:, 0], kv_lens=bounds[:, 1], **settings)
+        for backend in ("triton", "reference")
+    ]
+    torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["even", "sharp", "ties", "zero", "large", "large and sharp"])

@@ -11,7 +11,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from .backends import Backend, auto_name, resolve
 from .blocks import query_key_range, valid_blocks
-from .call_blocks import call_blocks
+from .call_blocks import call_blocks, head_thresholds
 from .checks import (
     check_dense_tokens,
     check_key_bounds,
@@ -98,7 +98,7 @@ def xattention(
     kv_start, kv_lens = check_key_bounds(kv_start, kv_lens, batch, kv_len, device)
     check_dense_tokens(dense_tokens, q_len, kv_len)
     if isinstance(threshold, tuple):
-        threshold = torch.tensor(threshold, device=device)
+        threshold = head_thresholds(query, threshold)
     check_threshold(threshold, heads)
     masking: dict[str, Any] = {"causal": causal, "kv_start": kv_start, "kv_lens": kv_lens}
 

@@ -1,8 +1,8 @@
-"""Valid and forced blocks of attention calls, made once for calls that are alike: all layers and steps of a video."""
+"""What attention calls that are alike share, all layers and steps of a video: valid and forced blocks, thresholds."""
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -60,3 +60,17 @@ def _kept_blocks(batch: int, q_len: int, kv_len: int, stream: int, **rules: Any)
 def _make(batch: int, q_len: int, kv_len: int, **rules: Any) -> CallBlocks:
     valid, forced = valid_and_forced_blocks(batch, q_len, kv_len, **rules)
     return CallBlocks(valid, forced, valid.sum())
+
+
+def head_thresholds(query: Tensor, shares: tuple[float, ...]) -> Tensor:
+    """The thresholds of the heads, float32 `[Hq]` on the query's device, copied there once: the host waits for it."""
+    if torch.compiler.is_compiling() or type(query) is not Tensor:
+        return torch.tensor(shares, device=query.device)
+    return _kept_thresholds(shares, query.device)
+
+
+# all are kept, since a captured graph may hold one
+@cache
+def _kept_thresholds(shares: tuple[float, ...], device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.tensor(shares, device=device)

@@ -46,7 +46,10 @@ def check_value(key: Tensor, value: Tensor) -> None:
 def check_key_bounds(
     kv_start: Tensor | None, kv_lens: Tensor | None, batch: int, kv_len: int, device: torch.device
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Both as int32 `[B]` on `device`, or None. Raise `ValueError` for a wrong shape, dtype or (on a CPU) value."""
+    """Both as contiguous int32 `[B]` on `device`, or None.
+
+    Raises `ValueError` for a wrong shape or dtype, and on a CPU for a value out of range.
+    """
     kv_start = _as_bound("kv_start", kv_start, batch, kv_len, device)
     kv_lens = _as_bound("kv_lens", kv_lens, batch, kv_len, device)
     return kv_start, kv_lens
@@ -63,7 +66,8 @@ def _as_bound(name: str, bound: Tensor | None, batch: int, kv_len: int, device: 
     readable = bound.device.type == "cpu" and not torch.compiler.is_compiling()
     if readable and (int(bound.min()) < 0 or int(bound.max()) > kv_len):
         raise ValueError(f"{name} must lie between 0 and the key length {kv_len}, got {bound.tolist()}")
-    return bound.to(device=device, dtype=torch.int32)
+    # the kernels read item after item
+    return bound.to(device=device, dtype=torch.int32).contiguous()
 
 
 def check_dense_tokens(dense_tokens: tuple[int, int] | None, q_len: int, kv_len: int) -> None:

@@ -45,7 +45,8 @@ class LayerCounts:
         """Move to the device that the counted calls run on."""
         if self.values.device != device:
             with torch.inference_mode(False):
-                self.values = self.values.to(device)
+                # to a GPU without waiting for it; what comes from one has to be there
+                self.values = self.values.to(device, non_blocking=device.type != "cpu")
 
     def add_sparse(self, kept: Tensor, valid: Tensor) -> None:
         """Count a sparse call: kept and valid blocks, int64 0-d, on the device."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Callable
-from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -54,7 +53,7 @@ def _triton_unavailable_reason(device: torch.device, dtype: torch.dtype) -> str 
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     if device.type != "cuda" and not (interpreted and device.type == "cpu"):
         return f"it needs an NVIDIA or AMD GPU, not {device.type}"
-    if not _has_triton():
+    if not _HAS_TRITON:
         return "the package triton is not installed"
     if dtype not in TRITON_DTYPES:
         return f"it takes float32, float16 and bfloat16, not {dtype}"
@@ -70,9 +69,7 @@ def _flex_unavailable_reason(device: torch.device, dtype: torch.dtype) -> str | 
     return None if device.type == "cpu" else _triton_unavailable_reason(device, dtype)
 
 
-@cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 def auto_name(device: torch.device, dtype: torch.dtype) -> str | None:

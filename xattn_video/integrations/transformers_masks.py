@@ -56,9 +56,9 @@ def range_mask(
     if queries > 1 and allow_is_causal_skip and whole and kv_offset == 0 and not torch.compiler.is_compiling():
         before = kwargs.get("q_offset", 0) if positions is None else positions[0]
         end = int(before) + queries
-        start = padding_before(attention_mask, batch_size, end)
+        start, padded = padding_before(attention_mask, batch_size, end)
         if start is not None and end <= kv_length:
-            if end == queries and not start.any():
+            if end == queries and not padded:
                 return None
             return start.to(kwargs.get("device", start.device)).view(-1, 1, 1, 1).expand(-1, 1, 1, end)
     if local_size is not None:
@@ -74,22 +74,24 @@ def range_mask(
     )
 
 
-def padding_before(attention_mask: Tensor | None, batch: int, end: int) -> Tensor | None:
-    """How many keys at the left of each item are padding, int32 `[B]`; None where that does not tell the mask.
+def padding_before(attention_mask: Tensor | None, batch: int, end: int) -> tuple[Tensor | None, bool]:
+    """How many keys at the left of each item are padding, int32 `[B]`, or None where that does not tell the mask; and
+    whether there are any.
 
     Padding on the right needs no mask beside causality: only queries that are padding themselves see it. Padding
-    between tokens does. An item of padding alone has all of its `end` keys there. Reads values: the host waits.
+    between tokens does. An item of padding alone has all of its `end` keys there. Reads values: the host waits once.
     """
     if attention_mask is None:
-        return torch.zeros(batch, dtype=torch.int32)
+        return torch.zeros(batch, dtype=torch.int32), False
     if attention_mask.ndim != 2 or attention_mask.shape[1] < end:
-        return None
+        return None, True
     token = attention_mask[:, :end].bool()
     # Where padding turns to tokens: at most once, and then nothing but tokens up to the last one.
     rises = token[:, 1:] & ~token[:, :-1]
     several = rises.sum(1) + token[:, 0] > 1
     first = torch.where(token.any(1), token.int().argmax(1), end)
-    return None if several.any() else first.to(torch.int32)
+    holes, padded = torch.stack([several.any(), (first > 0).any()]).tolist()
+    return None if holes else first.to(torch.int32), padded
 
 
 def is_range(attention_mask: Tensor | None) -> TypeGuard[Tensor]:
