@@ -170,7 +170,7 @@ def test_bounds_may_be_strided():
     """Such as a column of a mask: the kernels read item after item."""
     problem = Problem(lengths=(100, 150), batch=2, causal=True, content="video")
     query, key, value = problem.tensors("cpu")
-    bounds = torch.tensor([[0, 150], [20, 131]])
+    bounds = torch.tensor([[0, 150], [20, 131]], dtype=torch.int32)
     settings = {"stride": 8, "block_size": 32, "threshold": 0.6, "min_tokens": 0, "causal": True}
     outputs = [
         xattention(query, key, value, backend=backend, kv_start=bounds[:, 0], kv_lens=bounds[:, 1], **settings)
