@@ -114,7 +114,7 @@ def _answer_all(
     import torch
     from tqdm.auto import tqdm
 
-    from pipelines.answering import generate_answer
+    from pipelines.answering import Answer, generate_answer
     from xattn_video.integrations.transformers import stop_xattention, use_xattention
 
     left = [item for item in items if (label, item.key) not in rows]
@@ -122,16 +122,23 @@ def _answer_all(
         stats = None if config is None or not left else use_xattention(model, config)
     except ValueError as error:
         raise UserError(f"--model {args.model}: {error}") from None
+
+    def ask(item: Item, most_tokens: int) -> Answer:
+        inputs = _inputs(args, tokenizer, item, model.device)
+        try:
+            return generate_answer(model, inputs, most_tokens)
+        except torch.OutOfMemoryError:
+            tokens = inputs["input_ids"].shape[1]
+            raise UserError(f"{item.key}: {model.device} is out of memory with {tokens:,} tokens") from None
+
+    if left:
+        # what is compiled or made at the first call is no part of any prefill
+        ask(min(left, key=lambda item: item.length), 1)
     with open(args.out / ANSWERS, "a", encoding="utf-8") as file:
         for item in tqdm(left, desc=label, disable=None):
             if stats is not None:
                 stats.reset()
-            inputs = _inputs(args, tokenizer, item, model.device)
-            try:
-                answer = generate_answer(model, inputs, _NEW_TOKENS)
-            except torch.OutOfMemoryError:
-                tokens = inputs["input_ids"].shape[1]
-                raise UserError(f"{item.key}: {model.device} is out of memory with {tokens:,} tokens") from None
+            answer = ask(item, _NEW_TOKENS)
             summary = None if stats is None else stats.summary()
             reply = tokenizer.decode(answer.tokens, skip_special_tokens=True)
             row = {

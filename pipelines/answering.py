@@ -66,6 +66,7 @@ def generate_answer(model: Any, inputs: dict[str, Any], max_new_tokens: int) -> 
             **inputs,
             max_new_tokens=max_new_tokens,
             do_sample=False,
+            num_beams=1,
             streamer=clock,
             return_dict_in_generate=True,
             output_logits=True,

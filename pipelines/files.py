@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -32,6 +34,7 @@ def whole_files(*paths: Path) -> Iterator[tuple[Path, ...]]:
     try:
         yield partial
         for name, path in zip(partial, paths, strict=True):
+            force_to_disk(name)
             os.replace(name, path)
     except OSError as error:
         raise UserError(f"{' and '.join(map(str, paths))}: cannot write: {error.strerror or error}") from error
@@ -39,6 +42,15 @@ def whole_files(*paths: Path) -> Iterator[tuple[Path, ...]]:
         for name in partial:
             with contextlib.suppress(OSError):
                 name.unlink(missing_ok=True)
+
+
+def force_to_disk(path: Path) -> None:
+    """What was written is there after a power failure too. Raises OSError."""
+    descriptor = os.open(path, os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def write_texts(texts: Mapping[Path, str]) -> None:
@@ -66,10 +78,38 @@ def claimed(name: Path) -> Iterator[None]:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise UserError(f"{name}: another process is making it") from None
+            except OSError as error:
+                _note_no_locks(str(name.parent), error.strerror or str(error))
         try:
             yield
         finally:
             lock.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """While it is open, no other process of this machine is in it for the same folder; waits for one that is.
+
+    Raises:
+        OSError: the folder cannot be opened.
+    """
+    if fcntl is None:
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        except OSError as error:
+            _note_no_locks(str(folder), error.strerror or str(error))
+        yield
+    finally:
+        os.close(descriptor)
+
+
+@functools.cache
+def _note_no_locks(folder: str, reason: str) -> None:
+    print(f"{folder}: no locks on this file system ({reason}): run one process at a time there", file=sys.stderr)
 
 
 @contextlib.contextmanager

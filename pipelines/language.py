@@ -90,7 +90,7 @@ def load_model(args: argparse.Namespace, model_class: str, processor_class: str)
     try:
         model = getattr(transformers, model_class).from_pretrained(source, dtype=args.dtype)
         processor = getattr(transformers, processor_class).from_pretrained(source)
-    except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
+    except (OSError, ValueError, TypeError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         if isinstance(error, OSError) and not Path(source).is_dir():
             raise UserError(offline_message(args.model, error)) from None
         reason = " ".join(str(error).split())[:200]
@@ -141,7 +141,7 @@ def read_answers(
             if weights is None or row.get("weights") == weights:
                 rows[row[names[0]], row[names[1]]] = row
             other = [name for name in signature if row[name] != signature[name]]
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, AttributeError):
             raise UserError(f"{path}:{number}: not an answer of this program; use another --out") from None
         if other:
             raise UserError(f"{path}: has answers with {other[0]} {row[other[0]]}; use another --out")

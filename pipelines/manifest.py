@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.errors import UserError
-from pipelines.files import write_texts
+from pipelines.files import alone_in, write_texts
 from pipelines.video_io import lossless_path
 
 NAME = "manifest.jsonl"
@@ -93,16 +93,18 @@ def append_record(folder: Path, record: Record) -> None:
         UserError: the file cannot be written.
     """
     path = folder / NAME
-    complete, torn = _split(path)
     try:
-        if torn:
-            os.truncate(path, len(complete))
-        descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o644)
-        line = _line(record)
-        with os.fdopen(descriptor, "ab", buffering=0) as file:
-            if file.write(line) != len(line):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            os.fsync(file.fileno())
+        # a line that another process is writing looks torn
+        with alone_in(folder):
+            complete, torn = _split(path)
+            if torn:
+                os.truncate(path, len(complete))
+            descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o644)
+            line = _line(record)
+            with os.fdopen(descriptor, "ab", buffering=0) as file:
+                if file.write(line) != len(line):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                os.fsync(file.fileno())
     except OSError as error:
         raise UserError(f"{path}: cannot write: {error.strerror}") from None
 
@@ -113,11 +115,17 @@ def remove_records(folder: Path, keys: Collection[Key]) -> None:
     Raises:
         UserError: the file cannot be written.
     """
-    records = read_manifest(folder)
-    if not any(key in records for key in keys):
+    if not folder.is_dir():
         return
-    left = [json.dumps(record) + "\n" for key, record in records.items() if key not in keys]
-    write_texts({folder / NAME: "".join(left)})
+    try:
+        # a line that another process adds in between would be lost
+        with alone_in(folder):
+            records = read_manifest(folder)
+            if any(key in records for key in keys):
+                left = [json.dumps(record) + "\n" for key, record in records.items() if key not in keys]
+                write_texts({folder / NAME: "".join(left)})
+    except OSError as error:
+        raise UserError(f"{folder / NAME}: cannot write: {error.strerror}") from None
 
 
 def differences(old: Record, new: Record, fields: Collection[str]) -> list[str]:

@@ -23,6 +23,7 @@ from typing import IO, TYPE_CHECKING, Any
 import numpy as np
 
 from pipelines.errors import UserError
+from pipelines.files import force_to_disk
 
 if TYPE_CHECKING:
     import torch
@@ -111,6 +112,7 @@ def write_video(path: str | os.PathLike[str], frames: Frames, fps: float, *, los
                 reason = _first_message(log, path, partial) or f"ffmpeg exit code {code}"
                 raise VideoError(f"{path}: cannot write the video: {reason}")
         try:
+            force_to_disk(partial)
             os.replace(partial, path)
         except OSError as error:
             raise VideoError(f"{path}: cannot write the video: {error.strerror}") from None

@@ -51,6 +51,34 @@ def test_threshold_one_is_dense_attention(backend, causal, q_len, kv_len, kv_sta
     torch.testing.assert_close(output, dense_attention(query, key, value, **masking), atol=2e-6, rtol=1e-5)
 
 
+@pytest.mark.parametrize("minimum", [0, 1024])
+@pytest.mark.parametrize("causal", [False, True])
+def test_padding_may_hold_anything(causal, minimum):
+    """A cache that was never written to: in sparse and in dense calls."""
+    query, key, value = random_qkv(2, 2, 1, 64, 64, 16)
+    bounds = {"kv_start": torch.tensor([0, 7]), "kv_lens": torch.tensor([50, 64])}
+    settings = {"threshold": 1.0, "min_tokens": minimum, "causal": causal, **bounds}
+    clean = run(query, key, value, "auto", **settings)
+    for part in (key, value):
+        part[0, :, 50:], part[1, :, :7] = torch.nan, torch.inf
+    assert torch.equal(
+        run(query, key, value, "auto", threshold=1.0, min_tokens=minimum, causal=causal, **bounds), clean
+    )
+
+
+def test_thresholds_of_heads_are_as_exact_as_one_for_all():
+    """Ten equal blocks at 0.3 are three, however the number is given, and whatever torch's default type is."""
+    tensor = torch.ones(1, 2, 320, 16)
+    kept = {run(tensor, tensor, tensor, "cpu", threshold=t, return_stats=True)[1].density for t in (0.3, (0.3, 0.3))}
+    assert kept == {0.3}
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        stats = run(tensor, tensor, tensor, "cpu", threshold=(0.999, 0.2), return_stats=True)[1]
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert stats.density == pytest.approx(0.6)
+
+
 @pytest.mark.parametrize("causal", [False, True])
 def test_dense_attention_follows_the_masking_rules(causal):
     query, key, value = random_qkv(2, 2, 1, 50, 80, 16)
@@ -205,6 +233,24 @@ def test_the_layout_of_diffusers_needs_no_copy(backend):
     torch.testing.assert_close(
         run(*strided, backend, threshold=0.7), run(query, key, value, backend, threshold=0.7), atol=2e-6, rtol=1e-5
     )
+
+
+def test_under_autocast_it_is_cast_as_pytorchs_attention_is():
+    """Models with float32 weights give it float32 queries beside bfloat16 values."""
+    query, key, value = random_qkv(1, 2, 2, 200, 200, 32)
+    mixed = (query, key, value.bfloat16())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        wanted = scaled_dot_product_attention(*mixed)
+        exact = run(*mixed, "auto", threshold=1.0)
+        output, stats = run(*mixed, "auto", threshold=0.7, return_stats=True)
+    assert wanted.dtype == exact.dtype == output.dtype == torch.bfloat16
+    assert (exact.float() - wanted.float()).norm() < 0.01 * wanted.float().norm()
+    # the scores are not rounded on the way
+    cast = [part.bfloat16() for part in mixed]
+    plain, plain_stats = run(*cast, "auto", threshold=0.7, return_stats=True)
+    assert torch.equal(output, plain)
+    assert int(stats.kept) == int(plain_stats.kept) < int(stats.valid)
+    assert run(*(part.double() for part in mixed), "reference", threshold=1.0).dtype == torch.float64
 
 
 def test_float64_stays_float64():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -16,7 +17,7 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file, save_file
 
-from pipelines import models, runner
+from pipelines import files, models, runner
 from pipelines.cli import main
 from pipelines.errors import UserError
 from pipelines.files import claimed
@@ -247,6 +248,19 @@ def test_a_claim_that_cannot_be_written_is_one_line(tmp_path):
     (tmp_path / ".one.lock").mkdir()
     with pytest.raises(UserError, match=r"\.one\.lock: cannot write: Is a directory"), claimed(tmp_path / "one"):
         pass
+
+
+@pytest.mark.skipif(files.fcntl is None, reason="this system has no fcntl")
+def test_a_file_system_without_locks_is_noted_and_worked_on(tmp_path, monkeypatch, capsys):
+    def unsupported(*args):
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(files.fcntl, "flock", unsupported)
+    for name in ("one", "two"):
+        with claimed(tmp_path / name), files.alone_in(tmp_path):
+            pass
+    note = f"{tmp_path}: no locks on this file system ({os.strerror(errno.ENOSYS)}): run one process at a time there"
+    assert capsys.readouterr().err.splitlines() == [note]
 
 
 @pytest.mark.parametrize("same", [True, False])

@@ -22,6 +22,7 @@ from xattn_video import XAttnConfig, XAttnProcessor
 from xattn_video.integrations import diffusers as integration
 from xattn_video.integrations import diffusers_backend, torchvision_mend
 from xattn_video.integrations.diffusers import attached_processor
+from xattn_video.integrations.diffusers_models import REFUSED, find_self_attention
 
 # after tests.tiny, which mends a torchvision that does not fit this torch
 from diffusers import (  # isort: skip
@@ -212,6 +213,33 @@ def test_a_pipeline_without_transformer_is_refused_by_name() -> None:
     vae = AutoencoderKLWan(base_dim=4, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1)
     with pytest.raises(ValueError, match=r"Empty.*AutoencoderKLWan"):
         Empty(vae).set_attn_processor(XAttnProcessor())
+
+
+@pytest.mark.parametrize(("setting", "words"), [({"dense_layers": ("no*",)}, "no"), ({"threshold": (0.5,) * 7}, "7")])
+def test_settings_that_do_not_fit_leave_what_is_attached(model: Any, setting: dict[str, Any], words: str) -> None:
+    """A caller that goes on after the error goes on with what it had, and not densely."""
+    before = XAttnProcessor(**SETTINGS)
+    model.set_attn_processor(before)
+    refused = XAttnProcessor(**{**SETTINGS, **setting})
+    with pytest.raises(ValueError, match=words):
+        model.set_attn_processor(refused)
+    assert attached_processor(model) is before
+    assert refused.stats.summary()["calls"] == 0
+
+
+def test_settings_that_fit_one_of_two_models_are_attached_to_neither() -> None:
+    pipe = build_t2v_a14b(0)
+    pipe.transformer_2.blocks = pipe.transformer_2.blocks[:1]
+    with pytest.raises(ValueError, match="dense_layers"):
+        pipe.set_attn_processor(XAttnProcessor(**SETTINGS, dense_layers=(1,)))
+    assert attached_processor(pipe.transformer) is attached_processor(pipe.transformer_2) is None
+
+
+@pytest.mark.parametrize("name", sorted(REFUSED))
+def test_models_whose_calls_cannot_be_served_are_refused(name: str) -> None:
+    derived = type("Own", (type(name, (nn.Module,), {}),), {})
+    with pytest.raises(ValueError, match=f"{name} cannot be made sparse by XAttnProcessor: .+"):
+        find_self_attention(derived())
 
 
 def test_a_model_that_cannot_be_attached_leaves_the_others_alone() -> None:
@@ -606,9 +634,11 @@ def test_a_forward_that_ctrl_c_ended_does_not_lock_other_threads_out(model: Any)
     handle.remove()
     outputs: list[Tensor] = []
     worker = threading.Thread(target=lambda: outputs.append(forward(model)))
+    # nor keep the model from being copied: a thread cannot be
+    outputs.append(forward(copy.deepcopy(model)))
     worker.start()
     worker.join()
-    assert len(outputs) == 1
+    assert torch.equal(*outputs)
 
 
 def test_ulysses_context_parallelism_gives_what_one_process_gives(tmp_path: Path) -> None:

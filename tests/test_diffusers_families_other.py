@@ -48,6 +48,19 @@ def test_family(family: Family, check: Callable[[Family], None]) -> None:
     check(family)
 
 
+@pytest.mark.parametrize("name", ["hunyuan-video", "hunyuan-video-1.5", "cosmos"])
+def test_models_whose_norms_leave_bf16_run_under_autocast(name: str) -> None:
+    """Float32 weights under autocast: queries and keys come in float32 from their norms, and values in bfloat16."""
+    family = by_name(name)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        pipe = family.build(0)
+        stock = run(family, pipe).result
+        with attached(pipe, threshold=1.0) as processor:
+            sparse = run(family, pipe).result
+    assert processor.stats.summary()["sparse_calls"] > 0
+    assert relative_error(sparse, stock) < 0.05
+
+
 def by_name(name: str) -> Family:
     return next(family for family in FAMILIES if family.name == name)
 

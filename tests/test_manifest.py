@@ -5,11 +5,16 @@ from __future__ import annotations
 import io
 import json
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
 from pipelines.errors import UserError
 from pipelines.manifest import NAME, append_record, differences, read_manifest, remove_records
+
+ROOT = Path(__file__).parent.parent
 
 
 def record(name: str, seed: int = 0, **more: object) -> dict[str, object]:
@@ -78,3 +83,22 @@ def test_differences_name_the_field_and_both_values():
     new = {"steps": 50, "config": {"dense_layers": ()}, "guidance_scale": 5.0}
     assert differences(old, new, ("steps", "config", "guidance_scale")) == ["steps 20, now 50"]
     assert differences({}, {"steps": 1}, ("steps",)) == ["steps null, now 1"]
+
+
+def test_processes_that_write_at_once_lose_nothing(tmp_path):
+    """Several make videos of one folder; a line that another is writing is not a torn one, and none is replaced."""
+    code = """
+import sys
+from pathlib import Path
+from pipelines.manifest import append_record, remove_records
+folder, name = Path(sys.argv[1]), sys.argv[2]
+for number in range(60):
+    append_record(folder, {"id": f"{name}{number}", "seed": 0, "long": "x" * 40_000})
+    if number % 10 == 9:
+        remove_records(folder, {(f"{name}{number - 5}", 0)})
+"""
+    processes = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path), name], cwd=ROOT) for name in "abc"]
+    assert [process.wait(120) for process in processes] == [0, 0, 0]
+    wanted = {(f"{name}{number}", 0) for name in "abc" for number in range(60) if number % 10 != 4}
+    assert set(read_manifest(tmp_path)) == wanted
+    assert [path.name for path in tmp_path.iterdir()] == [NAME]

@@ -175,6 +175,17 @@ def test_an_index_from_the_pipeline_goes_first() -> None:
     assert steps == [0, 0, 1, 2, 0, 1]
 
 
+def test_a_pipeline_that_counts_goes_on_after_other_calls_of_its_model() -> None:
+    """A callback that makes a preview between the steps, without an index."""
+    tracker, seen = StepTracker(), []
+    for index in range(4):
+        seen.append(tracker.observe(torch.tensor(9.0 - index), step_index=index))
+        tracker.observe(torch.tensor(0.5))
+    assert seen == [0, 1, 2, 3]
+    # stopped there, and begun anew
+    assert [tracker.observe(torch.tensor(9.0), step_index=index) for index in (0, 0, 1)] == [0, 0, 1]
+
+
 def test_a_model_without_timestep_counts_forwards() -> None:
     tracker = StepTracker()
     assert [tracker.observe() for _ in range(3)] == [0, 1, 2]

@@ -134,3 +134,11 @@ def test_bad_arguments_are_refused_by_name(arguments, words):
 def test_scores_must_have_four_dimensions():
     with pytest.raises(ValueError, match="scores must be"):
         select_blocks(torch.rand(4, 4))
+
+
+def test_a_ratio_of_blocks_is_taken_exactly():
+    """0.3 of 50 is 15, and above 15 in float32; 0.14 of 50 is 7, and above 7 in float64."""
+    scores = torch.rand(1, 1, 50, 50)
+    for ratio, count in ((0.3, 15), (0.14, 7), (0.5, 25), (0.31, 16), (1e-12, 1)):
+        kept = select_blocks(scores, block_size=16, selection="top_ratio", top_ratio=ratio)
+        assert kept.sum(-1).unique().tolist() == [count]

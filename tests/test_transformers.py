@@ -14,7 +14,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.language_families import BUILDERS, LAYERS, SPECIAL, TEXT, build, prompt
 from xattn_video import XAttnConfig, xattention
-from xattn_video.integrations.transformers import attention_stats, causal_layers, stop_xattention, use_xattention
+from xattn_video.integrations.transformers import (
+    attention_stats,
+    causal_layers,
+    stop_xattention,
+    use_xattention,
+    xattention_forward,
+)
 from xattn_video.integrations.transformers_masks import dense_mask, is_range, range_mask
 
 import transformers  # isort: skip
@@ -203,6 +209,69 @@ def test_a_range_takes_no_memory_and_says_what_the_whole_mask_says() -> None:
         assert ranges.untyped_storage().nbytes() == 3 * 4
         assert torch.equal(dense_mask(ranges, queries, TOKENS), sdpa_mask(**asked, attention_mask=left))
     assert range_mask(batch_size=3, **positions(TOKENS, 0), kv_length=TOKENS) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("indexer", torch.nn.Identity(), "an index of its own that chooses keys"),
+        ("sink_proj", torch.nn.Identity(), "attention sinks"),
+        ("head_dim", 512, r"heads of 512 dimensions \(above 256\)"),
+    ],
+)
+def test_attention_that_is_more_than_the_kernels_know_is_refused(name: str, value: Any, words: str) -> None:
+    model = build("llama")
+    setattr(model.model.layers[-1].self_attn, name, value)
+    with pytest.raises(ValueError, match=words):
+        use_xattention(model)
+
+
+@pytest.mark.parametrize("name", ["sinks", "indices", "block_indices"])
+def test_what_a_model_hands_to_its_attention_is_not_dropped(name: str) -> None:
+    """Models that are set to `xattention` by name alone are checked where they attend."""
+    model = build("llama")
+    tensor = torch.zeros(1, 2, 8, 16)
+    with pytest.raises(ValueError, match=f"LlamaAttention needs {name}, which xattention does not have"):
+        xattention_forward(model.model.layers[0].self_attn, tensor, tensor, tensor, None, **{name: tensor})
+
+
+@pytest.mark.skipif(not hasattr(transformers, "Gemma4ForCausalLM"), reason="this transformers has no Gemma 4")
+@pytest.mark.parametrize("kept", [0, 1, 5, 20])
+def test_layers_that_share_keys_may_drop_queries(kept: int) -> None:
+    """Gemma 4 computes its later layers for the last queries alone, which then see more keys than there are queries."""
+    kinds = ["sliding_attention", "full_attention"] * 2
+    sizes = {"num_hidden_layers": 4, "num_kv_shared_layers": 2, "layer_types": kinds, "head_dim": 16}
+    sizes["global_head_dim"] = 16
+    small = {"vocab_size_per_layer_input": TEXT["vocab_size"], "hidden_size_per_layer_input": 8, "sliding_window": 512}
+    config = transformers.Gemma4TextConfig(**{**TEXT, **sizes, **small})
+    torch.manual_seed(0)
+    model, tokens = transformers.Gemma4ForCausalLM(config).eval(), prompt(1, TOKENS)
+    dense = model(input_ids=tokens, logits_to_keep=kept).logits
+    with sparse(model, threshold=1):
+        close(model(input_ids=tokens, logits_to_keep=kept).logits, dense)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_training_with_checkpoints_is_dense_in_both_passes(reentrant: bool) -> None:
+    """A checkpointed forward runs without gradients first; sparse, it would be another function than its gradient's."""
+    gradients = []
+    for threshold in (None, 0.3):
+        model = build("llama").train()
+        enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+        enable({"use_reentrant": reentrant})
+        if threshold is not None:
+            use_xattention(model, **SMALL, threshold=threshold)
+        with torch.enable_grad():
+            model.enable_input_require_grads()
+            model(input_ids=prompt(1, TOKENS), labels=prompt(1, TOKENS), use_cache=False).loss.backward()
+        gradients.append(model.model.embed_tokens.weight.grad)
+    torch.testing.assert_close(*gradients)
+
+
+def test_a_mask_of_numbers_is_no_range() -> None:
+    """Of the shape of a mask for every query: transformers' own attention refuses integers there."""
+    assert not is_range(torch.ones(1, 1, TOKENS, TOKENS, dtype=torch.int32))
+    assert not is_range(torch.ones(1, TOKENS, dtype=torch.int32))
 
 
 class Reads(TorchDispatchMode):

@@ -143,7 +143,7 @@ def test_attention_for_every_head_dim(head_dim, dtype):
     kernel_checks.check_scores(problem, "cpu")
 
 
-@pytest.mark.parametrize("scale", [-0.3, 0.0, 30.0])
+@pytest.mark.parametrize("scale", [-0.3, 0.0, 1e-46, 30.0])
 @pytest.mark.parametrize("causal", [False, True])
 def test_every_scale(scale, causal):
     """Maxima are taken before the scale is applied: one below 0 turns them round, and 0 must not meet -inf."""

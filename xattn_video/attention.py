@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from .backends import Backend, auto_name, resolve
-from .blocks import query_key_range, valid_blocks
+from .blocks import key_range, query_key_range, valid_blocks
 from .call_blocks import call_blocks, head_thresholds
 from .checks import (
     check_dense_tokens,
@@ -67,7 +67,7 @@ def xattention(
 
     Args:
         query: `[B, Hq, Sq, D]`, floating point.
-        key, value: `[B, Hkv, Sk, D]`; `Hq % Hkv == 0`.
+        key, value: `[B, Hkv, Sk, D]`; `Hq % Hkv == 0`. Under `torch.autocast` all three are cast to its dtype.
         config: settings; None is the defaults. Of its fields, `warmup_steps` and `dense_layers` belong to the
             model integrations and are not looked at here.
         causal: query i of item b sees keys up to `i + kv_lens[b] - Sq`.
@@ -90,6 +90,13 @@ def xattention(
         >>> output.shape, 0 < stats.density <= 1
         (torch.Size([1, 4, 4096, 64]), True)
     """
+    if _autocasts(query.device):
+        # as PyTorch's own attention does; and what the stages compute in float32 stays so
+        query, key, value = _under_autocast(query), _under_autocast(key), _under_autocast(value)
+        masks: dict[str, Any] = {"kv_start": kv_start, "kv_lens": kv_lens, "dense_tokens": dense_tokens}
+        rest: dict[str, Any] = {"causal": causal, "scale": scale, "return_stats": return_stats}
+        with torch.autocast(query.device.type, enabled=False):
+            return xattention(query, key, value, config, **masks, **rest, **config_overrides)
     config, threshold = _settings(config, config_overrides)
     check_query_key(query, key)
     check_value(key, value)
@@ -193,9 +200,25 @@ def dense_attention(
         return scaled_dot_product_attention(query, key, value, is_causal=causal, scale=scale, enable_gqa=gqa)
     first, end = query_key_range(q_len, kv_len, causal=causal, kv_start=kv_start, kv_lens=kv_lens, device=query.device)
     position = torch.arange(kv_len, device=query.device)
+    if kv_start is not None or kv_lens is not None:
+        # padding may hold anything, and a masked NaN is still one
+        start, stop = key_range(kv_len, kv_start, kv_lens, query.device)
+        padding = (position < start[:, None]) | (position >= stop[:, None])
+        key, value = (part.masked_fill(padding[:, None, :, None], 0) for part in (key, value))
     visible = (position >= first[:, None, :, None]) & (position < end[:, None, :, None])
     output = scaled_dot_product_attention(query, key, value, attn_mask=visible, scale=scale, enable_gqa=gqa)
     return output.masked_fill((first >= end)[:, None, :, None], 0)
+
+
+def _autocasts(device: torch.device) -> bool:
+    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+
+
+def _under_autocast(tensor: Tensor) -> Tensor:
+    """The tensor in the dtype that autocast asks for on its device; float64 and integers stay."""
+    if tensor.dtype == torch.float64 or not tensor.is_floating_point():
+        return tensor
+    return tensor.to(torch.get_autocast_dtype(tensor.device.type))
 
 
 def _settings(

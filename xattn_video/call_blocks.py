@@ -63,9 +63,9 @@ def _make(batch: int, q_len: int, kv_len: int, **rules: Any) -> CallBlocks:
 
 
 def head_thresholds(query: Tensor, shares: tuple[float, ...]) -> Tensor:
-    """The thresholds of the heads, float32 `[Hq]` on the query's device, copied there once: the host waits for it."""
+    """The thresholds of the heads, float64 `[Hq]` on the query's device, copied there once: the host waits for it."""
     if torch.compiler.is_compiling() or type(query) is not Tensor:
-        return torch.tensor(shares, device=query.device)
+        return torch.tensor(shares, dtype=torch.float64, device=query.device)
     return _kept_thresholds(shares, query.device)
 
 
@@ -73,4 +73,4 @@ def head_thresholds(query: Tensor, shares: tuple[float, ...]) -> Tensor:
 @cache
 def _kept_thresholds(shares: tuple[float, ...], device: torch.device) -> Tensor:
     with torch.inference_mode(False):
-        return torch.tensor(shares, device=device)
+        return torch.tensor(shares, dtype=torch.float64, device=device)

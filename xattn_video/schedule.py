@@ -72,6 +72,8 @@ class StepTracker:
         # what told the last step, and the timestep it had
         self._source: Any = None
         self._value = float("inf")
+        # the last step that a pipeline counted itself, and its count
+        self._counted, self._index = -1, float("inf")
 
     def bind(self, pipeline: Any) -> None:
         """Watch the pipeline's `_current_timestep` from now on."""
@@ -87,8 +89,7 @@ class StepTracker:
             step_index: the pipeline's own count, where it gives one.
         """
         if step_index is not None:
-            # as a falling number, like a timestep
-            return self._advance("step_index", float(-step_index), changed=-step_index != self._value)
+            return self._count(step_index)
         for watch in self._watches:
             current = getattr(watch.link(), "_current_timestep", None)
             if current is None:
@@ -109,6 +110,16 @@ class StepTracker:
         watch.step = 0 if restart or value > watch.value else watch.step + 1
         watch.value = value
         self._source, self._value, self._step = watch, value, watch.step
+        return self._step
+
+    def _count(self, index: int) -> int:
+        """A forward of a pipeline that counts its steps, apart from all other calls of the model."""
+        if index < self._index:
+            self._counted = 0
+        elif index > self._index:
+            self._counted += 1
+        self._index = index
+        self._source, self._value, self._step = "step_index", float(-index), self._counted
         return self._step
 
     def _advance(self, source: Any, value: float, *, changed: bool) -> int:

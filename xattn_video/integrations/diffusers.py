@@ -26,7 +26,7 @@ mend_torchvision()
 from diffusers import DiffusionPipeline, ModelMixin  # noqa: E402
 from diffusers.models.attention import AttentionMixin  # noqa: E402
 
-from .diffusers_attach import Attachment, attachment_of, detach  # noqa: E402
+from .diffusers_attach import Attachment, attachment_of, check_settings, detach  # noqa: E402
 from .diffusers_backend import register  # noqa: E402
 from .diffusers_layers import SparseSelfAttention  # noqa: E402
 from .diffusers_models import MODELS, find_self_attention  # noqa: E402
@@ -89,6 +89,8 @@ class XAttnProcessor:
             models = {self._name_of(model): model}
         # all or none: look for a problem in every model before touching the first one
         found = {name: find_self_attention(model) for name, model in models.items()}
+        for name, modules in found.items():
+            check_settings(name, modules, self.config)
         for name, model in models.items():
             if attached_processor(model) is not self:
                 self._attach_model(name, model, found[name])

@@ -46,7 +46,8 @@ class Attachment:
         self._state = ForwardState()
         self._model = WeakLink(model)
         self._step_index: int | None = None
-        self._running: threading.Thread | None = None
+        # the thread that runs the model, by number: an object of it could not be copied along with the model
+        self._running: int | None = None
         parameters = list(inspect.signature(type(model).forward).parameters)[1:]
         self._timestep_index = parameters.index("timestep") if "timestep" in parameters else -1
 
@@ -57,12 +58,7 @@ class Attachment:
         backend = register()
         self._wrappers: dict[str, SparseSelfAttention] = {}
         for index, (path, module) in enumerate(modules.items()):
-            original, heads = module.processor, getattr(module, "heads", None)
-            if isinstance(config.threshold, tuple) and heads not in (None, len(config.threshold)):
-                raise ValueError(
-                    f"threshold of {name}.{path} must have one value for each of {heads} heads, "
-                    f"got {len(config.threshold)}"
-                )
+            original = module.processor
             replacement = REPLACEMENTS.get(type(original).__name__)
             self._wrappers[path] = wrap(
                 original,
@@ -103,8 +99,8 @@ class Attachment:
     # not part of the graph where the whole model is compiled: the step is found in Python
     @torch.compiler.disable
     def _before_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        thread = threading.current_thread()
-        if self._running not in (None, thread) and _is_inside(self._running, model):
+        thread = threading.get_ident()
+        if self._running is not None and self._running != thread and _is_inside(self._running, model):
             raise RuntimeError(
                 f"two threads run one {type(model).__name__} at the same time; with an XAttnProcessor attached, give "
                 "each thread a model of its own (copy.deepcopy keeps the processor)"
@@ -136,15 +132,26 @@ class Attachment:
             self._step_index = None
 
 
-def _is_inside(thread: threading.Thread, model: nn.Module) -> bool:
+def _is_inside(thread: int, model: nn.Module) -> bool:
     """Whether a thread is in a forward of the model. One that Ctrl-C ended runs no hook that would say so."""
-    frame = sys._current_frames().get(thread.ident or -1)
+    frame = sys._current_frames().get(thread)
     while frame is not None:
         # Compiled or not, a call of the model goes through a method of its own.
         if frame.f_locals.get("self") is model:
             return True
         frame = frame.f_back
     return False
+
+
+def check_settings(name: str, modules: dict[str, Any], config: XAttnConfig) -> None:
+    """Raise `ValueError` for settings that do not fit the model of that name with these self-attention modules."""
+    dense_layers(list(modules), config.dense_layers)
+    for path, module in modules.items():
+        heads = getattr(module, "heads", None)
+        if isinstance(config.threshold, tuple) and heads not in (None, len(config.threshold)):
+            raise ValueError(
+                f"threshold of {name}.{path} must have one value for each of {heads} heads, got {len(config.threshold)}"
+            )
 
 
 def attachment_of(model: nn.Module) -> Attachment | None:

@@ -86,7 +86,7 @@ class SparseSelfAttention:
         self._unset: dict[str, Any] = {}
         many = isinstance(config.threshold, tuple)
         # one tensor for all calls, where the number is different by head
-        self.threshold = torch.tensor(config.threshold) if many else None
+        self.threshold = torch.tensor(config.threshold, dtype=torch.float64) if many else None
         check_parallel(self._parallel_config)
 
     def place(self, device: torch.device) -> None:
@@ -167,6 +167,8 @@ class SparseSelfAttention:
                 backend=self._attention_backend,
                 parallel_config=parallel,
             )
+        # a layer of a model that is split over GPUs
+        self.place(query.device)
         if parallel is not None:
             return self._attend_parallel(query, key, value, is_causal, scale, kv_lens)
         return self._attend_sparse(query, key, value, is_causal, scale, kv_lens, self.threshold)

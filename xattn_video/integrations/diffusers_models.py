@@ -78,6 +78,13 @@ REPLACEMENTS: dict[str, Callable[[], Any]] = {
     "HunyuanVideo15AttnProcessor2_0": HunyuanVideo15JointAttention,
 }
 
+# Classes whose calls of the dispatch cannot be served, and why
+REFUSED: dict[str, str] = {
+    "AnyFlowFARTransformer3DModel": "it attends with FlexAttention's block masks alone",
+    "Cosmos3OmniTransformer": "one processor attends causal text, and video over text and video",
+    "WanAnimate2Transformer3DModel": "its video attends with FlexAttention's block masks alone",
+}
+
 _UNKNOWN = ModelSpec((), text="unknown")
 
 
@@ -98,8 +105,12 @@ def find_self_attention(model: nn.Module) -> dict[str, Any]:
     cross-attention by its flag or name.
 
     Raises:
-        ValueError: there is none, or one has a processor that does not dispatch; the message names the class.
+        ValueError: there is none, or one has a processor that does not dispatch or cannot be served; the message names
+            the class.
     """
+    refused = next((cls.__name__ for cls in type(model).__mro__ if cls.__name__ in REFUSED), None)
+    if refused is not None:
+        raise ValueError(f"{refused} cannot be made sparse by XAttnProcessor: {REFUSED[refused]}")
     attention: dict[str, Any] = {path: module for path, module in model.named_modules() if hasattr(module, "processor")}
     patterns = spec_of(model).self_attention
     if patterns:

@@ -21,6 +21,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..attention import dense_reason, xattention
+from ..checks import MAX_HEAD_DIM
 from ..config import XAttnConfig
 from ..schedule import dense_layers
 from ..stats import AttentionStats, LayerCounts
@@ -169,9 +170,10 @@ def xattention_forward(
         output `[B, Sq, Hq, D]`, and None for the attention weights.
 
     Raises:
-        ValueError: the model has attention sinks or a soft cap on its logits, which the kernels do not know.
+        ValueError: the model has attention sinks, a soft cap on its logits or an index of keys of its own, which the
+            kernels do not know.
     """
-    for name in ("softcap", "s_aux"):
+    for name in ("softcap", "s_aux", "sinks", "indices", "block_indices"):
         if kwargs.get(name) is not None:
             raise ValueError(
                 f"{type(module).__name__} needs {name}, which xattention does not have; use eager attention"
@@ -179,7 +181,8 @@ def xattention_forward(
     layer = getattr(module, _ATTRIBUTE, _DEFAULT)
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     keys = _visible_keys(query, key, attention_mask)
-    reason = _reason(layer, query, attention_mask, causal, dropout, kwargs)
+    # gradient checkpointing may run a forward without gradients that it will run again with them
+    reason = "autograd" if module.training else _reason(layer, query, attention_mask, causal, dropout, kwargs)
     seen_key, seen_value = key[:, :, :keys], value[:, :, :keys]
     reason = reason or dense_reason(query, seen_key, layer.config, causal=True, value=seen_value)
     if layer.counts is not None:
@@ -211,8 +214,13 @@ def _dense(
 def _unknown_to_kernels(module: nn.Module) -> str | None:
     """What the attention of a module has that the kernels do not compute, or None."""
     config: Any = module.config
-    if getattr(module, "sinks", None) is not None:
+    if any(getattr(module, name, None) is not None for name in ("sinks", "sink_proj")):
         return "attention sinks"
+    # its choice of keys reaches eager and SDPA attention as a mask, and no other
+    if getattr(module, "indexer", None) is not None:
+        return "an index of its own that chooses keys"
+    if (getattr(module, "head_dim", None) or 0) > MAX_HEAD_DIM:
+        return f"heads of {module.head_dim} dimensions (above {MAX_HEAD_DIM})"
     if getattr(module, "attn_logit_softcapping", getattr(config, "attn_logit_softcapping", None)) is not None:
         return "a soft cap on its logits"
     value_dim = getattr(module, "v_head_dim", None)

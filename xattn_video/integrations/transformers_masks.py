@@ -58,7 +58,9 @@ def range_mask(
         end = int(before) + queries
         start, padded = padding_before(attention_mask, batch_size, end)
         if start is not None and end <= kv_length:
-            if end == queries and not padded:
+            # with keys shared by layers (Gemma 4) queries may be cut off later, and only a range still tells where from
+            shared = getattr(kwargs.get("config"), "num_kv_shared_layers", 0)
+            if end == queries and not padded and not shared:
                 return None
             return start.to(kwargs.get("device", start.device)).view(-1, 1, 1, 1).expand(-1, 1, 1, end)
     if local_size is not None:
@@ -95,8 +97,10 @@ def padding_before(attention_mask: Tensor | None, batch: int, end: int) -> tuple
 
 
 def is_range(attention_mask: Tensor | None) -> TypeGuard[Tensor]:
-    """Whether a mask is a range: no other mask of transformers holds integers."""
-    return attention_mask is not None and attention_mask.dtype == torch.int32
+    """Whether a mask is a range: no mask of that shape that transformers makes holds integers."""
+    if attention_mask is None or attention_mask.dtype != torch.int32 or attention_mask.ndim != 4:
+        return False
+    return attention_mask.shape[1] == attention_mask.shape[2] == 1
 
 
 def dense_mask(ranges: Tensor, queries: int, keys: int) -> Tensor:

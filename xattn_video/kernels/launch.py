@@ -17,6 +17,9 @@ LOG2E = 1.4426950408889634
 # said aloud because Triton's default changes between versions; the softmax leans on fused multiply-adds
 COMPILE_OPTIONS = {"enable_fp_fusion": True}
 
+# below it a float32 kernel might see 0, which is no factor for a masked logit of -inf
+_NO_SCALE = 1e-30
+
 SUPPORTED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MAX_HEAD_DIM = 256
 
@@ -52,9 +55,9 @@ def unit_inner_stride(tensor: torch.Tensor) -> torch.Tensor:
 
 def positive_scale(query: torch.Tensor, scale: float) -> tuple[torch.Tensor, float]:
     """A query and a scale above 0 with the same scaled products: the kernels take maxima before they scale."""
-    if scale < 0:
-        return -query, -scale
-    return (query, scale) if scale else (torch.zeros_like(query), 1.0)
+    if abs(scale) < _NO_SCALE:
+        return torch.zeros_like(query), 1.0
+    return (query, scale) if scale > 0 else (-query, -scale)
 
 
 def device_guard(tensor: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
