@@ -8,25 +8,24 @@ from typing import Any
 
 from eval.bench_tables import STAGES
 from pipelines.errors import UserError
+from pipelines.files import make_writable, whole_files
 
 SPEEDUP, BREAKDOWN = "speedup.png", "stages.png"
 
 
 def check(folder: Path) -> None:
-    """Make the folder, before anything is timed. Raises `UserError` without matplotlib, or if it is no folder."""
+    """Make the folder, before anything is timed. Raises `UserError` without matplotlib, or if it is closed."""
     if importlib.util.find_spec("matplotlib") is None:
         raise UserError("--plot needs matplotlib; install it with: pip install 'xattn-video[plot]'")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--plot: cannot make the folder {folder}: {error.strerror}") from error
+    make_writable(folder)
 
 
 def write(rows: list[dict[str, Any]], folder: Path) -> list[Path]:
     """Draw both pictures into the folder; returns their paths."""
     figures = {SPEEDUP: speedup_figure(rows), BREAKDOWN: breakdown_figure(rows)}
     for name, figure in figures.items():
-        figure.savefig(folder / name, dpi=150)
+        with whole_files(folder / name) as (partial,):
+            figure.savefig(partial, dpi=150)
     return [folder / name for name in figures]
 
 

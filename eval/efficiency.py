@@ -90,7 +90,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--rounds", type=int, default=5, help="interleaved repetitions (default 5)")
     parser.add_argument("--full", action="store_true", help="all lengths, head dimensions and types of this device")
-    parser.add_argument("--record", action="store_true", help=f"append the rows to eval/results/{LEDGER.name}")
+    parser.add_argument(
+        "--record", action="store_true", help=f"append each row, as it comes, to eval/results/{LEDGER.name}"
+    )
     parser.add_argument(
         "--plot",
         type=Path,
@@ -150,8 +152,9 @@ def run(args: argparse.Namespace) -> int:
     if args.plot is not None and rows and not failures:
         for path in bench_plots.write(rows, args.plot):
             print(f"wrote {path}")
-    print(json.dumps({"ok": not failures, "failures": failures, "too_large": too_large, "rows": rows}))
-    return 1 if failures else 0
+    ok = bool(rows) and not failures
+    print(json.dumps({"ok": ok, "failures": failures, "too_large": too_large, "rows": rows}))
+    return 0 if ok else 1
 
 
 def _run_case(

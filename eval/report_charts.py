@@ -137,7 +137,10 @@ def _mark(series: int, x: float, y: float) -> str:
 
 def _scale(low: float, high: float) -> tuple[float, float, list[float]]:
     """Round limits around the values, and three to seven round ticks between them."""
-    span = high - low or abs(high) or 1.0
+    span = high - low
+    # values that differ by rounding alone are one value
+    if span < 1e-9 * max(abs(low), abs(high), 1.0):
+        span = abs(high) if abs(high) > 1e-9 else 1.0
     raw = span / 4
     power = 10.0 ** _floor_log10(raw)
     step = next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= raw)

@@ -8,6 +8,7 @@ from typing import Any
 
 from eval.block_scorers import EXACT, SCORERS
 from pipelines.errors import UserError
+from pipelines.files import make_writable, whole_files
 
 
 def check(path: Path) -> None:
@@ -18,10 +19,7 @@ def check(path: Path) -> None:
         raise UserError(f"--plot must end in .png, got {path}")
     if path.is_dir():
         raise UserError(f"--plot: {path} is a folder")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--plot: cannot make the folder {path.parent}: {error.strerror}") from error
+    make_writable(path.parent)
 
 
 def write(rows: list[dict[str, Any]], path: Path) -> None:
@@ -41,7 +39,8 @@ def write(rows: list[dict[str, Any]], path: Path) -> None:
             rules.plot(*zip(*points, strict=True), marker="o", linestyle=line, label=rule)
         rules.set(xlabel="density", ylabel="mass recalled", title=f"selection by antidiagonals, stride {row['stride']}")
         rules.legend(fontsize="small")
-    figure.savefig(path, dpi=150)
+    with whole_files(path) as (partial,):
+        figure.savefig(partial, dpi=150)
 
 
 def _over_cost(axes: Any, scorers: list[dict[str, Any]], metric: str) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.files import whole_files
+from xattn_video import XAttnConfig
 
 _LABELS = {"psnr": "PSNR against dense, dB", "ssim": "SSIM against dense", "as_asked": "as asked, share of videos"}
 # Of each axis: the marker and line, and where a point's name stands, in points from it.
@@ -59,8 +60,12 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
 
 
 def _lines(rows: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    """For each axis that is swept, the rows that differ from the base point (the first row) in that axis alone."""
-    base = rows[0]
+    """For each axis that is swept, the rows that differ from the base point in that axis alone.
+
+    The base point is the package's defaults, or where a grid leaves them out, the first row.
+    """
+    defaults = XAttnConfig()
+    base = next((row for row in rows if all(row[name] == getattr(defaults, name) for name in _AXES)), rows[0])
     lines = {
         name: [row for row in rows if all(row[other] == base[other] for other in _AXES if other != name)]
         for name in _AXES

@@ -33,8 +33,9 @@ def whole_files(*paths: Path) -> Iterator[tuple[Path, ...]]:
     partial = tuple(path.with_name(f".{path.stem}.partial{path.suffix}") for path in paths)
     try:
         yield partial
-        for name, path in zip(partial, paths, strict=True):
+        for name in partial:
             force_to_disk(name)
+        for name, path in zip(partial, paths, strict=True):
             os.replace(name, path)
     except OSError as error:
         raise UserError(f"{' and '.join(map(str, paths))}: cannot write: {error.strerror or error}") from error
@@ -45,7 +46,7 @@ def whole_files(*paths: Path) -> Iterator[tuple[Path, ...]]:
 
 
 def force_to_disk(path: Path) -> None:
-    """What was written is there after a power failure too. Raises OSError."""
+    """Wait until what was written is on the disk, so that no name ever stands for less. Raises OSError."""
     descriptor = os.open(path, os.O_RDWR)
     try:
         os.fsync(descriptor)
@@ -57,7 +58,8 @@ def write_texts(texts: Mapping[Path, str]) -> None:
     """Write text files in UTF-8, all of them or none. Raises UserError as `whole_files`."""
     with whole_files(*texts) as partial:
         for name, text in zip(partial, texts.values(), strict=True):
-            name.write_text(text, encoding="utf-8")
+            # a name of a file may hold bytes that are no text
+            name.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 @contextlib.contextmanager
@@ -87,24 +89,33 @@ def claimed(name: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def alone_in(folder: Path) -> Iterator[None]:
-    """While it is open, no other process of this machine is in it for the same folder; waits for one that is.
+def alone_with(path: Path) -> Iterator[None]:
+    """While it is open, no other process is in it for the same file; waits for one that is. Makes the file if need be.
+
+    The file may be replaced inside.
 
     Raises:
-        OSError: the folder cannot be opened.
+        OSError: the file cannot be opened for writing.
     """
-    if fcntl is None:
-        yield
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        except OSError as error:
-            _note_no_locks(str(folder), error.strerror or str(error))
-        yield
-    finally:
-        os.close(descriptor)
+            _wait_for_lock(descriptor, path)
+            # one that waited may hold a file that has been replaced meanwhile
+            if os.path.exists(path) and os.path.samestat(os.fstat(descriptor), os.stat(path)):
+                yield
+                return
+        finally:
+            os.close(descriptor)
+
+
+def _wait_for_lock(descriptor: int, path: Path) -> None:
+    if fcntl is None:
+        return
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+    except OSError as error:
+        _note_no_locks(str(path.parent), error.strerror or str(error))
 
 
 @functools.cache

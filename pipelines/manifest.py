@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.errors import UserError
-from pipelines.files import alone_in, write_texts
+from pipelines.files import alone_with, write_texts
 from pipelines.video_io import lossless_path
 
 NAME = "manifest.jsonl"
@@ -95,7 +95,7 @@ def append_record(folder: Path, record: Record) -> None:
     path = folder / NAME
     try:
         # a line that another process is writing looks torn
-        with alone_in(folder):
+        with alone_with(path):
             complete, torn = _split(path)
             if torn:
                 os.truncate(path, len(complete))
@@ -115,17 +115,16 @@ def remove_records(folder: Path, keys: Collection[Key]) -> None:
     Raises:
         UserError: the file cannot be written.
     """
-    if not folder.is_dir():
+    path = folder / NAME
+    if not any(key in read_manifest(folder) for key in keys):
         return
     try:
         # a line that another process adds in between would be lost
-        with alone_in(folder):
-            records = read_manifest(folder)
-            if any(key in records for key in keys):
-                left = [json.dumps(record) + "\n" for key, record in records.items() if key not in keys]
-                write_texts({folder / NAME: "".join(left)})
+        with alone_with(path):
+            left = [json.dumps(record) + "\n" for key, record in read_manifest(folder).items() if key not in keys]
+            write_texts({path: "".join(left)})
     except OSError as error:
-        raise UserError(f"{folder / NAME}: cannot write: {error.strerror}") from None
+        raise UserError(f"{path}: cannot write: {error.strerror}") from None
 
 
 def differences(old: Record, new: Record, fields: Collection[str]) -> list[str]:

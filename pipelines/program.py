@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import errno
+import io
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -36,8 +38,15 @@ def run_program(
     Returns:
         What `run` gives, 2 for bad input, 130 for Ctrl-C, 141 for a reader of stdout that has left.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # a prompt may hold what the terminal's encoding lacks
+            stream.reconfigure(errors="backslashreplace")
     try:
-        return run(parser.parse_args(arguments))
+        code = run(parser.parse_args(arguments))
+        # what fails now would fail at exit, where nobody can say why
+        sys.stdout.flush()
+        return code
     except UserError as error:
         print(f"{parser.program}: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
@@ -51,8 +60,13 @@ def run_program(
         if error.errno == errno.ENAMETOOLONG:
             print(f"{parser.program}: error: {str(error.filename)[:60]}...: the name is too long", file=sys.stderr)
             return 2
-        if not isinstance(error, BrokenPipeError):
-            raise
-        # The reader of stdout (head, less) has left; nothing more can be told, and Python must not try at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
+        if error.filename is not None:
+            print(f"{parser.program}: error: {error.filename}: {error.strerror or error}", file=sys.stderr)
+            return 2
+        # The reader of stdout (head, less) has left, or its disk is full; Python must not try again at exit.
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if isinstance(error, BrokenPipeError):
+            return 141
+        print(f"{parser.program}: error: {error.strerror or error}", file=sys.stderr)
+        return 2

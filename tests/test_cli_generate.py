@@ -257,7 +257,7 @@ def test_a_file_system_without_locks_is_noted_and_worked_on(tmp_path, monkeypatc
 
     monkeypatch.setattr(files.fcntl, "flock", unsupported)
     for name in ("one", "two"):
-        with claimed(tmp_path / name), files.alone_in(tmp_path):
+        with claimed(tmp_path / name), files.alone_with(tmp_path / MANIFEST):
             pass
     note = f"{tmp_path}: no locks on this file system ({os.strerror(errno.ENOSYS)}): run one process at a time there"
     assert capsys.readouterr().err.splitlines() == [note]

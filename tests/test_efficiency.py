@@ -78,6 +78,16 @@ def test_a_case_that_does_not_fit_is_left_out_and_the_others_are_recorded_as_the
     assert [json.loads(line)["name"] for line in ledger.read_text().splitlines()] == ["first", "second"]
 
 
+def test_nothing_that_fits_is_no_success(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def inputs(*args: object) -> object:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(efficiency, "make_inputs", inputs)
+    assert main(ARGUMENTS) == 1
+    report = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (report["ok"], report["too_large"], report["rows"]) == (False, ["video-1100"], [])
+
+
 def test_nothing_is_timed_or_recorded_when_the_result_is_wrong(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -259,7 +269,7 @@ def test_plots_without_matplotlib_or_a_folder_are_refused_before_anything_is_tim
     assert "--plot needs matplotlib; install it with: pip install 'xattn-video[plot]'" in capsys.readouterr().err
     monkeypatch.setattr(bench_plots.importlib.util, "find_spec", lambda name: name)
     assert main([*ARGUMENTS, "--plot", str(tmp_path / "file")]) == 2
-    assert "--plot: cannot make the folder" in capsys.readouterr().err
+    assert "cannot write here" in capsys.readouterr().err
 
 
 def test_text_inputs_are_causal(capsys: pytest.CaptureFixture[str]) -> None:

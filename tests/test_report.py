@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from eval import report_data
+from eval import report_charts, report_data
 from eval.compare import compare
 from eval.paper_tables import load_paper_tables
 from eval.report import write_report
@@ -477,3 +477,11 @@ def test_the_page_is_no_wider_than_the_window(run, tmp_path, width):
         page.wait(f"{DRAWN} === 0")
         assert page.evaluate("document.documentElement.scrollWidth") <= width
         assert page.complaints == []
+
+
+@pytest.mark.parametrize(("low", "high"), [(0.7692307692307692, 0.7692307692307693), (1e9, 1e9), (0.0, 1e-12), (-3, 4)])
+def test_a_scale_holds_its_values_between_different_ticks(low: float, high: float) -> None:
+    """Two means may differ by the rounding of a sum alone."""
+    first, last, ticks = report_charts._scale(low, high)
+    assert first <= low <= high <= last
+    assert len(set(ticks)) == len(ticks) >= 2

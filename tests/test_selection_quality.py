@@ -531,7 +531,7 @@ def test_without_matplotlib_the_plot_is_an_error_before_anything_is_measured(
         (["--seed", "-1"], "--seed must be from 0 to 2**63 - 1, got -1"),
         (["--plot", "picture.pdf"], "--plot must end in .png, got picture.pdf"),
         (["--plot", "folder.png"], "--plot: folder.png is a folder"),
-        (["--plot", "file/picture.png"], "--plot: cannot make the folder file"),
+        (["--plot", "file/picture.png"], "file: cannot write here: File exists"),
     ],
 )
 def test_bad_input_is_one_line_and_code_2(

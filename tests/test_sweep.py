@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 import csv
+import itertools
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from eval import sweep
+from eval import sweep, sweep_plot
 from pipelines import runner
 from pipelines.errors import UserError
 from pipelines.manifest import read_manifest
@@ -153,3 +154,13 @@ def test_bad_input_is_one_line(model, tmp_path, xattn, given, message):
     assert message in done.err.splitlines()[-1]
     assert done.err.splitlines()[-1].startswith("xattn-video")
     assert not (tmp_path / "out").exists()
+
+
+def test_the_lines_of_a_grid_go_through_the_base_point() -> None:
+    grid = itertools.product((0.5, 0.9, 0.95), (4, 8), (0, 5))
+    rows = [dict(zip(("threshold", "stride", "warmup_steps"), point, strict=True)) for point in grid]
+    lines = sweep_plot._lines(rows)
+    assert [row["threshold"] for row in lines["threshold"]] == [0.5, 0.9, 0.95]
+    assert {(row["stride"], row["warmup_steps"]) for row in lines["threshold"]} == {(8, 5)}
+    without = [row for row in rows if row["threshold"] != 0.9]
+    assert sweep_plot._lines(without)["stride"][0] == without[0]

@@ -21,7 +21,7 @@ from xattn_video.integrations.transformers import (
     use_xattention,
     xattention_forward,
 )
-from xattn_video.integrations.transformers_masks import dense_mask, is_range, range_mask
+from xattn_video.integrations.transformers_masks import dense_mask, is_range, range_mask, without_plain
 
 import transformers  # isort: skip
 from transformers.masking_utils import sdpa_mask  # isort: skip
@@ -260,12 +260,30 @@ def test_training_with_checkpoints_is_dense_in_both_passes(reentrant: bool) -> N
         enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
         enable({"use_reentrant": reentrant})
         if threshold is not None:
-            use_xattention(model, **SMALL, threshold=threshold)
+            stats = use_xattention(model, **SMALL, threshold=threshold)
         with torch.enable_grad():
             model.enable_input_require_grads()
             model(input_ids=prompt(1, TOKENS), labels=prompt(1, TOKENS), use_cache=False).loss.backward()
         gradients.append(model.model.embed_tokens.weight.grad)
+    assert stats.summary()["sparse_calls"] == 0
+    assert ("training" in stats.summary()["dense_calls"]) == reentrant
     torch.testing.assert_close(*gradients)
+
+
+def test_a_plain_prompt_needs_no_mask_where_layers_share_keys() -> None:
+    """Its range says no more than "causal": a dense call needs no mask of all pairs, and what was cut off one does."""
+    config = transformers.LlamaConfig(**TEXT)
+    config.num_kv_shared_layers = 2
+    asked: dict[str, Any] = {"batch_size": 1, **positions(TOKENS, 0), "kv_length": TOKENS, "config": config}
+    ranges = range_mask(**asked)
+    assert is_range(ranges)
+    assert without_plain(ranges, TOKENS) is None
+    cut = ranges[:, :, -5:]
+    assert without_plain(cut, 5) is cut
+    assert without_plain(ranges, 5) is ranges
+    _, left = padded("left")
+    padding = range_mask(**{**asked, "batch_size": 3}, attention_mask=left)
+    assert without_plain(padding, TOKENS) is padding
 
 
 def test_a_mask_of_numbers_is_no_range() -> None:

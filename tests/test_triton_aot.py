@@ -176,6 +176,7 @@ def test_specialisation_is_the_launchs():
         ({"matrix_instructions": 0}, "no matrix instruction"),
         ({"local_loads_in_loop": 3}, "3 local loads"),
         ({"copies_in_flight": 0}, "waits for every copy"),
+        ({"async_copies": 0, "copies_in_flight": None}, "nothing is copied while"),
     ],
 )
 def test_bad_evidence_is_refused(change, words):

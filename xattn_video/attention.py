@@ -93,10 +93,20 @@ def xattention(
     if _autocasts(query.device):
         # as PyTorch's own attention does; and what the stages compute in float32 stays so
         query, key, value = _under_autocast(query), _under_autocast(key), _under_autocast(value)
-        masks: dict[str, Any] = {"kv_start": kv_start, "kv_lens": kv_lens, "dense_tokens": dense_tokens}
-        rest: dict[str, Any] = {"causal": causal, "scale": scale, "return_stats": return_stats}
         with torch.autocast(query.device.type, enabled=False):
-            return xattention(query, key, value, config, **masks, **rest, **config_overrides)
+            return xattention(
+                query,
+                key,
+                value,
+                config,
+                causal=causal,
+                scale=scale,
+                kv_start=kv_start,
+                kv_lens=kv_lens,
+                dense_tokens=dense_tokens,
+                return_stats=return_stats,
+                **config_overrides,
+            )
     config, threshold = _settings(config, config_overrides)
     check_query_key(query, key)
     check_value(key, value)
@@ -192,7 +202,8 @@ def dense_attention(
     """PyTorch's dense attention with the masking rules of `xattention`.
 
     Shapes are those of `xattention`. A query that sees no key gets 0. Builds a `[B, 1, Sq, Sk]` mask where the
-    range of valid keys or causal attention with `Sq != Sk` needs one.
+    range of valid keys or causal attention with `Sq != Sk` needs one, and for a range copies of key and value
+    without what padding holds.
     """
     gqa = query.shape[1] != key.shape[1]
     q_len, kv_len = query.shape[2], key.shape[2]

@@ -62,10 +62,15 @@ def _make(batch: int, q_len: int, kv_len: int, **rules: Any) -> CallBlocks:
     return CallBlocks(valid, forced, valid.sum())
 
 
+def exact_type(device: torch.device) -> torch.dtype:
+    """The dtype of shares and sums of them: float64, and float32 on the one device that has no more."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 def head_thresholds(query: Tensor, shares: tuple[float, ...]) -> Tensor:
-    """The thresholds of the heads, float64 `[Hq]` on the query's device, copied there once: the host waits for it."""
+    """The thresholds of the heads, `[Hq]` in `exact_type` on the query's device, copied there once: the host waits."""
     if torch.compiler.is_compiling() or type(query) is not Tensor:
-        return torch.tensor(shares, dtype=torch.float64, device=query.device)
+        return torch.tensor(shares, dtype=exact_type(query.device), device=query.device)
     return _kept_thresholds(shares, query.device)
 
 
@@ -73,4 +78,4 @@ def head_thresholds(query: Tensor, shares: tuple[float, ...]) -> Tensor:
 @cache
 def _kept_thresholds(shares: tuple[float, ...], device: torch.device) -> Tensor:
     with torch.inference_mode(False):
-        return torch.tensor(shares, dtype=torch.float64, device=device)
+        return torch.tensor(shares, dtype=exact_type(device), device=device)

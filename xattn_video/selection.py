@@ -11,6 +11,7 @@ from torch import Tensor
 from . import reference
 from .backends import auto_name, resolve
 from .blocks import forced_blocks, num_blocks, valid_blocks
+from .call_blocks import exact_type
 from .checks import check_dense_last, check_dense_tokens, check_key_bounds, check_threshold
 from .config import check_geometry, check_selection
 
@@ -106,6 +107,7 @@ def select_valid(
         return reference.select_top(scores, valid, forced, count=torch.tensor(top_k, device=scores.device))
     if top_ratio is not None:
         # 0.3 of 50 blocks is 15 and 0.14 of them 7, whatever binary fractions say
-        count = (valid.sum(-1, keepdim=True).double() * top_ratio - 1e-9).ceil().clamp(min=1).to(torch.int64)
+        rows = valid.sum(-1, keepdim=True).to(exact_type(valid.device))
+        count = (rows * top_ratio - 1e-9).ceil().clamp(min=1).to(torch.int64)
         return reference.select_top(scores, valid, forced, count=count)
     return select(scores, valid, forced, threshold=threshold)

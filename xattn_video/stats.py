@@ -22,6 +22,7 @@ REASONS = (
     "sliding_window",
     "not_causal",
     "no_backend",
+    "training",
 )
 # columns of a layer's counts: kept and valid blocks of its sparse calls, those calls, then dense calls by reason
 _KEPT, _VALID, _SPARSE, _DENSE = 0, 1, 2, 3

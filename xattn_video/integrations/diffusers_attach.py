@@ -113,7 +113,9 @@ class Attachment:
         device = next(tensors, torch.empty(0)).device
         self._counts.begin_forward(step, device)
         for wrapper in self._wrappers.values():
-            wrapper.place(device)
+            # from the host; a layer of a model that is split over GPUs has a device of its own
+            if wrapper.threshold is not None and wrapper.threshold.device.type != device.type:
+                wrapper.place(device)
 
     @torch.compiler.disable
     def _after_forward(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:

@@ -14,6 +14,7 @@ from diffusers.models.attention_dispatch import dispatch_attention_fn
 from torch import Tensor
 
 from ..attention import dense_reason, xattention
+from ..call_blocks import exact_type
 from ..config import XAttnConfig
 from ..stats import LayerCounts
 
@@ -90,10 +91,10 @@ class SparseSelfAttention:
         check_parallel(self._parallel_config)
 
     def place(self, device: torch.device) -> None:
-        """Called at the start of a forward whose inputs are on this device."""
+        """Have the thresholds of the heads on this device."""
         if self.threshold is not None and self.threshold.device != device:
             with torch.inference_mode(False):
-                self.threshold = self.threshold.to(device)
+                self.threshold = self.threshold.to(device, exact_type(device))
 
     @property
     def _attention_backend(self) -> Any:

@@ -25,7 +25,7 @@ from ..checks import MAX_HEAD_DIM
 from ..config import XAttnConfig
 from ..schedule import dense_layers
 from ..stats import AttentionStats, LayerCounts
-from .transformers_masks import dense_mask, is_range, range_mask
+from .transformers_masks import dense_mask, is_range, range_mask, without_plain
 
 # After the line above, which mends torchvision first.
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel  # isort: skip
@@ -178,13 +178,15 @@ def xattention_forward(
             raise ValueError(
                 f"{type(module).__name__} needs {name}, which xattention does not have; use eager attention"
             )
+    attention_mask = without_plain(attention_mask, query.shape[2])
     layer = getattr(module, _ATTRIBUTE, _DEFAULT)
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     keys = _visible_keys(query, key, attention_mask)
-    # gradient checkpointing may run a forward without gradients that it will run again with them
-    reason = "autograd" if module.training else _reason(layer, query, attention_mask, causal, dropout, kwargs)
+    reason = _reason(layer, query, attention_mask, causal, dropout, kwargs)
     seen_key, seen_value = key[:, :, :keys], value[:, :, :keys]
     reason = reason or dense_reason(query, seen_key, layer.config, causal=True, value=seen_value)
+    # gradient checkpointing may run a forward without gradients that it will run again with them
+    reason = reason or ("training" if module.training else None)
     if layer.counts is not None:
         layer.counts.place(query.device)
     if reason is None:

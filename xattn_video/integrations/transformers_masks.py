@@ -24,6 +24,8 @@ from transformers.masking_utils import sdpa_mask  # noqa: E402
 # The most queries x keys of a mask that is kept for the other layers of a forward.
 _KEPT = 1 << 24
 _ATTRIBUTE = "_xattn_dense"
+# of a range that says no more than "causal"; what is cut from it has it no longer
+_PLAIN = "_xattn_plain"
 
 
 def range_mask(
@@ -58,11 +60,13 @@ def range_mask(
         end = int(before) + queries
         start, padded = padding_before(attention_mask, batch_size, end)
         if start is not None and end <= kv_length:
-            # with keys shared by layers (Gemma 4) queries may be cut off later, and only a range still tells where from
-            shared = getattr(kwargs.get("config"), "num_kv_shared_layers", 0)
-            if end == queries and not padded and not shared:
+            plain = end == queries and not padded
+            # where layers share keys (Gemma 4) queries may be cut off later, and only a range still tells where from
+            if plain and not getattr(kwargs.get("config"), "num_kv_shared_layers", 0):
                 return None
-            return start.to(kwargs.get("device", start.device)).view(-1, 1, 1, 1).expand(-1, 1, 1, end)
+            ranges = start.to(kwargs.get("device", start.device)).view(-1, 1, 1, 1).expand(-1, 1, 1, end)
+            setattr(ranges, _PLAIN, plain)
+            return ranges
     if local_size is not None:
         kwargs["local_size"] = local_size
     return sdpa_mask(
@@ -101,6 +105,13 @@ def is_range(attention_mask: Tensor | None) -> TypeGuard[Tensor]:
     if attention_mask is None or attention_mask.dtype != torch.int32 or attention_mask.ndim != 4:
         return False
     return attention_mask.shape[1] == attention_mask.shape[2] == 1
+
+
+def without_plain(attention_mask: Tensor | None, queries: int) -> Tensor | None:
+    """None for a range that says no more than "causal" to these queries, else the mask itself."""
+    if attention_mask is None or not getattr(attention_mask, _PLAIN, False):
+        return attention_mask
+    return None if attention_mask.shape[-1] == queries else attention_mask
 
 
 def dense_mask(ranges: Tensor, queries: int, keys: int) -> Tensor:
