@@ -14,7 +14,7 @@ SPEEDUP, BREAKDOWN = "speedup.png", "stages.png"
 
 
 def check(folder: Path) -> None:
-    """Make the folder, before anything is timed. Raises `UserError` without matplotlib, or if it is closed."""
+    """Make the folder, before anything is timed. Raises `UserError` without matplotlib, or for a closed one."""
     if importlib.util.find_spec("matplotlib") is None:
         raise UserError("--plot needs matplotlib; install it with: pip install 'xattn-video[plot]'")
     make_writable(folder)
