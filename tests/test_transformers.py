@@ -266,7 +266,8 @@ def test_training_with_checkpoints_is_dense_in_both_passes(reentrant: bool) -> N
             model(input_ids=prompt(1, TOKENS), labels=prompt(1, TOKENS), use_cache=False).loss.backward()
         gradients.append(model.model.embed_tokens.weight.grad)
     assert stats.summary()["sparse_calls"] == 0
-    assert ("training" in stats.summary()["dense_calls"]) == reentrant
+    # transformers 4 makes a whole mask where activations are checkpointed
+    assert ("training" in stats.summary()["dense_calls"]) == (reentrant and not OLD)
     torch.testing.assert_close(*gradients)
 
 
