@@ -128,7 +128,10 @@ def _entries(info: Path, dimensions: Sequence[str] | None) -> list[tuple[int, di
 
 
 def _run(python: Path, info: Path, out: Path, device: str, dimensions: Sequence[str]) -> dict[str, float]:
-    command = [str(python), str(_CHILD), str(info.resolve()), str(out.resolve()), device, *dimensions]
+    command = [str(python.absolute()), str(_CHILD), str(info.resolve()), str(out.resolve()), device, *dimensions]
+    scores = out / "scores.json"
+    # those of an earlier run are not this one's
+    scores.unlink(missing_ok=True)
     try:
         # What it has to say, its progress too, goes to stderr.
         result = subprocess.run(command, stdout=sys.stderr, check=False)
@@ -136,7 +139,11 @@ def _run(python: Path, info: Path, out: Path, device: str, dimensions: Sequence[
         raise UserError(f"--python {python}: cannot be run: {error.strerror}") from None
     if result.returncode != 0:
         raise UserError(f"VBench failed on {out.name} with exit code {result.returncode}; its own message is above")
-    return json.loads((out / "scores.json").read_text(encoding="utf-8"))
+    try:
+        found = json.loads(scores.read_text(encoding="utf-8"))
+        return {name: float(found[name]) for name in dimensions}
+    except (FileNotFoundError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"VBench ended without all scores of {out.name} ({type(error).__name__}: {error})") from None
 
 
 if __name__ == "__main__":

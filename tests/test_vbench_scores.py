@@ -107,6 +107,19 @@ def test_an_environment_without_vbench_says_so(tmp_path: Path, info: Path, capfd
     assert not (out / "scores.json").exists()
 
 
+def test_scores_of_an_earlier_run_are_not_taken(tmp_path: Path, info: Path, capfd: Any) -> None:
+    """A program that ends well and writes nothing has given no scores."""
+    folder, out = videos(tmp_path / "dense"), tmp_path / "scores"
+    (out / "dense").mkdir(parents=True)
+    (out / "dense" / "scores.json").write_text('{"beauty": 9.9, "motion": 9.9}')
+    silent = tmp_path / "python"
+    silent.write_text("#!/bin/sh\nexit 0\n")
+    silent.chmod(0o755)
+    assert main(["score", str(folder), "--info", str(info), "--python", str(silent), "--out", str(out)]) == 2
+    assert "VBench ended without all scores of dense (FileNotFoundError" in capfd.readouterr().err
+    assert not (out / "scores.json").exists()
+
+
 @pytest.mark.skipif(not os.environ.get("VBENCH_PYTHON"), reason="VBENCH_PYTHON names no environment with vbench")
 def test_vbench_itself_scores_the_videos(tmp_path: Path, info: Path, capfd: Any) -> None:
     folders = [videos(tmp_path / name) for name in ("dense", "sparse")]
