@@ -90,32 +90,30 @@ def claimed(name: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def alone_with(path: Path) -> Iterator[None]:
-    """While it is open, no other process is in it for the same file; waits for one that is. Makes the file if need be.
+    """While it is open, no other process of this machine is in it for the same file; waits for one that is.
 
-    The file may be replaced inside.
+    It makes the file if need be; the file may be replaced inside. Where there are no locks it does nothing.
 
     Raises:
         OSError: the file cannot be opened for writing.
     """
+    if fcntl is None:
+        # nor could an open file be replaced there
+        yield
+        return
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
-            _wait_for_lock(descriptor, path)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+            except OSError as error:
+                _note_no_locks(str(path.parent), error.strerror or str(error))
             # one that waited may hold a file that has been replaced meanwhile
             if os.path.exists(path) and os.path.samestat(os.fstat(descriptor), os.stat(path)):
                 yield
                 return
         finally:
             os.close(descriptor)
-
-
-def _wait_for_lock(descriptor: int, path: Path) -> None:
-    if fcntl is None:
-        return
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-    except OSError as error:
-        _note_no_locks(str(path.parent), error.strerror or str(error))
 
 
 @functools.cache

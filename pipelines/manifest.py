@@ -116,7 +116,7 @@ def remove_records(folder: Path, keys: Collection[Key]) -> None:
         UserError: the file cannot be written.
     """
     path = folder / NAME
-    if not any(key in read_manifest(folder) for key in keys):
+    if not read_manifest(folder).keys() & set(keys):
         return
     try:
         # a line that another process adds in between would be lost

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from xattn_video import reference, xattention
-from xattn_video.blocks import forced_blocks, mask_to_lists, num_blocks, valid_blocks
+from xattn_video.blocks import mask_to_lists, num_blocks, valid_and_forced_blocks, valid_blocks
 from xattn_video.kernels import antidiagonal_scores as scores_kernel
 from xattn_video.kernels import block_lists as lists_kernel
 from xattn_video.kernels import block_selection as selection_kernel
@@ -353,7 +353,7 @@ def check_selection(problem: Problem, device: str, kind: str) -> None:
     geometry = {**problem.options("cpu"), "device": torch.device("cpu")}
     del geometry["scale"]
     valid = valid_blocks(problem.batch, *problem.lengths, **geometry).to(device)
-    forced = forced_blocks(problem.batch, *problem.lengths, **geometry).to(device)
+    forced = valid_and_forced_blocks(problem.batch, *problem.lengths, **geometry)[1].to(device)
     shape = (problem.batch, problem.heads[0], *valid.shape[2:])
     scores = torch.rand(shape, generator=torch.Generator().manual_seed(2)).to(device)
     kinds = {"even": scores, "sharp": scores**20, "ties": (scores * 4).floor() / 4, "zero": scores * 0}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from xattn_video.blocks import forced_blocks, lists_to_mask, mask_to_lists, num_blocks, valid_blocks
+from xattn_video.blocks import lists_to_mask, mask_to_lists, num_blocks, valid_and_forced_blocks, valid_blocks
 
 CASES = [
     # batch, q_len, kv_len, block, causal, kv_start, kv_lens
@@ -62,7 +62,7 @@ def test_valid_blocks_hold_a_visible_pair(case):
 def test_causal_keeps_the_first_block_and_the_querys_own(case):
     batch, q_len, kv_len, block, causal, kv_start, kv_lens = case
     visible = token_visible(batch, q_len, kv_len, causal, kv_start, kv_lens)
-    forced = forced_blocks(
+    forced = valid_and_forced_blocks(
         batch,
         q_len,
         kv_len,
@@ -71,7 +71,7 @@ def test_causal_keeps_the_first_block_and_the_querys_own(case):
         kv_start=as_tensor(kv_start),
         kv_lens=as_tensor(kv_lens),
         device=torch.device("cpu"),
-    )[:, 0]
+    )[1][:, 0]
     for b in range(batch):
         offset = (kv_lens[b] if kv_lens else kv_len) - q_len
         for row in range(forced.shape[1]):
@@ -84,9 +84,9 @@ def test_causal_keeps_the_first_block_and_the_querys_own(case):
 
 
 def test_an_unaligned_offset_forces_two_own_blocks():
-    forced = forced_blocks(1, 32, 72, block_size=32, causal=True, device=torch.device("cpu"))
+    forced = valid_and_forced_blocks(1, 32, 72, block_size=32, causal=True, device=torch.device("cpu"))[1]
     assert forced[0, 0].tolist() == [[True, True, True]]
-    aligned = forced_blocks(1, 32, 96, block_size=32, causal=True, device=torch.device("cpu"))
+    aligned = valid_and_forced_blocks(1, 32, 96, block_size=32, causal=True, device=torch.device("cpu"))[1]
     assert aligned[0, 0].tolist() == [[True, False, True]]
 
 
@@ -94,18 +94,20 @@ def test_an_unaligned_offset_forces_two_own_blocks():
 def test_the_blocks_of_the_last_queries_are_dense(dense_last, rows):
     # 100 queries are six blocks of 16 and one of 4.
     geometry = {"block_size": 16, "causal": True, "device": torch.device("cpu")}
-    forced = forced_blocks(1, 100, 132, dense_last=dense_last, **geometry)
+    forced = valid_and_forced_blocks(1, 100, 132, dense_last=dense_last, **geometry)[1]
     valid = valid_blocks(1, 100, 132, **geometry)
     assert torch.equal(forced[:, :, 7 - rows :], valid[:, :, 7 - rows :])
-    assert torch.equal(forced[:, :, : 7 - rows], forced_blocks(1, 100, 132, **geometry)[:, :, : 7 - rows])
-    assert not forced_blocks(1, 100, 100, block_size=16, dense_last=9, device=torch.device("cpu")).any()
+    assert torch.equal(forced[:, :, : 7 - rows], valid_and_forced_blocks(1, 100, 132, **geometry)[1][:, :, : 7 - rows])
+    assert not valid_and_forced_blocks(1, 100, 100, block_size=16, dense_last=9, device=torch.device("cpu"))[1].any()
 
 
 def test_text_rows_and_columns_are_dense():
-    forced = forced_blocks(1, 100, 100, block_size=16, dense_tokens=(70, 81), device=torch.device("cpu"))[0, 0]
+    forced = valid_and_forced_blocks(1, 100, 100, block_size=16, dense_tokens=(70, 81), device=torch.device("cpu"))[1][
+        0, 0
+    ]
     touching = torch.tensor([False, False, False, False, True, True, False])
     assert torch.equal(forced, touching[:, None] | touching[None, :])
-    empty = forced_blocks(1, 100, 100, block_size=16, dense_tokens=(70, 70), device=torch.device("cpu"))
+    empty = valid_and_forced_blocks(1, 100, 100, block_size=16, dense_tokens=(70, 70), device=torch.device("cpu"))[1]
     assert not empty.any()
 
 

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from xattn_video import call_blocks as module
 from xattn_video import xattention
-from xattn_video.blocks import forced_blocks, valid_blocks
+from xattn_video.blocks import valid_and_forced_blocks, valid_blocks
 from xattn_video.call_blocks import call_blocks, head_thresholds
 
 RULES = {"block_size": 32, "causal": False, "dense_tokens": None, "dense_last": 0}
@@ -70,7 +70,7 @@ def test_each_kind_of_call_gets_its_own():
         sizes, device = (batch, q_len, kv_len), torch.device("cpu")
         valid = valid_blocks(*sizes, **rules, device=device)
         assert torch.equal(got.valid, valid)
-        assert torch.equal(got.forced, forced_blocks(*sizes, **rules, **exact, device=device))
+        assert torch.equal(got.forced, valid_and_forced_blocks(*sizes, **rules, **exact, device=device)[1])
         assert int(got.total) == int(valid.sum())
 
 

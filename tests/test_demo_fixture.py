@@ -16,7 +16,7 @@ from pipelines.models import find_model
 from xattn_video import XAttnConfig, reference, xattention
 from xattn_video.attention import dense_attention
 from xattn_video.backends import cpu
-from xattn_video.blocks import forced_blocks, valid_blocks
+from xattn_video.blocks import valid_and_forced_blocks
 
 THRESHOLD, BLOCK = 0.9, 128
 ENTRIES = range(4)
@@ -89,7 +89,7 @@ def test_the_chosen_blocks_hold_the_mass_that_was_asked_for(threshold: float, nu
     geometry = {"block_size": BLOCK, "causal": False}
     where = {**geometry, "device": query.device}
     scores = cpu.antidiagonal_scores(query, key, stride=8, scale=scale, **geometry, kv_start=None, kv_lens=None)
-    valid, forced = valid_blocks(1, tokens, tokens, **where), forced_blocks(1, tokens, tokens, **where)
+    valid, forced = valid_and_forced_blocks(1, tokens, tokens, **where)
     chosen = reference.select(scores, valid, forced, threshold=threshold)
     # the share of each query block's real attention that lies in each key block
     mass = torch.softmax(query @ key.transpose(-1, -2) * scale, dim=-1)

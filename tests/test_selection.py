@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from xattn_video import select_blocks
-from xattn_video.blocks import forced_blocks, valid_blocks
+from xattn_video.blocks import valid_and_forced_blocks, valid_blocks
 
 CPU = torch.device("cpu")
 
@@ -37,7 +37,9 @@ def test_the_kept_set_is_the_smallest_that_suffices(tau, causal, dense_tokens, k
     lens = None if kv_lens is None else torch.tensor(kv_lens)
     geometry = {"block_size": 16, "causal": causal, "kv_lens": lens}
     valid = valid_blocks(2, 128, 128, device=CPU, **geometry).expand(scores.shape)
-    forced = forced_blocks(2, 128, 128, dense_tokens=dense_tokens, device=CPU, **geometry).expand(scores.shape)
+    forced = valid_and_forced_blocks(2, 128, 128, dense_tokens=dense_tokens, device=CPU, **geometry)[1].expand(
+        scores.shape
+    )
     kept = select_blocks(scores, threshold=tau, dense_tokens=dense_tokens, **geometry)
     assert not (kept & ~valid).any()
     assert (kept | ~forced).all()

@@ -30,7 +30,7 @@ def test_the_last_row_of_each_prefill_and_length_counts() -> None:
 
 
 def test_the_panels_show_answers_with_their_density_and_seconds() -> None:
-    pytest.importorskip("matplotlib")
+    pytest.importorskip("matplotlib", reason="pictures need matplotlib")
     figure = draw(latest([row(4, 0.9), row(8, 0.7), row(4, 0.95, dense_last=64), row(4, 0.8, stride=8)], "demo"))
     answers, seconds = figure.axes
     shown = {line.get_label(): (list(line.get_xdata()), list(line.get_ydata())) for line in answers.lines}
@@ -45,7 +45,7 @@ def test_the_panels_show_answers_with_their_density_and_seconds() -> None:
 
 
 def test_it_is_drawn_from_a_file_of_rows(tmp_path: Path, capfd: Any) -> None:
-    pytest.importorskip("matplotlib")
+    pytest.importorskip("matplotlib", reason="pictures need matplotlib")
     rows, picture = tmp_path / "rows.jsonl", tmp_path / "stories.png"
     rows.write_text(json.dumps(row(4, 0.9)) + "\n")
     assert main(["--plot", str(picture), "--rows", str(rows)]) == 0
@@ -63,7 +63,7 @@ def test_it_is_drawn_from_a_file_of_rows(tmp_path: Path, capfd: Any) -> None:
     ],
 )
 def test_bad_input_is_one_line(lines: str | None, message: str, tmp_path: Path, capfd: Any) -> None:
-    pytest.importorskip("matplotlib")
+    pytest.importorskip("matplotlib", reason="pictures need matplotlib")
     if lines is not None:
         (tmp_path / "rows.jsonl").write_text(lines)
     assert main(["--plot", str(tmp_path / "a.png"), "--rows", str(tmp_path / "rows.jsonl")]) == 2
@@ -73,7 +73,7 @@ def test_bad_input_is_one_line(lines: str | None, message: str, tmp_path: Path, 
 
 
 def test_a_picture_of_another_format_is_refused(tmp_path: Path, capfd: Any) -> None:
-    pytest.importorskip("matplotlib")
+    pytest.importorskip("matplotlib", reason="pictures need matplotlib")
     assert main(["--plot", str(tmp_path / "a.txt")]) == 2
     assert "--plot must end in .png" in capfd.readouterr().err
     assert not list(tmp_path.iterdir())

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from xattn_video import block_sparse_attention, reference, score_blocks, select_blocks
-from xattn_video.blocks import forced_blocks, valid_blocks
+from xattn_video.blocks import valid_and_forced_blocks, valid_blocks
 from xattn_video.synthetic import causal_text_like_qkv, video_like_qkv
 
 BLOCK = 128
@@ -41,7 +41,7 @@ def test_leaving_out_the_best_block_costs_over_ten_percent(name: str) -> None:
     length = query.shape[2]
     scores = score_blocks(query, key, causal=causal)
     kept = select_blocks(scores, causal=causal)
-    forced = forced_blocks(1, length, length, block_size=BLOCK, causal=causal, device=query.device)
+    forced = valid_and_forced_blocks(1, length, length, block_size=BLOCK, causal=causal, device=query.device)[1]
     free = scores.masked_fill(~kept | forced, -1)
     # Rows that keep a block of their own choice, beside another one.
     chosen = (free.amax(-1) > 0) & (kept.sum(-1) > 1)
@@ -61,7 +61,7 @@ def test_another_score_chooses_worse_blocks_at_equal_density(name: str, wrong: s
     query, key, value = make()
     length = query.shape[2]
     geometry = {"block_size": BLOCK, "causal": causal, "device": query.device}
-    valid, forced = valid_blocks(1, length, length, **geometry), forced_blocks(1, length, length, **geometry)
+    valid, forced = valid_and_forced_blocks(1, length, length, **geometry)
     scores = score_blocks(query, key, causal=causal)
     kept = select_blocks(scores, causal=causal)
     other = diagonal_scores(query, key, causal) if wrong == "diagonal" else torch.rand_like(scores)

@@ -97,7 +97,7 @@ def valid_blocks(
     return (torch.maximum(first, key_begin) < torch.minimum(end, key_end))[:, None]
 
 
-def forced_blocks(
+def valid_and_forced_blocks(
     batch: int,
     q_len: int,
     kv_len: int,
@@ -109,8 +109,8 @@ def forced_blocks(
     dense_tokens: tuple[int, int] | None = None,
     dense_last: int = 0,
     device: torch.device,
-) -> Tensor:
-    """Blocks that every selection keeps, a subset of the valid ones.
+) -> tuple[Tensor, Tensor]:
+    """`valid_blocks`, and those of them that every selection keeps.
 
     Causal: the first valid block of the row, every block that overlaps the query block's own positions, and all
     valid blocks of the query blocks that hold one of the `dense_last` last queries. With
@@ -118,36 +118,8 @@ def forced_blocks(
     that touch it.
 
     Returns:
-        bool `[B, 1, Nq, Nk]`.
+        bool `[B, 1, Nq, Nk]` twice.
     """
-    return valid_and_forced_blocks(
-        batch,
-        q_len,
-        kv_len,
-        block_size=block_size,
-        causal=causal,
-        kv_start=kv_start,
-        kv_lens=kv_lens,
-        dense_tokens=dense_tokens,
-        dense_last=dense_last,
-        device=device,
-    )[1]
-
-
-def valid_and_forced_blocks(
-    batch: int,
-    q_len: int,
-    kv_len: int,
-    *,
-    block_size: int,
-    causal: bool,
-    kv_start: Tensor | None,
-    kv_lens: Tensor | None,
-    dense_tokens: tuple[int, int] | None,
-    dense_last: int,
-    device: torch.device,
-) -> tuple[Tensor, Tensor]:
-    """`valid_blocks` and `forced_blocks` in one go, each bool `[B, 1, Nq, Nk]`."""
     first, end, key_begin, key_end, offset = _block_edges(
         batch, q_len, kv_len, block_size, causal, kv_start, kv_lens, device
     )

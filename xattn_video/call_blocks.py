@@ -30,7 +30,7 @@ class CallBlocks(NamedTuple):
 def call_blocks(
     query: Tensor, kv_len: int, *, kv_start: Tensor | None, kv_lens: Tensor | None, **rules: Any
 ) -> CallBlocks:
-    """The blocks of a call with that query `[B, Hq, Sq, D]`; rules are the other arguments of `blocks.forced_blocks`.
+    """The blocks of a call with that query `[B, Hq, Sq, D]`; `rules` are what `valid_and_forced_blocks` takes.
 
     Without bounds they follow from sizes alone and are kept for the next such call of the same stream: on a GPU some
     forty short kernels fewer a call. Bounds are values on the device, so that calls with them start anew.

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import reference
 from .backends import auto_name, resolve
-from .blocks import forced_blocks, num_blocks, valid_blocks
+from .blocks import num_blocks, valid_and_forced_blocks
 from .call_blocks import exact_type
 from .checks import check_dense_last, check_dense_tokens, check_key_bounds, check_threshold
 from .config import check_geometry, check_selection
@@ -81,8 +81,8 @@ def select_blocks(
         "kv_lens": kv_lens,
         "device": scores.device,
     }
-    valid = valid_blocks(batch, q_len, kv_len, **geometry)
-    forced = forced_blocks(batch, q_len, kv_len, dense_tokens=dense_tokens, dense_last=dense_last, **geometry)
+    exact: dict[str, Any] = {"dense_tokens": dense_tokens, "dense_last": dense_last}
+    valid, forced = valid_and_forced_blocks(batch, q_len, kv_len, **exact, **geometry)
     if backend == "auto":
         backend = auto_name(scores.device, scores.dtype) or "reference"
     select = resolve(backend, scores.device, scores.dtype).select

@@ -13,6 +13,7 @@ from torch import Tensor
 from ..config import BACKENDS
 
 TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 class ListStages(NamedTuple):
@@ -67,9 +68,6 @@ def _flex_unavailable_reason(device: torch.device, dtype: torch.dtype) -> str | 
         return f"it runs on a CPU and on an NVIDIA or AMD GPU, not on {device.type}"
     # Compiled by Triton, and scores and selection are the Triton backend's.
     return None if device.type == "cpu" else _triton_unavailable_reason(device, dtype)
-
-
-_HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 def auto_name(device: torch.device, dtype: torch.dtype) -> str | None:
