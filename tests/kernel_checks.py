@@ -37,6 +37,7 @@ class Problem:
     layout: str = "bhsd"
     content: str = "random"
     scale: float | None = None
+    seed: int = 0
 
     @property
     def factor(self) -> float:
@@ -52,7 +53,7 @@ class Problem:
 
     def tensors(self, device: str) -> tuple[Tensor, Tensor, Tensor]:
         """Query [B, Hq, Sq, D], key and value [B, Hkv, Sk, D]."""
-        generator = torch.Generator().manual_seed(sum(self.lengths) + self.head_dim)
+        generator = torch.Generator().manual_seed(sum(self.lengths) + self.head_dim + self.seed)
         make = video_like if self.content == "video" else _random
         query = make(generator, self.batch, self.heads[0], self.lengths[0], self.head_dim)
         key = make(generator, self.batch, self.heads[1], self.lengths[1], self.head_dim)
@@ -114,7 +115,7 @@ class Problem:
     def block_mask(self, device: str, density: float = 0.5) -> Tensor:
         """A random block mask; blocks without a visible pair may be set too, and one row is empty."""
         shape = (self.batch, self.heads[0], *(num_blocks(length, self.block_size) for length in self.lengths))
-        mask = torch.rand(shape, generator=torch.Generator().manual_seed(1)) < density
+        mask = torch.rand(shape, generator=torch.Generator().manual_seed(self.seed + 1)) < density
         mask[0, 0, -1] = False
         return mask.to(device)
 
@@ -355,7 +356,7 @@ def check_selection(problem: Problem, device: str, kind: str) -> None:
     valid = valid_blocks(problem.batch, *problem.lengths, **geometry).to(device)
     forced = valid_and_forced_blocks(problem.batch, *problem.lengths, **geometry)[1].to(device)
     shape = (problem.batch, problem.heads[0], *valid.shape[2:])
-    scores = torch.rand(shape, generator=torch.Generator().manual_seed(2)).to(device)
+    scores = torch.rand(shape, generator=torch.Generator().manual_seed(problem.seed + 2)).to(device)
     kinds = {"even": scores, "sharp": scores**20, "ties": (scores * 4).floor() / 4, "zero": scores * 0}
     # a row sums to the query groups of a block: the largest sum there is, and more at a block than at any other
     kinds |= {"large": scores * 128, "large and sharp": 128 * scores**20}

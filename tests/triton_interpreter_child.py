@@ -12,10 +12,15 @@ import torch
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs TRITON_INTERPRET=1 before the kernels are imported", allow_module_level=True)
 
+import triton
+import triton.language as tl
+from triton.runtime.errors import InterpreterError
 from triton.runtime.interpreter import InterpreterBuilder
 
 from tests import kernel_checks
 from tests.kernel_checks import Problem
+from tests.kernel_problems import SMALL, STRIPS, TILES, WIDE_TILES
+from tests.memory_check import checked_memory
 from xattn_video import xattention
 from xattn_video.kernels import antidiagonal_scores as scores_kernel
 from xattn_video.kernels import block_lists as lists_kernel
@@ -26,19 +31,15 @@ from xattn_video.kernels.descriptors import describe
 
 FP16, BF16 = torch.float16, torch.bfloat16
 
-SHARED = [
-    Problem(lengths=(203, 331), heads=(4, 2), batch=2, head_dim=40, dtype=FP16, causal=True, kv_lens=(331, 290)),
-    Problem(lengths=(130, 77), head_dim=72, causal=True, batch=2, kv_start=(3, 10), kv_lens=(60, 77)),
-    Problem(lengths=(77, 205), head_dim=80, batch=2, kv_start=(0, 70), kv_lens=(205, 90), dtype=BF16, layout="bshd"),
-    Problem(lengths=(100, 100), head_dim=96, heads=(3, 1), layout="slice", causal=True),
-    Problem(lengths=(65, 96), head_dim=112, layout="bhds", dtype=FP16),
-    Problem(lengths=(150, 150), content="video", dtype=BF16, block_size=64, causal=True, kv_start=(37,)),
-    Problem(lengths=(9, 200), causal=True, head_dim=64, content="video", dtype=FP16, kv_lens=(180,)),
-    Problem(lengths=(64, 64), batch=2, kv_lens=(0, 64), head_dim=33),
-]
+
+@pytest.fixture(autouse=True)
+def touched():
+    """Every test here also fails where a kernel reads or writes what it should not, see memory_check.py."""
+    with checked_memory() as touched:
+        yield touched
 
 
-@pytest.mark.parametrize("problem", SHARED, ids=str)
+@pytest.mark.parametrize("problem", SMALL, ids=str)
 def test_scores(problem):
     kernel_checks.check_scores(problem, "cpu")
 
@@ -49,19 +50,6 @@ def test_scores(problem):
 def test_scores_for_every_stride(stride, block_size):
     problem = Problem(lengths=(299, 270), heads=(1, 1), stride=stride, block_size=block_size, causal=True)
     kernel_checks.check_scores(problem, "cpu")
-
-
-# small tiles: several a strip, whole ones and cut ones, and the last one beyond the last key block
-TILES = {"BLOCK_R": 16, "BLOCK_C": 16, "BLOCK_K": 16, "num_warps": 4, "num_stages": 1}
-WIDE_TILES = {**TILES, "BLOCK_R": 64, "BLOCK_C": 32}
-STRIPS = [
-    Problem(lengths=(420, 1100), heads=(2, 1), head_dim=16, block_size=16),
-    Problem(lengths=(420, 700), heads=(2, 1), head_dim=24, causal=True, content="video", dtype=FP16),
-    Problem(lengths=(500, 430), batch=2, causal=True, kv_start=(0, 150), kv_lens=(430, 380), block_size=64, dtype=BF16),
-    Problem(lengths=(270, 530), batch=2, head_dim=16, stride=4, block_size=64, kv_start=(140, 6), kv_lens=(400, 6)),
-    Problem(lengths=(600, 600), head_dim=16, stride=16, block_size=128, causal=True, content="video"),
-    Problem(lengths=(600, 600), head_dim=16, block_size=64, causal=True, scale=-0.2),
-]
 
 
 @pytest.mark.parametrize(("tiles", "programs"), [(TILES, 1), (TILES, 3), (WIDE_TILES, 1)], ids=["16-1", "16-3", "64-1"])
@@ -95,12 +83,12 @@ def test_scores_multiply_each_tile_once(causal, monkeypatch):
     assert len(multiplied) == visible_tiles * problem.stride
 
 
-@pytest.mark.parametrize("problem", SHARED, ids=str)
+@pytest.mark.parametrize("problem", SMALL, ids=str)
 def test_attention(problem):
     kernel_checks.check_attention(problem, "cpu")
 
 
-@pytest.mark.parametrize("problem", SHARED, ids=str)
+@pytest.mark.parametrize("problem", SMALL, ids=str)
 def test_attention_through_tensor_descriptors(problem):
     kernel_checks.check_descriptors(problem, "cpu")
 
@@ -243,3 +231,27 @@ def test_attention_refuses_blocks_below_a_tile():
         attention_operator.block_sparse_forward(
             *problem.tensors("cpu"), problem.block_mask("cpu"), **problem.options("cpu")
         )
+
+
+@triton.jit
+def _copy(source, target, count, step, SIZE: tl.constexpr):
+    places = tl.program_id(0) * step + tl.arange(0, SIZE)
+    tl.store(target + places, tl.load(source + places, mask=places < count), mask=places < count)
+
+
+def test_the_memory_check_sees_what_it_is_for(touched):
+    source, target = torch.arange(16.0), torch.zeros(16)
+    _copy[(2,)](source, target, 16, 8, SIZE=8)
+    assert torch.equal(source, target)
+    assert touched == [8, 8, 8, 8]
+    every_other, both = torch.zeros(32)[::2], torch.zeros(24)
+    for words, arguments in (
+        ("program 1 reads 4 elements of no tensor", (source[:12], target, 16, 8)),
+        ("program 1 writes 4 elements of no tensor", (source, target[:12], 16, 8)),
+        ("program 0 reads 4 elements of no tensor", (every_other, target, 16, 8)),
+        ("program 1 touches what another one wrote", (source, target, 16, 4)),
+        ("program 1 touches what another one wrote", (target[:8], target[8:], 16, 8)),
+        ("program 1 writes what another one read", (both[8:], both[:16], 16, 8)),
+    ):
+        with pytest.raises(InterpreterError, match=words):
+            _copy[(2,)](*arguments, SIZE=8)
