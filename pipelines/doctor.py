@@ -77,8 +77,8 @@ def devices() -> list[dict[str, Any]]:
         found.append(("mps", f"Apple {platform.machine()}"))
     report = [_device(name, description) for name, description in found]
     if not cuda:
-        built = "built without CUDA or ROCm" if not _built_for_gpu() else "but it sees no GPU or driver"
-        report.append({"device": "cuda", "name": None, "reason": f"torch {torch.__version__} is {built}"})
+        why = "has CUDA or ROCm, but sees no GPU or driver" if _built_for_gpu() else "is built without CUDA or ROCm"
+        report.append({"device": "cuda", "name": None, "reason": f"torch {torch.__version__} {why}"})
     return report
 
 

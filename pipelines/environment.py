@@ -65,6 +65,11 @@ def _version(package: str) -> str | None:
         from xattn_video import __version__
 
         return __version__
+    if package == "torch":
+        import torch
+
+        # its build too, which the metadata of some wheels leaves out: 2.13.0+cu130
+        return torch.__version__
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipelines import doctor
+from pipelines import doctor, environment
 from tests.cli_tools import Run, tool
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -41,6 +41,26 @@ def test_json_has_versions_devices_and_checks(xattn):
     assert "GPU" in cpu["backends"]["triton"]
     if not torch.cuda.is_available():
         assert "CUDA" in report["devices"][-1]["reason"]
+
+
+@pytest.mark.parametrize(
+    ("built", "reason"),
+    [(True, "has CUDA or ROCm, but sees no GPU or driver"), (False, "is built without CUDA or ROCm")],
+)
+def test_no_gpu_has_its_reason(built, reason, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(doctor, "_built_for_gpu", lambda: built)
+    assert doctor.devices()[-1] == {
+        "device": "cuda", "name": None, "reason": f"torch {torch.__version__} {reason}"
+    }  # fmt: skip
+
+
+def test_the_version_of_torch_says_which_build_it_is(monkeypatch):
+    monkeypatch.setattr(environment.metadata, "version", lambda package: "2.13.0")
+    monkeypatch.setattr(torch, "__version__", "2.13.0+cu130")
+    assert environment.versions(["torch", "triton"]) | {"python": None} == {
+        "python": None, "torch": "2.13.0+cu130", "triton": "2.13.0"
+    }  # fmt: skip
 
 
 def test_a_device_without_a_fast_backend_says_dense_and_why():
