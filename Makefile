@@ -6,6 +6,9 @@ READY := $(VENV)/.installed
 TEST_WORKERS ?= 2
 DEMO_OUT ?= demo-out
 BENCH_OUT ?= bench-out
+# Each compiles kernels of its own, which takes longer than to run them.
+GPU_WORKERS ?= 4
+SANITIZER ?= $(VENV)/lib/python*/site-packages/nvidia/cu13/bin/compute-sanitizer
 # The first interpreter that is new enough; PYTHON=... overrides.
 PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11 python; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
@@ -15,16 +18,18 @@ LOWEST_DIFFUSERS := 0.36.0
 LOWEST_TRANSFORMERS := 4.57.1
 LOWEST_READY := $(LOWEST)/.installed-$(LOWEST_DIFFUSERS)-$(LOWEST_TRANSFORMERS)
 
-.PHONY: help demo test test-gpu test-lowest lint bench bench-gpu bench-static clean
+.PHONY: help demo test test-gpu memcheck-gpu test-lowest lint bench bench-gpu goals-gpu bench-static clean
 
 help:
 	@echo "make demo          generate dense and sparse videos with a small model and compare them"
 	@echo "make test          run the tests (no GPU needed)"
 	@echo "make test-gpu      run the tests that need a GPU"
+	@echo "make memcheck-gpu  run the kernels on small problems under NVIDIA's compute-sanitizer"
 	@echo "make test-lowest   run the tests of models with the oldest supported diffusers and transformers"
 	@echo "make lint          ruff and mypy"
 	@echo "make bench         time sparse against dense attention on this machine"
 	@echo "make bench-gpu     the same on a GPU at the sizes of Wan and HunyuanVideo, and causal up to 256k tokens"
+	@echo "make goals-gpu     measure on a GPU what this package wants to reach, and say what it does"
 	@echo "make bench-static  compile every kernel for every GPU target and print what the compiler made"
 
 .PHONY: new-enough
@@ -44,7 +49,13 @@ test: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist worksteal
 
 test-gpu: $(READY)
-	$(BIN)/python -m pytest -m gpu
+	$(BIN)/python -m pytest -m gpu -n $(GPU_WORKERS) --dist worksteal
+
+# Memory of its own for every tensor, so that an access beside one is seen.
+memcheck-gpu: $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt nvidia-cuda-sanitizer-api
+	PYTORCH_NO_CUDA_MEMORY_CACHING=1 $(SANITIZER) --tool memcheck --error-exitcode 1 \
+		$(BIN)/python -m pytest -m gpu -k small_problems tests/test_triton_kernels.py
 
 # The oldest diffusers brings its own range of huggingface_hub, so the pins of what belongs together are left out.
 $(LOWEST_READY): pyproject.toml constraints.txt | new-enough
@@ -74,6 +85,9 @@ bench: $(READY)
 
 bench-gpu: $(READY)
 	$(BIN)/xattn-video bench --device cuda --full --record --plot $(BENCH_OUT)
+
+goals-gpu: $(READY)
+	$(BIN)/xattn-video bench --device cuda --goals --rounds 3 --record
 
 bench-static: $(READY)
 	$(BIN)/python -m eval.static_evidence

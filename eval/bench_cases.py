@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ class Case:
     """One attention shape: the video in latent tokens, then text; or a causal sequence of `tokens`.
 
     `inputs` is what fills it: `video` and `text` are generated, `demo` is the demo model's tensors of that name.
+    `stride` and `locality` are those of the run where they are None.
     """
 
     name: str
@@ -32,6 +33,8 @@ class Case:
     dtype: str
     causal: bool = False
     inputs: str = "video"
+    stride: int | None = None
+    locality: float | None = None
 
     @property
     def tokens(self) -> int:
@@ -46,10 +49,14 @@ GPU_CASES = (
 )
 GPU_FULL_TOKENS = (8192, 32768, 131072, 262144)
 CPU_FULL_TOKENS = (7168, 8192, 16384)
+# Generated heads that differ from each other; more are copies of these in turn, as generating takes one CPU.
+DISTINCT_HEADS = 6
 
 
 def chosen_cases(args: argparse.Namespace, device: torch.device) -> list[Case]:
     """What the arguments ask for; without any, the device's own shapes. Raises `UserError` for what does not go."""
+    if args.goals:
+        return goal_cases(args, device)
     inputs = args.inputs or ("text" if args.causal else "video")
     causal = args.causal or inputs == "text"
     if inputs == "demo":
@@ -71,6 +78,30 @@ def chosen_cases(args: argparse.Namespace, device: torch.device) -> list[Case]:
             if value < least:
                 raise UserError(f"{name} must be {least} or more, got {value}")
     return [_sized(n, heads, dim, dtype, causal, inputs) for n in tokens for dim in head_dims for dtype in dtypes]
+
+
+def goal_cases(args: argparse.Namespace, device: torch.device) -> list[Case]:
+    """The calls that `bench_goals.py` has something to say about, the video ones at a density of 0.35 or 0.5."""
+    chosen = {"--tokens": args.tokens, "--heads": args.heads, "--head-dim": args.head_dim, "--dtype": args.dtype}
+    chosen |= {"--inputs": args.inputs, "--causal": args.causal, "--full": args.full}
+    for option, value in chosen.items():
+        if value:
+            raise UserError(f"{option} does not go with --goals, which has shapes of its own")
+    if device.type != "cuda":
+        raise UserError("--goals is about GPUs; torch finds none here, or --device names another device")
+    large = [
+        replace(case, stride=stride, locality=0.45)
+        for case in GPU_CASES
+        if case.name != "wan-1.3b-480p"
+        for stride in (8, 16)
+    ]
+    short = [_sized(tokens, 24, 128, "bf16", False, "video") for tokens in (8192, 16384, 32768)]
+    causal = [_sized(tokens, 24, 128, "bf16", True, "text") for tokens in (131072, 262144)]
+    return [
+        *large,
+        *(replace(case, stride=8, locality=0.3) for case in short),
+        *(replace(case, stride=16, locality=0.9) for case in causal),
+    ]
 
 
 def _sized(tokens: int, heads: int, head_dim: int, dtype: str, causal: bool, inputs: str) -> Case:
@@ -102,18 +133,24 @@ def _demo_cases(args: argparse.Namespace) -> list[Case]:
 
 def make_inputs(case: Case, locality: float, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """Query, key and value `[1, heads, tokens, head_dim]` on the device; `locality` is for generated ones."""
-    dtype = DTYPES[case.dtype]
+    dtype, made = DTYPES[case.dtype], min(case.heads, DISTINCT_HEADS)
     if case.inputs == "demo":
         from eval.demo_tensors import load_demo_qkv
 
         (entry,) = (entry for entry in load_demo_qkv() if f"demo-{entry.name}" == case.name)
         parts = (entry.query, entry.key, entry.value)
     elif case.inputs == "text":
-        parts = causal_text_like_qkv(1, case.heads, case.tokens, case.head_dim, locality=locality, dtype=dtype)
+        parts = causal_text_like_qkv(1, made, case.tokens, case.head_dim, locality=locality, dtype=dtype)
     else:
         video = (case.frames, case.height, case.width)
         parts = video_like_qkv(
-            1, case.heads, *video, case.head_dim, locality=locality, dtype=dtype, text_tokens=case.text_tokens
+            1, made, *video, case.head_dim, locality=locality, dtype=dtype, text_tokens=case.text_tokens
         )
-    query, key, value = (part.to(device, dtype) for part in parts)
+    query, key, value = (_repeated(part.to(device, dtype), case.heads) for part in parts)
     return query, key, value
+
+
+def _repeated(part: Tensor, heads: int) -> Tensor:
+    """So many heads, in memory of their own, of those that are there."""
+    there = part.shape[1]
+    return part if heads <= there else part[:, torch.arange(heads, device=part.device) % there]

@@ -16,7 +16,7 @@ import argparse
 import json
 import statistics
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eval import bench_plots
+from eval import bench_goals, bench_plots
 from eval.bench_cases import DTYPES, INPUTS, Case, chosen_cases, make_inputs
 from eval.bench_tables import format_stages, format_table
 from eval.dense_kernels import Problem, dense_candidates, judge, sparse_candidates
@@ -49,6 +49,7 @@ example:
   xattn-video bench --tokens 8192 16384 --head-dim 128 --dtype bf16
   xattn-video bench --inputs demo
   xattn-video bench --full --record --plot plots
+  xattn-video bench --device cuda --goals --rounds 3
   xattn-video bench --model Qwen/Qwen3-8B --tokens 16384 65536
 
 a row is timed only if its results are right; a kernel that is missing, raises or is wrong is listed with the reason.
@@ -91,6 +92,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rounds", type=int, default=5, help="interleaved repetitions (default 5)")
     parser.add_argument("--full", action="store_true", help="all lengths, head dimensions and types of this device")
     parser.add_argument(
+        "--goals", action="store_true", help="on a GPU: measure what this package wants to reach, and say what it does"
+    )
+    parser.add_argument(
         "--record", action="store_true", help=f"append each row, as it comes, to eval/results/{LEDGER.name}"
     )
     parser.add_argument(
@@ -110,6 +114,8 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"--locality must be from 0 to 1, got {args.locality}")
     if args.dense_last and args.model is None:
         raise UserError("--dense-last goes with --model")
+    if args.goals and args.model is not None:
+        raise UserError("--goals does not go with --model")
     given = {name: getattr(args, name) for name in ("stride", "block_size", "threshold", "dense_last")}
     try:
         config = XAttnConfig(**given, min_tokens=0)
@@ -139,21 +145,25 @@ def run(args: argparse.Namespace) -> int:
             continue
         if failures:
             break
-        locality = None if case.inputs == "demo" else args.locality
-        setting = {"config": config.to_dict(), "locality": locality}
+        own, locality = _own_settings(case, config, args)
+        setting = {"config": own.to_dict(), "stride": own.stride, "locality": locality}
         rows.append(asdict(case) | {"tokens": case.tokens} | measured | setting | source)
         if args.record:
             append_rows(LEDGER, rows[-1:])
     if rows:
         print(format_table(rows))
         print(format_stages(rows))
+    goals = bench_goals.verdicts(rows) if args.goals else []
+    if goals:
+        print(bench_goals.format_verdicts(goals))
     for failure in failures:
         print(f"wrong result, nothing timed from here on: {failure}")
     if args.plot is not None and rows and not failures:
         for path in bench_plots.write(rows, args.plot):
             print(f"wrote {path}")
     ok = bool(rows) and not failures
-    print(json.dumps({"ok": ok, "failures": failures, "too_large": too_large, "rows": rows}))
+    report = {"ok": ok, "failures": failures, "too_large": too_large, "rows": rows}
+    print(json.dumps(report | ({"goals": [asdict(goal) for goal in goals]} if args.goals else {})))
     return 0 if ok else 1
 
 
@@ -162,9 +172,18 @@ def _run_case(
 ) -> tuple[dict[str, Any], list[str]]:
     """What was measured of a case, or what is wrong."""
     print(f"{case.name}: making inputs", file=sys.stderr)
-    query, key, value = make_inputs(case, args.locality, device)
-    failures = _gate_timed(case, query, key, value, config)
-    return ({}, failures) if failures else _measure(case, query, key, value, config, args.rounds)
+    own, locality = _own_settings(case, config, args)
+    query, key, value = make_inputs(case, args.locality if locality is None else locality, device)
+    failures = _gate_timed(case, query, key, value, own)
+    return ({}, failures) if failures else _measure(case, query, key, value, own, args.rounds, args.goals)
+
+
+def _own_settings(case: Case, config: XAttnConfig, args: argparse.Namespace) -> tuple[XAttnConfig, float | None]:
+    """Configuration and locality of a case: its own, or else the run's; tensors that were saved have no locality."""
+    own = config if case.stride is None else replace(config, stride=case.stride)
+    if case.inputs == "demo":
+        return own, None
+    return own, args.locality if case.locality is None else case.locality
 
 
 def _device(name: str) -> torch.device:
@@ -237,9 +256,12 @@ def _error(output: Tensor, truth: Tensor) -> float:
 
 
 def _measure(
-    case: Case, query: Tensor, key: Tensor, value: Tensor, config: XAttnConfig, rounds: int
+    case: Case, query: Tensor, key: Tensor, value: Tensor, config: XAttnConfig, rounds: int, goals: bool
 ) -> tuple[dict[str, Any], list[str]]:
-    """Times in milliseconds (median and best of the rounds), density, speed-ups; or what is wrong."""
+    """Times in milliseconds (median and best of the rounds), density, speed-ups; or what is wrong.
+
+    With `goals` also the attention kernel over all blocks, and nothing that torch has to compile first.
+    """
     length, device = case.tokens, query.device
     geometry: dict[str, Any] = {"block_size": config.block_size, "causal": case.causal}
     masking: dict[str, Any] = {**geometry, "scale": case.head_dim**-0.5, "kv_start": None, "kv_lens": None}
@@ -250,9 +272,9 @@ def _measure(
     # as in the whole call, where all layers share them
     rules: dict[str, Any] = {**geometry, "kv_start": None, "kv_lens": None, "dense_tokens": None, "dense_last": 0}
 
-    def select() -> Kept:
+    def select(threshold: float = config.threshold) -> Kept:
         blocks = call_blocks(query, length, **rules)
-        return select_kept(backend, scores, blocks.valid, blocks.forced, config, config.threshold)
+        return select_kept(backend, scores, blocks.valid, blocks.forced, config, threshold)
 
     kept = select()
     block_mask = kept if isinstance(kept, Tensor) else lists_to_mask(*kept)
@@ -260,10 +282,12 @@ def _measure(
     whole = Problem(query, key, value, case.causal)
     sparse = Problem(query, key, value, case.causal, block_mask, config.block_size)
 
-    own = judge({"attend": partial(attend_kept, backend, query, key, value, kept, **masking)}, sparse)
-    dense = judge(dense_candidates(whole), whole)
-    other = judge(sparse_candidates(sparse), sparse)
-    failures = [f"{case.name}: {name}: {reason}" for name, reason in own.refused.items()]
+    attend = partial(attend_kept, backend, query, key, value, **masking)
+    own = judge({"attend": partial(attend, kept)}, sparse)
+    every = judge({"attend-all": partial(attend, select(threshold=1.0))} if goals else {}, whole)
+    dense = judge({name: call for name, call in dense_candidates(whole).items() if not goals or name != "flex"}, whole)
+    other = judge({} if goals else sparse_candidates(sparse), sparse)
+    failures = [f"{case.name}: {name}: {reason}" for name, reason in (own.refused | every.refused).items()]
     if not dense.kernels:
         failures += [
             f"{case.name}: no dense kernel to compare with; {name}: {why}" for name, why in dense.refused.items()
@@ -273,6 +297,7 @@ def _measure(
 
     call = partial(xattention, query, key, value, config, causal=case.causal)
     stages = {**dense.kernels, **other.kernels, "score": score, "select": select, **own.kernels, "total": call}
+    stages |= every.kernels
     seconds: dict[str, list[float]] = {name: [] for name in stages}
     for function in stages.values():
         function()
@@ -304,7 +329,7 @@ def summarize(
     estimate = 1 / (2 * config.stride)
     ideal = 1 / (density + estimate)
     speedup = best[fastest] / best["total"]
-    shares = dict.fromkeys(seconds, density) | dict.fromkeys(dense, 1.0)
+    shares = dict.fromkeys(seconds, density) | dict.fromkeys((*dense, "attend-all"), 1.0)
     shares |= {"score": estimate, "total": density + estimate}
     flop = 4 * case.tokens**2 * case.head_dim * case.heads / (2 if case.causal else 1)
     return {
