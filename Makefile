@@ -8,7 +8,8 @@ DEMO_OUT ?= demo-out
 BENCH_OUT ?= bench-out
 # Each compiles kernels of its own, which takes longer than to run them.
 GPU_WORKERS ?= 4
-SANITIZER ?= $(VENV)/lib/python*/site-packages/nvidia/cu13/bin/compute-sanitizer
+GPU_TESTS := tests/test_triton_kernels.py tests/test_call_blocks.py tests/test_flex_backend.py \
+	tests/test_efficiency.py tests/test_tune.py
 # The first interpreter that is new enough; PYTHON=... overrides.
 PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11 python; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
@@ -48,13 +49,22 @@ demo: $(READY)
 test: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist worksteal
 
-test-gpu: $(READY)
-	$(BIN)/python -m pytest -m gpu -n $(GPU_WORKERS) --dist worksteal
+# Without this a machine whose torch sees no GPU would skip every test and end well.
+.PHONY: gpu
+gpu: $(READY)
+	@$(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || \
+		{ echo "torch sees no GPU here; xattn-video doctor says more" >&2; exit 2; }
+
+# In an environment that is there already, torch with CUDA in it: make READY= BIN=/path/to/bin test-gpu
+test-gpu: gpu
+	$(BIN)/python -m pytest -m gpu -n $(GPU_WORKERS) --dist worksteal $(GPU_TESTS)
 
 # Memory of its own for every tensor, so that an access beside one is seen.
-memcheck-gpu: $(READY)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt nvidia-cuda-sanitizer-api
-	PYTORCH_NO_CUDA_MEMORY_CACHING=1 $(SANITIZER) --tool memcheck --error-exitcode 1 \
+memcheck-gpu: gpu
+	@command -v compute-sanitizer >/dev/null || $(BIN)/python -m pip install --quiet --disable-pip-version-check \
+		--constraint constraints.txt nvidia-cuda-sanitizer-api
+	PATH="$$PATH:$$(echo $(CURDIR)/$(VENV)/lib/python*/site-packages/nvidia/cu13/bin)" PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
+		compute-sanitizer --tool memcheck --error-exitcode 1 \
 		$(BIN)/python -m pytest -m gpu -k small_problems tests/test_triton_kernels.py
 
 # The oldest diffusers brings its own range of huggingface_hub, so the pins of what belongs together are left out.
@@ -83,11 +93,11 @@ lint: $(READY)
 bench: $(READY)
 	$(BIN)/xattn-video bench
 
-bench-gpu: $(READY)
-	$(BIN)/xattn-video bench --device cuda --full --record --plot $(BENCH_OUT)
+bench-gpu: gpu
+	$(BIN)/python -m pipelines.cli bench --device cuda --full --record --plot $(BENCH_OUT)
 
-goals-gpu: $(READY)
-	$(BIN)/xattn-video bench --device cuda --goals --rounds 3 --record
+goals-gpu: gpu
+	$(BIN)/python -m pipelines.cli bench --device cuda --goals --rounds 3 --record
 
 bench-static: $(READY)
 	$(BIN)/python -m eval.static_evidence

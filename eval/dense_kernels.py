@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from xattn_video import block_sparse_attention
 from xattn_video.attention import dense_attention
+from xattn_video.backends import flex
 from xattn_video.blocks import valid_blocks
 
 Kernel = Callable[[], Tensor]
@@ -64,23 +64,30 @@ def sparse_candidates(problem: Problem) -> dict[str, Kernel]:
     """Other kernels that take the same block mask on this device, by name."""
     if problem.query.device.type != "cuda":
         return {}
-    return {"flex-sparse": partial(attend_blocks, problem, "flex")}
+    return {"flex-sparse": _FlexSparse(problem)}
 
 
-def attend_blocks(problem: Problem, backend: str = "auto") -> Tensor:
-    """This package's attention over the block mask of a sparse problem."""
-    assert problem.block_mask is not None
-    output = block_sparse_attention(
-        problem.query,
-        problem.key,
-        problem.value,
-        problem.block_mask,
-        block_size=problem.block_size,
-        causal=problem.causal,
-        backend=backend,
-    )
-    assert isinstance(output, Tensor)
-    return output
+class _FlexSparse:
+    """FlexAttention over the blocks of a sparse problem; its mask is made once, as other kernels get finished lists."""
+
+    def __init__(self, problem: Problem) -> None:
+        self._problem = problem
+        self._call: Kernel | None = None
+
+    def __call__(self) -> Tensor:
+        if self._call is None:
+            self._call = self._prepared()
+        with torch.no_grad():
+            return self._call()[0]
+
+    def _prepared(self) -> Kernel:
+        problem, length = self._problem, self._problem.query.shape[2]
+        assert problem.block_mask is not None
+        bounds: dict[str, Any] = {"causal": problem.causal, "kv_start": None, "kv_lens": None}
+        mask = flex.make_block_mask(problem.block_mask, length, length, block_size=problem.block_size, **bounds)
+        scale = problem.query.shape[3] ** -0.5
+        attend = flex.compiled_attention(problem.query, problem.key, problem.block_size, scale)
+        return partial(attend, problem.query, problem.key, problem.value, mask, scale)
 
 
 def judge(candidates: Mapping[str, Kernel], problem: Problem) -> Judged:
@@ -143,10 +150,8 @@ class _Flex:
 
 
 def _causal_mask(length: int, device: torch.device) -> Any:
-    from xattn_video.backends.flex import make_block_mask
-
     bounds: dict[str, Any] = {"block_size": 128, "causal": True, "kv_start": None, "kv_lens": None}
-    mask = make_block_mask(valid_blocks(1, length, length, device=device, **bounds), length, length, **bounds)
+    mask = flex.make_block_mask(valid_blocks(1, length, length, device=device, **bounds), length, length, **bounds)
     # All heads share these lists, so the test of a token may not look a head up.
     mask.mask_mod = lambda item, head, query, key: query >= key
     return mask

@@ -1,6 +1,7 @@
 """Time sparse attention against dense on this machine, after a correctness gate: `xattn-video bench`.
 
-    gate: a small problem in float64; of the timed one threshold 1 against SDPA, and every kernel on rows in float64
+    gate: a small problem in float64; of the timed one threshold 1 against SDPA, scores, choice and every kernel on
+    rows in float64
       ->  rounds of (every dense kernel, score, select, attend, whole call), interleaved
       ->  a row a shape: times, density, speed-up beside the ideal one `1 / (density + 1 / (2 * stride))`
 
@@ -26,18 +27,18 @@ from torch import Tensor
 
 from eval import bench_goals, bench_plots
 from eval.bench_cases import DTYPES, INPUTS, Case, chosen_cases, make_inputs
+from eval.bench_gates import gate_choice, gate_small, gate_timed
 from eval.bench_tables import format_stages, format_table
 from eval.dense_kernels import Problem, dense_candidates, judge, sparse_candidates
 from eval.ledger import RESULTS, append_rows, provenance
 from eval.timing import peak_extra_mb, seconds_of
 from pipelines.environment import device_name
 from pipelines.errors import UserError
-from xattn_video import XAttnConfig, block_sparse_attention, score_blocks, select_blocks, xattention
-from xattn_video.attention import Kept, attend_kept, dense_attention, select_kept
+from xattn_video import XAttnConfig, xattention
+from xattn_video.attention import Kept, attend_kept, select_kept
 from xattn_video.backends import resolve
 from xattn_video.blocks import lists_to_mask
 from xattn_video.call_blocks import call_blocks
-from xattn_video.synthetic import causal_text_like_qkv
 
 LEDGER = RESULTS / "efficiency.jsonl"
 # The inputs at which the default shape keeps about 0.17 of its blocks.
@@ -133,7 +134,7 @@ def run(args: argparse.Namespace) -> int:
     print(f"{source['device']}, torch {torch.__version__}, {config.label()}, locality {args.locality}")
     rows, failures, too_large = [], [], []
     for dtype, causal in dict.fromkeys((case.dtype, case.causal) for case in cases):
-        failures += _gate_small(device, DTYPES[dtype], config, causal)
+        failures += gate_small(device, DTYPES[dtype], config, causal)
     for case in cases:
         if failures:
             break
@@ -174,7 +175,7 @@ def _run_case(
     print(f"{case.name}: making inputs", file=sys.stderr)
     own, locality = _own_settings(case, config, args)
     query, key, value = make_inputs(case, args.locality if locality is None else locality, device)
-    failures = _gate_timed(case, query, key, value, own)
+    failures = gate_timed(case, query, key, value, own)
     return ({}, failures) if failures else _measure(case, query, key, value, own, args.rounds, args.goals)
 
 
@@ -194,62 +195,6 @@ def _device(name: str) -> torch.device:
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch finds no GPU here")
     return torch.device(name)
-
-
-# --- correctness --------------------------------------------------------------------------------------------
-
-
-def _gate_small(device: torch.device, dtype: torch.dtype, config: XAttnConfig, causal: bool) -> list[str]:
-    """Scores and sparse output of odd lengths against the float64 reference."""
-    length, ulp = 5 * config.block_size + 37, torch.finfo(dtype).eps
-    parts = causal_text_like_qkv(1, 4, length, 64, dtype=dtype, kv_heads=2)
-    query, key, value = (part.to(device) for part in parts)
-    exact = [part.double() for part in (query, key, value)]
-    settings: dict[str, Any] = {"block_size": config.block_size, "causal": causal}
-    scores = score_blocks(query, key, stride=config.stride, **settings)
-    wanted = score_blocks(exact[0], exact[1], stride=config.stride, backend="reference", **settings)
-    block_mask = select_blocks(wanted, threshold=config.threshold, q_len=length, kv_len=length, **settings)
-    output = block_sparse_attention(query, key, value, block_mask, **settings)
-    truth = block_sparse_attention(*exact, block_mask, backend="reference", **settings)
-    eager = _eager(query, key, value, block_mask, config.block_size, causal)
-    failures = []
-    if _error(scores, wanted) > 1e-3:
-        failures.append(f"scores in {dtype} are off by {_error(scores, wanted):.2e}")
-    allowed = _error(eager, truth) + 2 * ulp
-    if not _error(output, truth) <= allowed:
-        failures.append(f"sparse output in {dtype} is off by {_error(output, truth):.2e}, allowed {allowed:.2e}")
-    return failures
-
-
-def _eager(query: Tensor, key: Tensor, value: Tensor, block_mask: Tensor, block_size: int, causal: bool) -> Tensor:
-    """Masked attention by three plain operations in the inputs' own dtype: the error a user would have anyway."""
-    length = query.shape[2]
-    repeats = query.shape[1] // key.shape[1]
-    key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
-    mask = block_mask.repeat_interleave(block_size, 2)[:, :, :length]
-    mask = mask.repeat_interleave(block_size, 3)[:, :, :, :length]
-    if causal:
-        mask = mask.tril()
-    logits = (query @ key.transpose(-1, -2)) * query.shape[3] ** -0.5
-    return torch.softmax(logits.masked_fill(~mask, -torch.inf), dim=-1) @ value
-
-
-def _gate_timed(case: Case, query: Tensor, key: Tensor, value: Tensor, config: XAttnConfig) -> list[str]:
-    """With threshold 1 the timed problem must give what dense attention gives."""
-    dense = dense_attention(query, key, value, causal=case.causal)
-    output = xattention(query, key, value, config, causal=case.causal, threshold=1.0)
-    assert isinstance(output, Tensor)
-    # Both round their output, and both sum in another order.
-    allowed = max(4 * torch.finfo(query.dtype).eps, 2e-6)
-    error = _error(output, dense)
-    return [] if error <= allowed else [f"{case.name}: threshold 1 is off SDPA by {error:.2e}, allowed {allowed:.2e}"]
-
-
-def _error(output: Tensor, truth: Tensor) -> float:
-    """Norm of the difference over the truth's norm; head after head, since copies in float64 of all are too large."""
-    heads = zip(output.flatten(0, 1), truth.flatten(0, 1), strict=True)
-    norms = torch.tensor([(float((a.double() - b.double()).norm()), float(b.double().norm())) for a, b in heads])
-    return float(norms[:, 0].norm() / norms[:, 1].norm())
 
 
 # --- timing -------------------------------------------------------------------------------------------------
@@ -278,7 +223,11 @@ def _measure(
 
     kept = select()
     block_mask = kept if isinstance(kept, Tensor) else lists_to_mask(*kept)
-    density = block_mask.sum().item() / (call_blocks(query, length, **rules).total.item() * case.heads)
+    blocks = call_blocks(query, length, **rules)
+    failures = gate_choice(case, query, key, scores, block_mask, blocks.valid, blocks.forced, config)
+    if failures:
+        return {}, failures
+    density = block_mask.sum().item() / (blocks.total.item() * case.heads)
     whole = Problem(query, key, value, case.causal)
     sparse = Problem(query, key, value, case.causal, block_mask, config.block_size)
 
@@ -309,8 +258,17 @@ def _measure(
     return summarize(case, config, density, seconds, tuple(dense.kernels)) | {
         "not_timed": dense.refused | other.refused,
         "peak_extra_mb": peak if device.type == "cuda" else None,
+        "launch_configs": _launch_configs(query) if device.type == "cuda" else None,
         "rounds": rounds,
     }, []
+
+
+def _launch_configs(query: Tensor) -> dict[str, Any]:
+    """What the kernels were launched with: a user's table, which `tune` writes, comes before the package's."""
+    from xattn_video.kernels.launch_tables import find_config
+
+    kernels = ("antidiagonal_scores", "block_sparse")
+    return {kernel: dict(find_config(kernel, query.dtype, query.shape[3], query.device)) for kernel in kernels}
 
 
 def summarize(

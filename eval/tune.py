@@ -36,7 +36,8 @@ example:
   xattn-video tune --head-dim 64 128 --dtype bf16 fp16 --tokens 75600 --heads 8
 
 needs a GPU. The table is <device class>.json (sm_90.json, gfx942.json) in ${launch_tables.FOLDER_VARIABLE}, or
-else in xattn-video/launch_configs in the user's cache (~/.cache). Its entries come before the package's own for that
+else in xattn-video/launch_configs in the user's cache (~/.cache), written after each kernel and size; one takes 5 to
+10 minutes, most of it for the compiler. Its entries come before the package's own for that
 class and before default.json; what was not measured stays. Delete the file to have the package's again.
 """
 
@@ -187,14 +188,15 @@ class Runner:
             return torch.full(self.block_mask.shape, torch.nan, device=self.query.device)
         return torch.full_like(self.query, torch.nan)
 
-    def launch(self, config: LaunchConfig, output: Tensor) -> None:
-        """Fill what `empty` gave by one launch with that configuration."""
+    def launch(self, config: LaunchConfig, output: Tensor, programs: int | None = None) -> None:
+        """Fill what `empty` gave by one launch with that configuration; `programs` is for the scores."""
         from xattn_video.kernels.antidiagonal_scores import launch_antidiagonal_scores
         from xattn_video.kernels.block_sparse import launch_block_sparse
 
         options = {**self._options, "config": config}
         if self.kernel == "antidiagonal_scores":
-            launch_antidiagonal_scores(self.query, self.key, output, stride=self.stride, **options)
+            options |= {"stride": self.stride, "programs": programs}
+            launch_antidiagonal_scores(self.query, self.key, output, **options)
             return
         inputs = (self.query, self.key, self.value)
         launch_block_sparse(*inputs, output, self._lse, self._indices, self._counts, **options)
@@ -210,10 +212,11 @@ class Runner:
 
 
 def small_runner(kernel: str, dtype: torch.dtype, head_dim: int, causal: bool, device: torch.device) -> Runner:
-    """A problem of odd lengths that float64 can judge."""
+    """A problem of odd lengths that float64 can judge: with tiles that no mask cuts, several in a row."""
     from xattn_video.synthetic import causal_text_like_qkv
 
-    length = 6 * 128 + 37
+    # two of the widest tiles of stride groups, or a few blocks
+    length = 2 * 256 * 8 + 37 if kernel == "antidiagonal_scores" else 6 * 128 + 37
     parts = causal_text_like_qkv(1, 2, length, head_dim, dtype=dtype)
     blocks = -(-length // 128)
     block_mask = torch.rand(1, 2, blocks, blocks, generator=torch.Generator().manual_seed(0)) < 0.6
@@ -232,9 +235,13 @@ def checker(runners: Iterable[Runner]) -> Callable[[LaunchConfig], str | None]:
         judged.append((runner, truth, 1e-4 if exact else 2 * torch.finfo(runner.query.dtype).eps))
 
     def check(config: LaunchConfig) -> str | None:
-        for runner, truth, allowed in judged:
+        # one program for all strips of scores, too: it uses its scratch again
+        launches = [(*parts, programs) for parts in judged for programs in (None, 1)]
+        for runner, truth, allowed, programs in launches:
+            if programs and runner.kernel != "antidiagonal_scores":
+                continue
             output = runner.empty()
-            runner.launch(config, output)
+            runner.launch(config, output, programs)
             error = ((output.double() - truth).norm() / truth.norm()).item()
             # written so that NaN is wrong too
             if not error <= allowed:
@@ -318,8 +325,8 @@ def run(args: argparse.Namespace) -> int:
     wanted: dict[tuple[str, str, int], str] = {}
     for kernel, head_dim, dtype in itertools.product(args.kernel, args.head_dim, args.dtype):
         wanted.setdefault((kernel, launch_tables.width(DTYPES[dtype]), head_dim), dtype)
-    chosen: dict[tuple[str, str, int], LaunchConfig | None] = {}
-    rows, failures = [], []
+    about = {"device": device_name(device), **provenance("triton")}
+    rows, failures, written = [], [], False
     for entry, dtype in wanted.items():
         kernel, _, head_dim = entry
         label = f"{kernel} {dtype} D {head_dim}"
@@ -332,14 +339,11 @@ def run(args: argparse.Namespace) -> int:
             continue
         rows.append({"kernel": kernel, "dtype": dtype, "head_dim": head_dim} | summarize(trials, best))
         print(f"{label}: {format_row(rows[-1])}")
-        chosen[entry] = None if best is trials[0] else best.config
-    written = before != (after := updated(before, chosen))
-    if written:
-        about = {
-            "device": device_name(device),
-            **provenance("triton"),
-        }
-        launch_tables.write_table(path, after, about)
+        # each as it comes: what follows may be interrupted
+        after = updated(before, {entry: None if best is trials[0] else best.config})
+        if after != before:
+            launch_tables.write_table(path, after, about)
+            before, written = after, True
     print(f"wrote {path}" if written else f"nothing to change in {path}")
     print(json.dumps({"ok": not failures, "path": str(path), "failures": failures, "rows": rows}))
     return 1 if failures else 0

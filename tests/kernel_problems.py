@@ -51,6 +51,9 @@ def gpu_problems():
             layout="bshd",
         )
         yield Problem(heads=(4, 4), lengths=(4096, 4096), head_dim=128, block_size=128, dtype=dtype, content="video")
+    # long enough for tiles that no mask cuts, also the large ones of some GPUs
+    yield Problem(heads=(2, 1), lengths=(8300, 8300), head_dim=128, block_size=128, causal=True, dtype=BF16)
+    yield Problem(heads=(1, 1), lengths=(17_000, 17_000), head_dim=128, block_size=128, stride=32, dtype=BF16)
     for stride in (4, 16, 32):
         yield Problem(lengths=(4100, 4100), head_dim=128, block_size=128, stride=stride, dtype=torch.bfloat16)
     for scale in (-0.1, 0.0, 10.0):

@@ -90,8 +90,10 @@ def checked_memory() -> Iterator[list[int]]:
 
     def touch(self: Any, addresses: Any, mask: Any, writes: bool) -> None:
         (x, y, z), (_, height, depth) = self.grid_idx, self.grid_dim
-        launches[-1].touch(addresses.data, mask.data, (x * height + y) * depth + z, writes)
-        touched.append(int(mask.data.sum()))
+        # some versions of Triton have the mask of a descriptor as an array
+        flags = np.asarray(mask.data)
+        launches[-1].touch(addresses.data, flags, (x * height + y) * depth + z, writes)
+        touched.append(int(flags.sum()))
 
     def checked_load(self: Any, addresses: Any, mask: Any, *rest: Any, **named: Any) -> Any:
         touch(self, addresses, mask, writes=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import types
+from functools import partial
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from eval import dense_kernels
 from eval.dense_kernels import Problem
+from xattn_video import block_sparse_attention
 
 NAMES = {"flash-attn-2": "flash_attn", "flash-attn-3": "flash_attn_interface", "flash-attn-4": "flash_attn.cute"}
 
@@ -83,6 +85,18 @@ def test_flex_attention_compiled(causal, monkeypatch):
 
 
 @pytest.mark.parametrize("causal", [False, True])
+def test_sparse_flex_attention_takes_the_same_blocks(causal):
+    case = problem(causal, 600)
+    block_mask = torch.rand(2, 4, 5, 5, generator=torch.Generator().manual_seed(1)) < 0.6
+    block_mask |= torch.eye(5, dtype=torch.bool)
+    sparse = Problem(case.query, case.key, case.value, causal, block_mask)
+    kernel = dense_kernels._FlexSparse(sparse)
+    judged = dense_kernels.judge({"flex-sparse": kernel}, sparse)
+    assert judged.refused == {}
+    assert torch.equal(kernel(), kernel())
+
+
+@pytest.mark.parametrize("causal", [False, True])
 def test_a_wrong_block_is_seen(causal):
     case = problem(causal, 600)
     block_mask = torch.rand(2, 4, 5, 5, generator=torch.Generator().manual_seed(1)) < 0.6
@@ -90,8 +104,10 @@ def test_a_wrong_block_is_seen(causal):
     sparse = Problem(case.query, case.key, case.value, causal, block_mask)
     other = block_mask.clone()
     other[1, 2, 3, 1] ^= True
-    wrong = Problem(case.query, case.key, case.value, causal, other)
-    candidates = {"own": lambda: dense_kernels.attend_blocks(sparse), "off": lambda: dense_kernels.attend_blocks(wrong)}
-    judged = dense_kernels.judge(candidates, sparse)
+    parts = (case.query, case.key, case.value)
+    right, off = (
+        partial(block_sparse_attention, *parts, mask, block_size=128, causal=causal) for mask in (block_mask, other)
+    )
+    judged = dense_kernels.judge({"own": right, "off": off}, sparse)
     assert set(judged.kernels) == {"own"}
     assert judged.refused["off"].startswith("wrong result: off float64 by")

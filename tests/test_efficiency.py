@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from eval import bench_cases, bench_plots, demo_tensors, efficiency
+from eval import bench_cases, bench_gates, bench_plots, demo_tensors, efficiency
 from eval.bench_cases import Case
 from eval.demo_tensors import DemoTensors
 from pipelines.cli import main
@@ -91,13 +91,13 @@ def test_nothing_that_fits_is_no_success(capsys: pytest.CaptureFixture[str], mon
 def test_nothing_is_timed_or_recorded_when_the_result_is_wrong(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    right = efficiency.block_sparse_attention
+    right = bench_gates.block_sparse_attention
 
     def wrong(*args: object, backend: str = "auto", **kwargs: object) -> object:
         output = right(*args, backend=backend, **kwargs)
         return output if backend == "reference" else output * 1.01
 
-    monkeypatch.setattr(efficiency, "block_sparse_attention", wrong)
+    monkeypatch.setattr(bench_gates, "block_sparse_attention", wrong)
     monkeypatch.setattr(efficiency, "LEDGER", tmp_path / "ledger.jsonl")
     assert main([*ARGUMENTS, "--record"]) == 1
     report = json.loads(capsys.readouterr().out.splitlines()[-1])
@@ -207,6 +207,31 @@ def test_attention_that_is_wrong_on_the_timed_problem_ends_the_bench(
     report = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert report["rows"] == []
     assert "video-1100: attend: wrong result" in report["failures"][0]
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(
+    ("stage", "words"),
+    [("antidiagonal_scores", "scores of head 1, block 8 are off"), ("select", "wrong blocks are kept or left out")],
+)
+def test_scores_and_choice_are_judged_on_the_timed_problem(
+    stage: str, words: str, causal: bool, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both are wrong in the last rows of long sequences alone, where no small problem shows it."""
+    own = resolve("cpu", torch.device("cpu"), torch.float32)
+    right = getattr(own, stage)
+
+    def wrong(*parts: Tensor, **settings: Any) -> Tensor:
+        result = right(*parts, **settings)
+        if result.shape[2] > 8:
+            result[:, 1:, 8:] = result[:, 1:, 8:].flip(-1)
+        return result
+
+    monkeypatch.setattr(efficiency, "resolve", lambda *_: own._replace(**{stage: wrong}))
+    assert main([*ARGUMENTS, "--causal"] if causal else ARGUMENTS) == 1
+    report = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert report["rows"] == []
+    assert any(words in failure for failure in report["failures"]), report["failures"]
 
 
 def test_stages_are_those_of_the_call_also_where_lists_take_the_place_of_a_mask(

@@ -70,10 +70,12 @@ def test_real_sizes_on_a_gpu(problem, check):
 
 
 @on_a_gpu
+@pytest.mark.parametrize("device", [None, "cuda"], ids=["default", "own"])
 @pytest.mark.parametrize("problem", REAL, ids=str)
-def test_scores_use_scratch_again_on_a_gpu(problem):
+def test_scores_use_scratch_again_on_a_gpu(problem, device):
     """Two programs for many strips: a missing barrier would let threads read or overwrite each other's sums."""
-    config = launch_config("antidiagonal_scores", problem.dtype, problem.head_dim)
+    own = device and torch.device(device)
+    config = launch_config("antidiagonal_scores", problem.dtype, problem.head_dim, own)
     kernel_checks.check_scratch(fresh(problem), "cuda", config, 2)
 
 

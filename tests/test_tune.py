@@ -152,6 +152,19 @@ def test_what_gains_is_written_and_read_by_the_next_launch(pretended_gpu, capsys
     assert f"nothing to change in {pretended_gpu}" in capsys.readouterr().out
 
 
+def test_what_was_measured_before_an_interruption_is_kept(pretended_gpu, monkeypatch):
+    made_up = tune._tune
+
+    def interrupted(kernel: str, dtype: torch.dtype, head_dim: int, *rest: Any) -> list[Trial]:
+        if head_dim == 128:
+            raise KeyboardInterrupt
+        return made_up(kernel, dtype, head_dim, *rest)
+
+    monkeypatch.setattr(tune, "_tune", interrupted)
+    assert main(["tune", "--kernel", "block_sparse", "--head-dim", "64", "128"]) == 130
+    assert json.loads(pretended_gpu.read_text())["block_sparse"] == {"16-bit": {"64": with_stages(4)}}
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -186,11 +199,14 @@ for kernel in tune.KERNELS:
     right = runner.empty()
     runner.launch(own, right)
     for wrong in (right.index_fill(2, torch.tensor([3]), torch.nan), right.flip(1), right * 1.05):
-        runner.launch = lambda config, output: output.copy_(wrong)
+        runner.launch = lambda config, output, programs=None: output.copy_(wrong)
         assert check(own).startswith("wrong result: off float64 by"), check(own)
     # A launch that writes nothing leaves NaN.
-    runner.launch = lambda config, output: None
+    runner.launch = lambda config, output, programs=None: None
     assert check(own).startswith("wrong result: off float64 by nan"), check(own)
+    # Scores of one program for all strips are judged too: it uses its scratch again.
+    runner.launch = lambda config, output, programs=None: output.copy_(right * 1.05 if programs == 1 else right)
+    assert (check(own) is None) == (kernel == "block_sparse"), check(own)
 
     waits = []
     torch.cuda.synchronize = waits.append
@@ -203,7 +219,7 @@ for kernel in tune.KERNELS:
     assert len(waits) == 4
     # Those of a moment follow each other.
     launches, tune.LEAST_SECONDS = [], 1e9
-    runner.launch = lambda config, output: launches.append(len(waits))
+    runner.launch = lambda config, output, programs=None: launches.append(len(waits))
     tune.timer(runner, 1)({})
     assert launches == [4, 5] + [7] * tune.MOST_LAUNCHES
 """

@@ -225,6 +225,21 @@ def test_scores_refuse_what_they_cannot_do(change, words):
         scores_kernel.antidiagonal_scores(query, key, stride=problem.stride, **problem.options("cpu"))
 
 
+def test_more_heads_than_a_launch_has_are_refused():
+    """The driver would only say that an argument is invalid."""
+    problem = Problem(batch=65_536, heads=(1, 1), lengths=(1, 1), head_dim=16)
+    query, key, value = problem.tensors("cpu")
+    scores = torch.ones(65_536, 1, 1, 1)
+    mask, share = scores.bool(), torch.ones(1, dtype=torch.float64)
+    for call in (
+        lambda: attention_operator.block_sparse_forward(query, key, value, mask, **problem.options("cpu")),
+        lambda: lists_kernel.mask_to_lists(mask),
+        lambda: selection_kernel.select(scores, mask, mask, threshold=share),
+    ):
+        with pytest.raises(ValueError, match=r"batch \* heads must be at most 65535 .* got 65536 \* 1"):
+            call()
+
+
 def test_attention_refuses_blocks_below_a_tile():
     problem = Problem(block_size=8)
     with pytest.raises(ValueError, match=r"block_size must be at least 16 .* got 8"):

@@ -222,7 +222,9 @@ def dense_attention(
 
 
 def _autocasts(device: torch.device) -> bool:
-    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+    # the common ones by name: torch.compile of torch 2.8 and older cannot look into is_autocast_available
+    available = device.type in ("cpu", "cuda", "xpu") or torch.amp.is_autocast_available(device.type)
+    return available and torch.is_autocast_enabled(device.type)
 
 
 def _under_autocast(tensor: Tensor) -> Tensor:

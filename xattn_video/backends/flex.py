@@ -139,7 +139,7 @@ def _flex_attend(
     mask = make_block_mask(block_mask, q_len, kv_len, block_size=block_size, **bounds)
     parts = [part if part.stride(-1) == 1 else part.contiguous() for part in (query, key, value)]
     with torch.no_grad():
-        output, lse = _compiled(query, key, block_size, scale)(*parts, mask, scale)
+        output, lse = compiled_attention(query, key, block_size, scale)(*parts, mask, scale)
     empty, empty_lse = _empty_outputs(query)
     output = output if output.stride() == empty.stride() else empty.copy_(output)
     return output, lse.to(empty_lse.dtype).contiguous()
@@ -184,8 +184,10 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, mask: BlockMask, scale: f
 _COMPILED: dict[tuple[Any, ...], Callable[..., tuple[Tensor, Tensor]]] = {}
 
 
-def _compiled(query: Tensor, key: Tensor, block_size: int, scale: float) -> Callable[..., tuple[Tensor, Tensor]]:
-    """`_attend`, compiled for everything but the lengths of the sequences.
+def compiled_attention(
+    query: Tensor, key: Tensor, block_size: int, scale: float
+) -> Callable[..., tuple[Tensor, Tensor]]:
+    """FlexAttention of (query, key, value, its mask, scale), compiled for everything but the sequences' lengths.
 
     Each has code of its own: torch counts recompilations by code, and past a few it gives up.
     """

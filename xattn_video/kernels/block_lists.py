@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import COMPILE_OPTIONS, device_guard
+from .launch import COMPILE_OPTIONS, device_guard, rows_by_heads
 
 # Sizes that a kernel is not compiled anew for, as they change from video to video.
 ROW_SIZES = ("heads", "Nq", "Nk")
@@ -69,7 +69,7 @@ def _block_lists(block_mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     batch, heads, query_blocks, key_blocks = block_mask.shape
     if block_mask.numel():
         with device_guard(block_mask):
-            _block_lists_kernel[(query_blocks, batch * heads)](
+            _block_lists_kernel[rows_by_heads(query_blocks, batch, heads)](
                 block_mask.view(torch.int8),
                 indices,
                 counts,

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from .block_lists import ROW_SIZES, empty_lists, row_options, store_list
-from .launch import device_guard
+from .launch import device_guard, rows_by_heads
 
 
 @triton.jit
@@ -124,7 +124,7 @@ def launch_block_selection(
     valid, forced = (flags.expand(scores.shape).view(torch.int8) for flags in (valid, forced))
     strides = (*scores.stride(), *valid.stride(), *forced.stride())
     with device_guard(scores):
-        _block_selection_kernel[(query_blocks, batch * heads)](
+        _block_selection_kernel[rows_by_heads(query_blocks, batch, heads)](
             scores,
             valid,
             forced,

@@ -21,6 +21,7 @@ from .launch import (
     is_interpreted,
     launch_config,
     positive_scale,
+    rows_by_heads,
     unit_inner_stride,
 )
 from .primitives import dot, finite_max, first_at_least, key_range, load_tile
@@ -274,7 +275,7 @@ def block_sparse_arguments(
     # a tile lies inside one block
     block_m, block_n = min(config["BLOCK_M"], block_size), min(config["BLOCK_N"], block_size)
     block_d = max(triton.next_power_of_2(head_dim), MIN_BLOCK_SIZE)
-    grid = (triton.cdiv(q_len, block_m), batch * query_heads)
+    grid = rows_by_heads(triton.cdiv(q_len, block_m), batch, query_heads)
     tma = describe(key, value, block_n, block_d) if config.get("TMA") else None
     strides = {
         f"stride_{name}{axis}": tensor.stride(i)

@@ -20,6 +20,9 @@ COMPILE_OPTIONS = {"enable_fp_fusion": True}
 # below it a float32 kernel might see 0, which is no factor for a masked logit of -inf
 _NO_SCALE = 1e-30
 
+# of a grid's second axis, CUDA's limit
+_MOST_IN_Y = 65_535
+
 SUPPORTED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MAX_HEAD_DIM = 256
 
@@ -33,6 +36,15 @@ def check_supported(dtype: torch.dtype, head_dim: int) -> None:
         raise ValueError(
             f"head_dim must be at most {MAX_HEAD_DIM} for the triton backend, got {head_dim}; use backend='reference'"
         )
+
+
+def rows_by_heads(rows: int, batch: int, heads: int) -> tuple[int, int]:
+    """A grid with a program for every row of every head. Raises ValueError for more heads than a launch can have."""
+    if batch * heads > _MOST_IN_Y:
+        raise ValueError(
+            f"batch * heads must be at most {_MOST_IN_Y} for the triton backend, got {batch} * {heads}; split the batch"
+        )
+    return rows, batch * heads
 
 
 def launch_config(kernel: str, dtype: torch.dtype, head_dim: int, device: torch.device | None = None) -> LaunchConfig:
