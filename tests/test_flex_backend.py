@@ -189,13 +189,6 @@ def test_what_a_gpu_cannot_do_is_a_value_error(device, head_dim, block_size, wor
     flex.check_supported(torch.device(device), 64, 128)
 
 
-def test_an_older_torch_refuses_odd_head_dimensions(monkeypatch):
-    monkeypatch.setattr(flex, "_ANY_HEAD_DIM", False)
-    inputs, block_mask = problem(0, heads=(1, 1), lengths=(40, 40), head_dim=24, dtype=torch.float32)
-    with pytest.raises(ValueError, match="head_dim must be a power of two for the flex backend with torch"):
-        block_sparse_attention(*inputs, block_mask, block_size=BLOCK_SIZE, backend="flex")
-
-
 def test_a_device_without_it_says_so():
     query = torch.empty(1, 1, 128, 64, device="meta")
     with pytest.raises(

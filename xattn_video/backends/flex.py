@@ -2,8 +2,7 @@
 
 On a GPU FlexAttention is compiled, once for each dtype, head count and head dimension; the first call waits for that.
 On a CPU it runs uncompiled and holds every logit in memory at once: right for a check, not for work.
-It has been in torch since 2.5. What changed since 2.6 is met here: from 2.8 on it takes head dimensions that are no
-power of two; from 2.9 on `return_aux` asks for the log-sum-exp, and lists for a backward pass can be left out.
+From torch 2.9 on `return_aux` asks for the log-sum-exp, and lists for a backward pass can be left out.
 """
 
 from __future__ import annotations
@@ -20,7 +19,6 @@ from torch.nn.attention.flex_attention import BlockMask
 from ..blocks import mask_to_lists, num_blocks, query_key_range
 from ..reference import compute_dtype
 
-_ANY_HEAD_DIM = tuple(int(number) for number in torch.__version__.split(".")[:2]) >= (2, 8)
 _HAS_AUX = hasattr(torch_flex, "AuxRequest")
 _MIN_GPU_HEAD_DIM = 16
 # FlexAttention's own tiles divide this.
@@ -29,11 +27,6 @@ _GPU_BLOCK_SIZE = 128
 
 def check_supported(device: torch.device, head_dim: int, block_size: int) -> None:
     """Raise `ValueError` for a head dimension or block size that FlexAttention cannot take on this device."""
-    if not _ANY_HEAD_DIM and head_dim & (head_dim - 1):
-        raise ValueError(
-            f"head_dim must be a power of two for the flex backend with torch {torch.__version__} (any from 2.8 on), "
-            f"got {head_dim}"
-        )
     if device.type == "cpu":
         return
     if head_dim < _MIN_GPU_HEAD_DIM:
