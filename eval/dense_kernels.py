@@ -86,7 +86,7 @@ class _FlexSparse:
         bounds: dict[str, Any] = {"causal": problem.causal, "kv_start": None, "kv_lens": None}
         mask = flex.make_block_mask(problem.block_mask, length, length, block_size=problem.block_size, **bounds)
         scale = problem.query.shape[3] ** -0.5
-        attend = flex.compiled_attention(problem.query, problem.key, problem.block_size, scale)
+        attend = flex.compiled_attention(problem.query, problem.key, problem.value, problem.block_size, scale)
         return partial(attend, problem.query, problem.key, problem.value, mask, scale)
 
 

@@ -369,6 +369,8 @@ def check_selection(problem: Problem, device: str, kind: str) -> None:
     kinds = {"even": scores, "sharp": scores**20, "ties": (scores * 4).floor() / 4, "zero": scores * 0}
     # a row sums to the query groups of a block: the largest sum there is, and more at a block than at any other
     kinds |= {"large": scores * 128, "large and sharp": 128 * scores**20}
+    # some rows without a number for their mass
+    kinds["broken"] = scores.where(scores < 0.99, torch.nan).where(scores > 0.01, torch.inf)
     scores = kinds[kind]
     # a transposed layout: the kernel takes strides
     scores = scores.transpose(1, 2).contiguous().transpose(1, 2)

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.functional import scaled_dot_product_attention
 
 from xattn_video import XAttnConfig, block_sparse_attention, score_blocks, select_blocks, xattention
@@ -354,3 +358,76 @@ def test_a_named_backend_that_cannot_run_says_what_can(monkeypatch):
     query, key, value = random_qkv(1, 2, 2, 64, 64, 32)
     with pytest.raises(ValueError, match=r"'triton' cannot run here: .*GPU.*usable: reference, cpu"):
         xattention(query, key, value, backend="triton", min_tokens=0)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference", "flex"])
+def test_what_is_no_number_shows_where_dense_attention_shows_it(backend: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(1, 2, 512, 16, generator=generator) for _ in range(3))
+    settings: dict[str, Any] = {"backend": backend, "min_tokens": 0, "block_size": 64, "threshold": 0.5}
+    for bad in (torch.nan, torch.inf):
+        bad_key = key.clone()
+        bad_key[:, 1, 300] = bad
+        output = xattention(query, bad_key, value, **settings)
+        assert torch.equal(output.isnan(), dense_attention(query, bad_key, value).isnan())
+        for selection in ({}, {"selection": "top_k", "top_k": 2}):
+            _, stats = xattention(query, bad_key, value, return_stats=True, **settings, **selection)
+            assert stats.density > 0.5
+    bad_query = query.clone()
+    bad_query[:, 1, 70] = torch.nan
+    output, exact = xattention(bad_query, key, value, **settings), dense_attention(bad_query, key, value)
+    assert torch.equal(output.isnan(), exact.isnan())
+    neighbours = [row for row in range(64, 128) if row != 70]
+    torch.testing.assert_close(output[:, 1, neighbours], exact[:, 1, neighbours])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("scale", [-0.25, 0.0])
+def test_dense_attention_takes_every_scale(scale: float, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(1, 2, 300, 16, generator=generator).to(dtype) for _ in range(3))
+    for q_len in (300, 200):
+        rows = query[:, :, :q_len]
+        wanted = xattention(
+            *(part.double() for part in (rows, key, value)), causal=True, scale=scale, min_tokens=0, threshold=1.0,
+            backend="reference",
+        )  # fmt: skip
+        got = dense_attention(rows, key, value, causal=True, scale=scale)
+        torch.testing.assert_close(got.double(), wanted, rtol=0, atol=1e-5 if dtype == torch.float32 else 3e-2)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference", "flex"])
+def test_the_stages_keep_their_dtypes_under_autocast(backend: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(1, 2, 256, 16, generator=generator) for _ in range(3))
+    mask = torch.ones(1, 1, 2, 2, dtype=torch.bool)
+
+    def both() -> list[Tensor]:
+        output, lse = block_sparse_attention(query, key, value, mask, backend=backend, return_lse=True)
+        return [score_blocks(query, key, backend=backend), output, lse]
+
+    plain = both()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        under = both()
+    for one, other in zip(plain, under, strict=True):
+        assert one.dtype == other.dtype == torch.float32
+        torch.testing.assert_close(one, other, rtol=0, atol=0)
+
+
+def test_a_function_transform_or_a_fake_mode_leaves_nothing_behind() -> None:
+    query = torch.randn(1, 2, 1024, 16)
+    torch.func.functionalize(lambda part: xattention(part, part, part))(query)
+    assert not torch._is_functional_tensor(xattention(query, query, query))
+    longer = torch.randn(1, 2, 2048, 16)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        xattention(longer, longer, longer)
+    output, stats = xattention(longer, longer, longer, return_stats=True)
+    assert type(output) is Tensor
+    assert 0 < stats.density <= 1
+
+
+def test_settings_by_keyword_compile_into_one_graph() -> None:
+    query = torch.randn(1, 2, 256, 16)
+    compiled = torch.compile(xattention, backend="eager", fullgraph=True)
+    settings: dict[str, Any] = {"min_tokens": 0, "stride": 4, "threshold": 0.7}
+    assert torch.equal(compiled(query, query, query, **settings), xattention(query, query, query, **settings))

@@ -167,6 +167,7 @@ def test_many_heads_are_copies_of_a_few_in_memory_of_their_own() -> None:
             assert part.is_contiguous()
             few = part[:, :DISTINCT_HEADS]
             assert torch.equal(part, torch.cat([few, few, few[:, :1]], dim=1))
-            assert not torch.equal(few[:, 0], few[:, 1])
+            alike = [a for a in range(DISTINCT_HEADS) for b in range(a) if torch.equal(few[:, a], few[:, b])]
+            assert not alike
     few = make_inputs(replace(case, heads=4), 0.5, torch.device("cpu"))[0]
     assert few.shape == (1, 4, 180, 16)

@@ -189,6 +189,28 @@ def test_what_a_gpu_cannot_do_is_a_value_error(device, head_dim, block_size, wor
     flex.check_supported(torch.device(device), 64, 128)
 
 
+def test_layouts_modes_and_gradients_in_one_process():
+    """torch makes code anew for each, and past a few for one piece of code it gives up."""
+    size = (2, 2, 130, 16)
+    layouts = (
+        lambda: torch.randn(size),
+        lambda: torch.randn(2, 130, 2, 16).transpose(1, 2),
+        lambda: torch.randn(2, 1, 130, 16).expand(size),
+    )
+    mask = torch.ones(1, 1, 2, 2, dtype=torch.bool)
+    for number, made in enumerate(itertools.product(layouts, repeat=3)):
+        if number % 2 == 0:
+            parts = [make() for make in made]
+            with torch.no_grad() if number % 4 else torch.inference_mode():
+                output = block_sparse_attention(*parts, mask, backend="flex")
+            torch.testing.assert_close(output, block_sparse_attention(*parts, mask, backend="reference"))
+    query, key, value = (make() for make in layouts)
+    key.requires_grad_()
+    with torch.no_grad():
+        output = block_sparse_attention(query, key, value, mask, backend="flex")
+        torch.testing.assert_close(output, block_sparse_attention(query, key, value, mask, backend="reference"))
+
+
 def test_a_device_without_it_says_so():
     query = torch.empty(1, 1, 128, 64, device="meta")
     with pytest.raises(

@@ -80,7 +80,7 @@ def test_scores_use_scratch_again_on_a_gpu(problem, device):
 
 
 @on_a_gpu
-@pytest.mark.parametrize("kind", ["even", "sharp", "ties", "zero", "large", "large and sharp"])
+@pytest.mark.parametrize("kind", ["even", "sharp", "ties", "zero", "large", "large and sharp", "broken"])
 def test_selection_on_a_gpu(kind):
     problem = Problem(heads=(4, 4), lengths=(118_800, 118_800), block_size=128)
     kernel_checks.check_selection(fresh(problem), "cuda", kind)

@@ -154,6 +154,20 @@ def test_whole_call(causal):
     kernel_checks.check_whole_call(problem, "cpu")
 
 
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_a_key_that_is_no_number_keeps_all_blocks(bad):
+    """Where dense attention would give NaN a sparse choice must not hide it."""
+    query, key, value = Problem(heads=(2, 1), lengths=(200, 200), content="video").tensors("cpu")
+    key[:, :, 150] = bad
+    settings = {"block_size": 32, "threshold": 0.6, "min_tokens": 0, "return_stats": True}
+    output, stats = xattention(query, key, value, backend="triton", **settings)
+    assert stats.density == 1
+    assert output.isnan().all(-1).any()
+    causal, stats = xattention(query, key, value, backend="triton", causal=True, **settings)
+    assert stats.density < 1
+    assert not causal[:, :, :128].isnan().any()
+
+
 def test_bounds_may_be_strided():
     """Such as a column of a mask: the kernels read item after item."""
     problem = Problem(lengths=(100, 150), batch=2, causal=True, content="video")
@@ -167,7 +181,7 @@ def test_bounds_may_be_strided():
     torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["even", "sharp", "ties", "zero", "large", "large and sharp"])
+@pytest.mark.parametrize("kind", ["even", "sharp", "ties", "zero", "large", "large and sharp", "broken"])
 @pytest.mark.parametrize("causal", [False, True])
 def test_selection_is_the_sorted_set(kind, causal):
     problem = Problem(lengths=(40, 600), batch=2, block_size=16, causal=causal, kv_lens=(600, 333))

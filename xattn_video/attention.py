@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from .autocast import autocasts, cast_as_autocast
 from .backends import Backend, auto_name, resolve
 from .blocks import key_range, query_key_range, valid_blocks
 from .call_blocks import call_blocks, head_thresholds
@@ -45,6 +46,9 @@ class CallStats(NamedTuple):
         """Kept blocks / valid blocks, 1.0 for a call without a valid block. Waits for the device."""
         valid = int(self.valid)
         return int(self.kept) / valid if valid else 1.0
+
+
+_SETTINGS = frozenset(field.name for field in dataclasses.fields(XAttnConfig))
 
 
 def xattention(
@@ -90,9 +94,9 @@ def xattention(
         >>> output.shape, 0 < stats.density <= 1
         (torch.Size([1, 4, 4096, 64]), True)
     """
-    if _autocasts(query.device):
+    if autocasts(query.device):
         # as PyTorch's own attention does; and what the stages compute in float32 stays so
-        query, key, value = _under_autocast(query), _under_autocast(key), _under_autocast(value)
+        query, key, value = cast_as_autocast(query), cast_as_autocast(key), cast_as_autocast(value)
         with torch.autocast(query.device.type, enabled=False):
             return xattention(
                 query,
@@ -205,6 +209,9 @@ def dense_attention(
     range of valid keys or causal attention with `Sq != Sk` needs one, and for a range copies of key and value
     without what padding holds.
     """
+    if scale is not None and scale <= 0:
+        # some kernels of PyTorch mask before they scale, and would turn the mask round or meet 0 * -inf
+        query, scale = query * scale, 1.0
     gqa = query.shape[1] != key.shape[1]
     q_len, kv_len = query.shape[2], key.shape[2]
     if kv_start is None and kv_lens is None and (not causal or q_len == kv_len):
@@ -221,19 +228,6 @@ def dense_attention(
     return output.masked_fill((first >= end)[:, None, :, None], 0)
 
 
-def _autocasts(device: torch.device) -> bool:
-    # the common ones by name: torch.compile of torch 2.8 and older cannot look into is_autocast_available
-    available = device.type in ("cpu", "cuda", "xpu") or torch.amp.is_autocast_available(device.type)
-    return available and torch.is_autocast_enabled(device.type)
-
-
-def _under_autocast(tensor: Tensor) -> Tensor:
-    """The tensor in the dtype that autocast asks for on its device; float64 and integers stay."""
-    if tensor.dtype == torch.float64 or not tensor.is_floating_point():
-        return tensor
-    return tensor.to(torch.get_autocast_dtype(tensor.device.type))
-
-
 def _settings(
     config: XAttnConfig | None, overrides: dict[str, Any]
 ) -> tuple[XAttnConfig, float | tuple[float, ...] | Tensor]:
@@ -241,8 +235,7 @@ def _settings(
     config = XAttnConfig() if config is None else config
     threshold = overrides.pop("threshold", None)
     if overrides:
-        known = {field.name for field in dataclasses.fields(XAttnConfig)}
-        unknown = sorted(set(overrides) - known)
+        unknown = sorted(set(overrides) - _SETTINGS)
         if unknown:
             raise TypeError(f"xattention() got settings it does not know: {', '.join(unknown)}")
         config = config.replace(**overrides)

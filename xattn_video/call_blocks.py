@@ -44,10 +44,17 @@ def call_blocks(
 
 def _may_keep(query: Tensor) -> bool:
     """Whether tensors made now hold values that later calls can use."""
-    if torch.compiler.is_compiling() or type(query) is not Tensor:
+    if not _is_plain(query):
         return False
     # what a capture makes has no values yet, and its memory belongs to the graph
     return not (query.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
+def _is_plain(query: Tensor) -> bool:
+    """Whether what is made now is an ordinary tensor: not one of a compiler, a function transform or a fake mode."""
+    if torch.compiler.is_compiling() or type(query) is not Tensor:
+        return False
+    return torch._C._len_torch_dispatch_stack() == 0 and torch._C._functorch.peek_interpreter_stack() is None
 
 
 @lru_cache(maxsize=KEPT_CALLS)
@@ -69,7 +76,7 @@ def exact_type(device: torch.device) -> torch.dtype:
 
 def head_thresholds(query: Tensor, shares: tuple[float, ...]) -> Tensor:
     """The thresholds of the heads, `[Hq]` in `exact_type` on the query's device, copied there once: the host waits."""
-    if torch.compiler.is_compiling() or type(query) is not Tensor:
+    if not _is_plain(query):
         return torch.tensor(shares, dtype=exact_type(query.device), device=query.device)
     return _kept_thresholds(shares, query.device)
 

@@ -117,7 +117,8 @@ def select(scores: Tensor, valid: Tensor, forced: Tensor, *, threshold: float | 
         threshold: a number, or a tensor `[H]` or 0-d; 1 or more keeps every valid block.
 
     Returns:
-        bool `[B, H, Nq, Nk]`.
+        bool `[B, H, Nq, Nk]`. A row whose mass is no number, since a query or key in it is none, keeps every valid
+        block: what is wrong shows as in dense attention, and nowhere else.
     """
     valid, forced = valid.expand(scores.shape), forced.expand(scores.shape)
     tau = torch.as_tensor(threshold, dtype=torch.float64, device=scores.device).reshape(-1, 1, 1)
@@ -128,7 +129,7 @@ def select(scores: Tensor, valid: Tensor, forced: Tensor, *, threshold: float | 
     # A row whose scores are all zero still keeps its first block.
     taken[..., 0] = True
     kept = torch.zeros_like(valid).scatter(-1, order, taken)
-    return torch.where(tau >= 1, valid, (kept | forced) & valid)
+    return torch.where((tau >= 1) | ~wanted.isfinite(), valid, (kept | forced) & valid)
 
 
 def select_top(scores: Tensor, valid: Tensor, forced: Tensor, *, count: Tensor) -> Tensor:
@@ -142,7 +143,9 @@ def select_top(scores: Tensor, valid: Tensor, forced: Tensor, *, count: Tensor) 
     rank = torch.arange(scores.shape[-1], device=scores.device)
     taken = (rank < count).expand(scores.shape)
     kept = torch.zeros_like(valid).scatter(-1, order, taken)
-    return (kept | forced) & valid
+    # as in select
+    broken = ~(scores * valid).sum(-1, keepdim=True).isfinite()
+    return (kept | forced | broken) & valid
 
 
 def block_sparse_forward(

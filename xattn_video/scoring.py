@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from .autocast import without_autocast
 from .backends import resolve
 from .checks import check_key_bounds, check_query_key, default_scale
 from .config import check_geometry
@@ -47,13 +48,14 @@ def score_blocks(
     check_query_key(query, key)
     check_geometry(stride, block_size)
     kv_start, kv_lens = check_key_bounds(kv_start, kv_lens, query.shape[0], key.shape[2], query.device)
-    return resolve(backend, query.device, query.dtype).antidiagonal_scores(
-        query,
-        key,
-        stride=stride,
-        block_size=block_size,
-        causal=causal,
-        scale=default_scale(scale, query.shape[3]),
-        kv_start=kv_start,
-        kv_lens=kv_lens,
-    )
+    with without_autocast(query.device):
+        return resolve(backend, query.device, query.dtype).antidiagonal_scores(
+            query,
+            key,
+            stride=stride,
+            block_size=block_size,
+            causal=causal,
+            scale=default_scale(scale, query.shape[3]),
+            kv_start=kv_start,
+            kv_lens=kv_lens,
+        )

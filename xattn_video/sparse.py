@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .autocast import without_autocast
 from .backends import resolve
 from .blocks import num_blocks, valid_blocks
 from .checks import check_key_bounds, check_query_key, check_value, default_scale
@@ -69,17 +70,18 @@ def block_sparse_attention(
         kv_lens=kv_lens,
         device=query.device,
     )
-    output, lse = resolve(backend, query.device, query.dtype).block_sparse_forward(
-        query,
-        key,
-        value,
-        block_mask,
-        block_size=block_size,
-        causal=causal,
-        scale=default_scale(scale, head_dim),
-        kv_start=kv_start,
-        kv_lens=kv_lens,
-    )
+    with without_autocast(query.device):
+        output, lse = resolve(backend, query.device, query.dtype).block_sparse_forward(
+            query,
+            key,
+            value,
+            block_mask,
+            block_size=block_size,
+            causal=causal,
+            scale=default_scale(scale, head_dim),
+            kv_start=kv_start,
+            kv_lens=kv_lens,
+        )
     return (output, lse) if return_lse else output
 
 

@@ -130,9 +130,10 @@ def _flex_attend(
         value = value.masked_fill(~valid[:, None, :, None], 0)
     bounds: dict[str, Any] = {"causal": causal, "kv_start": kv_start, "kv_lens": kv_lens}
     mask = make_block_mask(block_mask, q_len, kv_len, block_size=block_size, **bounds)
-    parts = [part if part.stride(-1) == 1 else part.contiguous() for part in (query, key, value)]
+    # detached: FlexAttention refuses on a CPU what could ask for a gradient
+    query, key, value = ((part if part.stride(-1) == 1 else part.contiguous()).detach() for part in (query, key, value))
     with torch.no_grad():
-        output, lse = compiled_attention(query, key, block_size, scale)(*parts, mask, scale)
+        output, lse = compiled_attention(query, key, value, block_size, scale)(query, key, value, mask, scale)
     empty, empty_lse = _empty_outputs(query)
     output = output if output.stride() == empty.stride() else empty.copy_(output)
     return output, lse.to(empty_lse.dtype).contiguous()
@@ -174,17 +175,28 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, mask: BlockMask, scale: f
     return output, extra.lse if _HAS_AUX else extra
 
 
+def _layout(tensor: Tensor) -> tuple[Any, ...]:
+    """The order of the dimensions in memory, and which are expanded."""
+    strides = tensor.stride()
+    return tensor.is_contiguous(), tuple(sorted(range(4), key=lambda axis: strides[axis])), *(s == 0 for s in strides)
+
+
 _COMPILED: dict[tuple[Any, ...], Callable[..., tuple[Tensor, Tensor]]] = {}
 
 
 def compiled_attention(
-    query: Tensor, key: Tensor, block_size: int, scale: float
+    query: Tensor, key: Tensor, value: Tensor, block_size: int, scale: float
 ) -> Callable[..., tuple[Tensor, Tensor]]:
     """FlexAttention of (query, key, value, its mask, scale), compiled for everything but the sequences' lengths.
 
     Each has code of its own: torch counts recompilations by code, and past a few it gives up.
     """
-    fixed = (query.device, query.dtype, query.shape[0], query.shape[1], key.shape[1], query.shape[3], block_size, scale)
+    q_len, kv_len = query.shape[2], key.shape[2]
+    fixed: tuple[Any, ...] = (query.device, query.dtype, *query.shape[:2], key.shape[1], query.shape[3])
+    fixed += (block_size, scale, torch.is_inference_mode_enabled())
+    # what torch makes code anew for, too: layouts, and lengths that are equal, 1, or one block
+    fixed += tuple((_layout(part), part.is_inference()) for part in (query, key, value))
+    fixed += (q_len == kv_len, q_len == 1, kv_len == 1, q_len <= block_size, kv_len <= block_size)
     if fixed not in _COMPILED:
         own = types.FunctionType(_attend.__code__.replace(), globals(), "_attend")
         backend = "eager" if query.device.type == "cpu" else "inductor"

@@ -93,7 +93,8 @@ def _block_selection_kernel(
     alone = tl.where(tl.max(forced.to(tl.int32), axis=0) == 0, first_valid, BLOCK_K)
     alone = tl.where(wanted > 0.0, BLOCK_K, alone)
     kept = forced | (taken & candidate) | (columns == alone)
-    kept = tl.where(threshold >= 1.0, valid, kept)
+    # a mass that is infinite or no number keeps all, as the reference does
+    kept = tl.where((threshold >= 1.0) | (wanted - wanted != 0.0), valid, kept)
     kept = kept & valid
     place = tl.program_id(1).to(tl.int64) * Nq + row64
     if LISTS:
