@@ -54,7 +54,11 @@ def _is_plain(query: Tensor) -> bool:
     """Whether what is made now is an ordinary tensor: not one of a compiler, a function transform or a fake mode."""
     if torch.compiler.is_compiling() or type(query) is not Tensor:
         return False
-    return torch._C._len_torch_dispatch_stack() == 0 and torch._C._functorch.peek_interpreter_stack() is None
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return False
+    # other modes, such as one that counts operators, make ordinary tensors
+    keys = torch._C._TorchDispatchModeKey
+    return all(torch._C._get_dispatch_mode(key) is None for key in (keys.FAKE, keys.FUNCTIONAL))
 
 
 @lru_cache(maxsize=KEPT_CALLS)
