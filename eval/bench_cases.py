@@ -131,7 +131,7 @@ def _demo_cases(args: argparse.Namespace) -> list[Case]:
     ]
 
 
-def make_inputs(case: Case, locality: float, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+def make_inputs(case: Case, locality: float | None, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """Query, key and value `[1, heads, tokens, head_dim]` on the device; `locality` is for generated ones."""
     dtype, made = DTYPES[case.dtype], min(case.heads, DISTINCT_HEADS)
     if case.inputs == "demo":

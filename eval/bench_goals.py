@@ -76,7 +76,7 @@ def _attend(row: dict[str, Any]) -> Said:
         "attend over attend with all blocks",
         f"{rate / dense_rate:.3f}",
         f">= {OF_ALL_KEPT}",
-        (rate >= OF_ALL_KEPT * dense_rate),
+        rate >= OF_ALL_KEPT * dense_rate,
     )
 
 
@@ -90,7 +90,7 @@ def _selection(row: dict[str, Any]) -> Said:
         f"score + select over {row['dense_kernel']}, hoped for {hoped:.1%}",
         f"{share:.1%}",
         f"<= {passes:.1%}",
-        (share <= passes),
+        share <= passes,
     )
 
 
@@ -101,7 +101,7 @@ def _whole_call(row: dict[str, Any]) -> Said:
     yield (
         f"whole call over {row['dense_kernel']}, of the ideal",
         f"{row['reached']:.2f} ({speeds})",
-        (f">= {OF_IDEAL:.2f}"),
+        f">= {OF_IDEAL:.2f}",
         row["reached"] >= OF_IDEAL,
     )
 

@@ -10,7 +10,7 @@ import importlib
 import types
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -72,15 +72,13 @@ class _FlexSparse:
 
     def __init__(self, problem: Problem) -> None:
         self._problem = problem
-        self._call: Kernel | None = None
 
     def __call__(self) -> Tensor:
-        if self._call is None:
-            self._call = self._prepared()
         with torch.no_grad():
-            return self._call()[0]
+            return self._attend()[0]
 
-    def _prepared(self) -> Kernel:
+    @cached_property
+    def _attend(self) -> Callable[[], tuple[Tensor, Tensor]]:
         problem, length = self._problem, self._problem.query.shape[2]
         assert problem.block_mask is not None
         bounds: dict[str, Any] = {"causal": problem.causal, "kv_start": None, "kv_lens": None}
@@ -126,14 +124,12 @@ class _Flex:
 
     def __init__(self, problem: Problem) -> None:
         self._problem = problem
-        self._call: Kernel | None = None
 
     def __call__(self) -> Tensor:
-        if self._call is None:
-            self._call = self._prepared()
-        return self._call()
+        return self._attend()
 
-    def _prepared(self) -> Kernel:
+    @cached_property
+    def _attend(self) -> Kernel:
         from torch.nn.attention.flex_attention import flex_attention
 
         problem = self._problem

@@ -138,15 +138,15 @@ def run(args: argparse.Namespace) -> int:
     for case in cases:
         if failures:
             break
+        own, locality = _own_settings(case, config, args)
         try:
-            measured, failures = _run_case(case, args, config, device)
+            measured, failures = _run_case(case, own, locality, args, device)
         except torch.OutOfMemoryError:
             too_large.append(case.name)
             print(f"{case.name}: left out, {source['device']} has too little memory for it", file=sys.stderr)
             continue
         if failures:
             break
-        own, locality = _own_settings(case, config, args)
         setting = {"config": own.to_dict(), "stride": own.stride, "locality": locality}
         rows.append(asdict(case) | {"tokens": case.tokens} | measured | setting | source)
         if args.record:
@@ -169,14 +169,13 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _run_case(
-    case: Case, args: argparse.Namespace, config: XAttnConfig, device: torch.device
+    case: Case, config: XAttnConfig, locality: float | None, args: argparse.Namespace, device: torch.device
 ) -> tuple[dict[str, Any], list[str]]:
     """What was measured of a case, or what is wrong."""
     print(f"{case.name}: making inputs", file=sys.stderr)
-    own, locality = _own_settings(case, config, args)
-    query, key, value = make_inputs(case, args.locality if locality is None else locality, device)
-    failures = gate_timed(case, query, key, value, own)
-    return ({}, failures) if failures else _measure(case, query, key, value, own, args.rounds, args.goals)
+    query, key, value = make_inputs(case, locality, device)
+    failures = gate_timed(case, query, key, value, config)
+    return ({}, failures) if failures else _measure(case, query, key, value, config, args.rounds, args.goals)
 
 
 def _own_settings(case: Case, config: XAttnConfig, args: argparse.Namespace) -> tuple[XAttnConfig, float | None]:

@@ -25,6 +25,13 @@ def problem(causal: bool, length: int = 200) -> Problem:
     return Problem(query, key, value, causal)
 
 
+def sparse_problem(causal: bool) -> Problem:
+    """600 tokens in blocks of 128; each row keeps its own block."""
+    case = problem(causal, 600)
+    block_mask = torch.rand(2, 4, 5, 5, generator=torch.Generator().manual_seed(1)) < 0.6
+    return Problem(case.query, case.key, case.value, causal, block_mask | torch.eye(5, dtype=torch.bool))
+
+
 def gpu_candidates(case: Problem, monkeypatch: pytest.MonkeyPatch) -> dict[str, dense_kernels.Kernel]:
     """The candidates that a GPU gets, on tensors of the CPU."""
     with monkeypatch.context() as patch:
@@ -86,10 +93,7 @@ def test_flex_attention_compiled(causal, monkeypatch):
 
 @pytest.mark.parametrize("causal", [False, True])
 def test_sparse_flex_attention_takes_the_same_blocks(causal):
-    case = problem(causal, 600)
-    block_mask = torch.rand(2, 4, 5, 5, generator=torch.Generator().manual_seed(1)) < 0.6
-    block_mask |= torch.eye(5, dtype=torch.bool)
-    sparse = Problem(case.query, case.key, case.value, causal, block_mask)
+    sparse = sparse_problem(causal)
     kernel = dense_kernels._FlexSparse(sparse)
     judged = dense_kernels.judge({"flex-sparse": kernel}, sparse)
     assert judged.refused == {}
@@ -98,15 +102,13 @@ def test_sparse_flex_attention_takes_the_same_blocks(causal):
 
 @pytest.mark.parametrize("causal", [False, True])
 def test_a_wrong_block_is_seen(causal):
-    case = problem(causal, 600)
-    block_mask = torch.rand(2, 4, 5, 5, generator=torch.Generator().manual_seed(1)) < 0.6
-    block_mask |= torch.eye(5, dtype=torch.bool)
-    sparse = Problem(case.query, case.key, case.value, causal, block_mask)
-    other = block_mask.clone()
+    sparse = sparse_problem(causal)
+    other = sparse.block_mask.clone()
     other[1, 2, 3, 1] ^= True
-    parts = (case.query, case.key, case.value)
+    parts = (sparse.query, sparse.key, sparse.value)
     right, off = (
-        partial(block_sparse_attention, *parts, mask, block_size=128, causal=causal) for mask in (block_mask, other)
+        partial(block_sparse_attention, *parts, mask, block_size=128, causal=causal)
+        for mask in (sparse.block_mask, other)
     )
     judged = dense_kernels.judge({"own": right, "off": off}, sparse)
     assert set(judged.kernels) == {"own"}
