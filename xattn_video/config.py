@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 SELECTIONS = ("threshold", "top_k", "top_ratio")
-BACKENDS = ("auto", "reference", "cpu", "triton", "flex")
+BACKENDS = ("auto", "reference", "cpu", "triton", "triton-hopper", "flex")
 
 # The settings under which the paper reports each model family (its section 4.1).
 PRESETS: dict[str, dict[str, Any]] = {
@@ -40,7 +40,9 @@ class XAttnConfig:
         top_k: key blocks kept a query block.
         top_ratio: share of the valid key blocks kept a query block, in (0, 1].
         backend: `"auto"` (Triton on a GPU, the CPU path on a CPU), `"triton"`, `"cpu"`, `"flex"` (torch's
-            FlexAttention attends, the device's own backend scores and selects) or `"reference"`.
+            FlexAttention attends, the device's own backend scores and selects), `"triton-hopper"` (`"triton"`, but the
+            attention kernel for H100 and H200 whether it was measured to be faster or not; it raises for what that
+            kernel cannot do) or `"reference"`.
 
     Raises:
         ValueError: a setting is out of its range; the message names it.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -45,6 +46,8 @@ def unavailable_reason(name: str, device: torch.device, dtype: torch.dtype = tor
         return None if device.type == "cpu" else f"it runs on a CPU, not on {device.type}"
     if name == "triton":
         return _triton_unavailable_reason(device, dtype)
+    if name == "triton-hopper":
+        return _triton_unavailable_reason(device, dtype) or _hopper_unavailable_reason(device, dtype)
     if name == "flex":
         return _flex_unavailable_reason(device, dtype)
     raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {name!r}")
@@ -61,6 +64,12 @@ def _triton_unavailable_reason(device: torch.device, dtype: torch.dtype) -> str 
     if device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
         return "it needs an NVIDIA GPU of compute capability 8.0 or newer"
     return None
+
+
+def _hopper_unavailable_reason(device: torch.device, dtype: torch.dtype) -> str | None:
+    from ..kernels.attention_choice import hopper_device_refusal
+
+    return hopper_device_refusal(device, dtype)
 
 
 def _flex_unavailable_reason(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -125,5 +134,10 @@ def _import(name: str, device: torch.device) -> Backend:
     from ..kernels.block_selection import select, select_lists
     from ..kernels.block_sparse_forward import block_sparse_forward, block_sparse_forward_lists
 
+    if name == "triton-hopper":
+        from ..kernels.attention_choice import HOPPER
+
+        block_sparse_forward = partial(block_sparse_forward, force=HOPPER)
+        block_sparse_forward_lists = partial(block_sparse_forward_lists, force=HOPPER)
     lists = ListStages(select_lists, block_sparse_forward_lists)
     return Backend(name, antidiagonal_scores, select, block_sparse_forward, lists)

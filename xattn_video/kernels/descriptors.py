@@ -49,19 +49,24 @@ def describe(key: torch.Tensor, value: torch.Tensor, rows: int, columns: int) ->
     """
     if not has_copy_engine(key.device) or 0 in key.shape:
         return None
-    heads_inside = key.stride(1) < key.stride(2)
-    order = (0, 2, 1, 3) if heads_inside else (0, 1, 2, 3)
-    tile = [1, rows, 1, columns] if heads_inside else [1, 1, rows, columns]
+    inside = heads_inside(key)
+    order = (0, 2, 1, 3) if inside else (0, 1, 2, 3)
+    tile = [1, rows, 1, columns] if inside else [1, 1, rows, columns]
     made = []
     for tensor in (key, value):
         ordered = tensor.permute(order)
-        if not _describable(ordered):
+        if not describable(ordered):
             return None
         made.append(TensorDescriptor(ordered, list(ordered.shape), list(ordered.stride()), tile))
-    return Described(made[0], made[1], heads_inside)
+    return Described(made[0], made[1], inside)
 
 
-def _describable(tensor: torch.Tensor) -> bool:
+def heads_inside(tensor: torch.Tensor) -> bool:
+    """Whether the heads of a token of a [B, H, S, D] tensor lie next to each other: its order is [B, S, H, D]."""
+    return tensor.stride(1) < tensor.stride(2)
+
+
+def describable(tensor: torch.Tensor) -> bool:
     """Whether the strides fall and none is 0, and all addresses are aligned."""
     *outer, last = tensor.stride()
     width = tensor.element_size()

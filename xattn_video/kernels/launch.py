@@ -14,6 +14,11 @@ from .launch_tables import LaunchConfig, find_config
 LN2 = 0.6931471805599453
 LOG2E = 1.4426950408889634
 
+# Powers of two by which the probabilities of attention in bfloat16 and float32 are smaller than usual: those of up to
+# 2**20 keys then sum to at most 1, and values near the top of their range do not overflow the sum that they weigh.
+# It changes no rounding. float16 has no room below (and its values none above), so it goes without.
+HEADROOM = 20.0
+
 # said aloud because Triton's default changes between versions; the softmax leans on fused multiply-adds
 COMPILE_OPTIONS = {"enable_fp_fusion": True}
 

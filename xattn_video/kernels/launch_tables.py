@@ -29,6 +29,9 @@ WIDTHS = ("16-bit", "32-bit")
 # Names that a configuration may have beside those of the default table: with TMA 1 keys and values are fetched through
 # tensor descriptors where the GPU (sm_90 or newer) and the layout allow it.
 OPTIONAL = {"block_sparse": {"TMA"}}
+# Kernels that exist for one device class alone, so that the default table does not have them, with the names that their
+# configurations have. `percent_of_plain` is their measured speed, 100 being that of the kernel they stand in for.
+OWN_TABLES = {"attention_hopper": {"num_stages", "percent_of_plain"}}
 
 
 def user_folder() -> Path:
@@ -73,6 +76,15 @@ def find_config(kernel: str, dtype: torch.dtype, head_dim: int, device: torch.de
     """
     name = DEFAULT if device is None else device_class(device)
     return lookup(merged_table(name), kernel, width(dtype), head_dim)
+
+
+def find_optional_config(kernel: str, dtype: torch.dtype, head_dim: int, device: torch.device) -> LaunchConfig | None:
+    """The entry of a kernel in `OWN_TABLES` for exactly that head_dim, or None where the device's table has none.
+
+    Raises:
+        ValueError: a table is malformed; the message names its file and entry.
+    """
+    return merged_table(device_class(device)).get(kernel, {}).get(width(dtype), {}).get(str(head_dim))
 
 
 def lookup(table: Table, kernel: str, bits: str, head_dim: int) -> LaunchConfig:
@@ -186,7 +198,7 @@ def _known_names() -> dict[str, set[str]]:
     """The names that each kernel's configurations have, as the default table gives them."""
     default = shipped_table(DEFAULT)
     assert default is not None
-    return {
+    return OWN_TABLES | {
         kernel: {name for rows in widths.values() for config in rows.values() for name in config}
         for kernel, widths in default.items()
     }
