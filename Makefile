@@ -8,7 +8,7 @@ DEMO_OUT ?= demo-out
 BENCH_OUT ?= bench-out
 # Each compiles kernels of its own, which takes longer than to run them.
 GPU_WORKERS ?= 4
-GPU_TESTS := tests/test_triton_kernels.py tests/test_call_blocks.py tests/test_flex_backend.py \
+GPU_TESTS := tests/test_triton_kernels.py tests/test_attention_hopper.py tests/test_call_blocks.py tests/test_flex_backend.py \
 	tests/test_efficiency.py tests/test_tune.py
 # The first interpreter that is new enough; PYTHON=... overrides.
 PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11 python; do \

@@ -145,7 +145,7 @@ def format_report(report: dict[str, Any]) -> str:
             lines.append(f"  {device['device']:8}none: {device['reason']}")
             continue
         lines.append(f"  {device['device']:8}{device['name']}; auto runs {device['auto']}")
-        lines += [f"    {name:12}{reason or 'runs'}" for name, reason in device["backends"].items()]
+        lines += [f"    {name:14}{reason or 'runs'}" for name, reason in device["backends"].items()]
     lines.append("checks")
     lines += [f"  {check['status']:8}{check['name']}: {check['message']}" for check in report["checks"]]
     lines.append(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -244,16 +244,33 @@ def check_attention(
     problem: Problem, device: str, density: float = 0.5, config: Mapping[str, int] | None = None
 ) -> None:
     """Output and log-sum-exp against float64, every element written, rows without a key exactly 0 and -inf."""
+    mask = problem.block_mask(device, density)
+    check_launch(problem, device, mask, attention_kernel.launch_block_sparse, config)
+
+
+def check_listed_attention(
+    problem: Problem, device: str, launch: Callable[..., None], config: Mapping[str, int]
+) -> Tensor:
+    """The same for a kernel whose lists hold no block without a visible pair; returns the output."""
+    sizes = (problem.batch, *problem.lengths)
+    geometry = {name: value for name, value in problem.options(device).items() if name != "scale"}
+    mask = problem.block_mask(device) & valid_blocks(*sizes, **geometry, device=torch.device(device))
+    return check_launch(problem, device, mask, launch, config)
+
+
+def check_launch(
+    problem: Problem, device: str, mask: Tensor, launch: Callable[..., None], config: Mapping[str, int] | None
+) -> Tensor:
+    """What a launcher of attention over lists of kept blocks makes of that block mask; returns the output."""
     query, key, value = problem.tensors(device)
     options = problem.options(device)
-    mask = problem.block_mask(device, density)
     indices, counts = mask_to_lists(mask)
     # entries past the count must never be read
     past = torch.arange(indices.shape[-1], device=device) >= counts[..., None]
     indices = indices.masked_fill(past, 2**30)
     output = torch.full(query.shape, torch.nan, dtype=query.dtype, device=device)
     lse = torch.full(query.shape[:3], torch.nan, device=device)
-    attention_kernel.launch_block_sparse(query, key, value, output, lse, indices, counts, config=config, **options)
+    launch(query, key, value, output, lse, indices, counts, config=config, **options)
     assert not output.isnan().any(), "output elements were not written"
     assert not lse.isnan().any(), "log-sum-exp elements were not written"
 
@@ -266,6 +283,7 @@ def check_attention(
     assert (lse[blind] == -torch.inf).all()
     assert (output[blind] == 0).all()
     torch.testing.assert_close(lse[~blind], wanted_lse[~blind].float(), rtol=1e-5, atol=1e-5)
+    return output
 
 
 def check_descriptors(problem: Problem, device: str) -> None:

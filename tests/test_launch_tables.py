@@ -131,7 +131,7 @@ def test_an_entry_may_ask_for_tensor_descriptors(folder):
     [
         ("{", "not JSON"),
         ([], "must be a JSON object"),
-        ({"softmax": {}}, "kernel must be one of antidiagonal_scores, block_sparse, got 'softmax'"),
+        ({"softmax": {}}, "kernel must be one of antidiagonal_scores, attention_hopper, block_sparse, got 'softmax'"),
         ({"block_sparse": []}, "block_sparse: must be a JSON object"),
         ({"block_sparse": {"8-bit": {}}}, "width must be one of 16-bit, 32-bit, got '8-bit'"),
         ({"block_sparse": {"16-bit": {"big": OWN}}}, "16-bit, big: head_dim must be a positive number"),

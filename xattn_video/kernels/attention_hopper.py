@@ -35,6 +35,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from .descriptors import heads_inside
 from .launch import (
+    COMPILE_OPTIONS,
     HEADROOM,
     LN2,
     LOG2E,
@@ -405,6 +406,7 @@ def hopper_arguments(
         "D": head_dim,
         "REGISTERS": _CONSUMER_REGISTERS,
         "num_warps": 4,
+        **COMPILE_OPTIONS,
     }
     return rows_by_heads(triton.cdiv(q_len, block_size), batch, query_heads), arguments
 
