@@ -22,7 +22,11 @@ from xattn_video.kernels.launch import launch_config, positive_scale, unit_inner
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """One attention call. `layout` is how query, key and value lie in memory; padding is filled with NaN."""
+    """One attention call. `layout` is how query, key and value lie in memory; padding is filled with NaN.
+
+    content: "random"; "video", see `video_like`; or "huge", whose values are all near 3e37 and of one sign, so that
+    float32 cannot hold the sum of a dozen of them.
+    """
 
     heads: tuple[int, int] = (2, 2)
     lengths: tuple[int, int] = (128, 128)
@@ -62,6 +66,8 @@ class Problem:
             # every run of tokens has a content of its own: a lost block cannot hide behind another or average out
             runs = _random(generator, self.batch, self.heads[1], self.lengths[1] // 40 + 1, self.head_dim)
             value = runs.repeat_interleave(40, dim=2)[:, :, : self.lengths[1]] + 0.3 * value
+        if self.content == "huge":
+            value = 3e37 * (1 + 0.1 * value)
         padding = ~self.valid_keys()
         key.masked_fill_(padding[:, None, :, None], torch.nan)
         value.masked_fill_(padding[:, None, :, None], torch.nan)

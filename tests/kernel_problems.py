@@ -19,6 +19,13 @@ SMALL = [
     Problem(lengths=(64, 64), batch=2, kv_lens=(0, 64), head_dim=33),
 ]
 
+# large logits too: the power of two that keeps the sums finite joins them in the exponent
+HUGE = [
+    Problem(lengths=(70, 420), heads=(2, 1), content="huge", dtype=dtype, kv_lens=(400,), scale=scale)
+    for dtype in (torch.float32, BF16)
+    for scale in (None, 30.0)
+]
+
 # small tiles: several a strip, whole ones and cut ones, and the last one beyond the last key block
 TILES = {"BLOCK_R": 16, "BLOCK_C": 16, "BLOCK_K": 16, "num_warps": 4, "num_stages": 1}
 WIDE_TILES = {**TILES, "BLOCK_R": 64, "BLOCK_C": 32}

@@ -19,7 +19,7 @@ pytest.importorskip("triton", reason="Triton is for Linux only")
 
 from tests import kernel_checks  # noqa: E402
 from tests.kernel_checks import Problem  # noqa: E402
-from tests.kernel_problems import SMALL, gpu_problems  # noqa: E402
+from tests.kernel_problems import HUGE, SMALL, gpu_problems  # noqa: E402
 from xattn_video.kernels.launch import launch_config  # noqa: E402
 
 
@@ -67,6 +67,12 @@ def test_small_problems_on_a_gpu(problem):
 @pytest.mark.parametrize("problem", REAL, ids=str)
 def test_real_sizes_on_a_gpu(problem, check):
     getattr(kernel_checks, f"check_{check}")(fresh(problem), "cuda")
+
+
+@on_a_gpu
+@pytest.mark.parametrize("problem", HUGE, ids=str)
+def test_values_near_the_largest_number_on_a_gpu(problem):
+    kernel_checks.check_attention(fresh(problem), "cuda", density=0.9)
 
 
 @on_a_gpu

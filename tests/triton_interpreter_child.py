@@ -19,7 +19,7 @@ from triton.runtime.interpreter import InterpreterBuilder
 
 from tests import kernel_checks
 from tests.kernel_checks import Problem
-from tests.kernel_problems import SMALL, STRIPS, TILES, WIDE_TILES
+from tests.kernel_problems import HUGE, SMALL, STRIPS, TILES, WIDE_TILES
 from tests.memory_check import checked_memory
 from xattn_video import xattention
 from xattn_video.kernels import antidiagonal_scores as scores_kernel
@@ -138,6 +138,27 @@ def test_every_scale(scale, causal):
     problem = Problem(lengths=(90, 140), causal=causal, kv_start=(5,), kv_lens=(120,), scale=scale)
     kernel_checks.check_attention(problem, "cpu")
     kernel_checks.check_scores(problem, "cpu")
+
+
+@pytest.mark.parametrize("problem", HUGE, ids=str)
+def test_values_near_the_largest_number(problem):
+    """Their average is a number of their type, their sum is not."""
+    kernel_checks.check_attention(problem, "cpu", density=0.9)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_a_list_is_searched_from_its_ends(causal, touched):
+    """A program reads each of its entries once more than once only where the key range or the diagonal cuts a block."""
+    problem = Problem(heads=(1, 1), lengths=(32, 2048), head_dim=16, causal=causal, kv_start=(40,), kv_lens=(2000,))
+    query, key, value = problem.tensors("cpu")
+    options = problem.options("cpu")
+    indices = torch.arange(64, dtype=torch.int32).expand(1, 1, 1, 64).contiguous()
+    # blocks 1 to 62 hold a visible key; 63 is left to the kernel to drop
+    counts = torch.full((1, 1, 1), 64, dtype=torch.int32)
+    attention_operator.block_sparse_forward_lists(query, key, value, indices, counts, **options)
+    # tiles have more elements than one; the count and the two bounds are no entries
+    entries = touched.count(1) - 3
+    assert 62 <= entries <= 62 + 9
 
 
 @pytest.mark.parametrize("layout", ["bhsd", "bshd", "slice", "bhds"])

@@ -24,7 +24,7 @@ from .launch import (
     rows_by_heads,
     unit_inner_stride,
 )
-from .primitives import dot, finite_max, first_at_least, key_range, load_tile
+from .primitives import dot, drop_from, finite_max, headroom, key_range, load_tile, skip_below
 
 # the smallest tile that tl.dot takes
 MIN_BLOCK_SIZE = 16
@@ -59,6 +59,7 @@ def _attend_kept_blocks(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     HEAD_DIM: tl.constexpr,
+    HEADROOM: tl.constexpr,
     TMA: tl.constexpr,
     HEADS_INSIDE: tl.constexpr,
     INTERPRET: tl.constexpr,
@@ -69,6 +70,9 @@ def _attend_kept_blocks(
     """
     SUB_TILES: tl.constexpr = BLOCK_SIZE // BLOCK_N
     MASK_D: tl.constexpr = BLOCK_D != HEAD_DIM
+    # Added to the exponent, the headroom is free but rounds the exponent to 2e-6, which float32 results would show.
+    SCALED: tl.constexpr = q.dtype == tl.float32
+    EXPONENT: tl.constexpr = 0 if SCALED else HEADROOM
     tokens = tl.arange(0, BLOCK_N)
     in_head = tl.arange(0, BLOCK_D) < HEAD_DIM
     head_entries = split - first
@@ -98,8 +102,10 @@ def _attend_kept_blocks(
         shift = new_max
         if MASKED:
             shift = finite_max(new_max)
-        # one fused multiply-add an element: the maximum is that of the unscaled logits
-        probs = tl.exp2(logits * qk_scale - (shift * qk_scale)[:, None])  # [BLOCK_M, BLOCK_N]
+        # One fused multiply-add an element: the maximum is that of the unscaled logits.
+        probs = tl.exp2(logits * qk_scale - (shift * qk_scale + EXPONENT)[:, None])  # [BLOCK_M, BLOCK_N]
+        if SCALED:
+            probs *= 2.0**-HEADROOM
         correction = tl.exp2((row_max - shift) * qk_scale)
         row_sum = row_sum * correction + tl.sum(probs, axis=1)
         acc = acc * correction[:, None]
@@ -155,6 +161,7 @@ def _block_sparse_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    HEADROOM: tl.constexpr,
     TMA: tl.constexpr,
     HEADS_INSIDE: tl.constexpr,
     INTERPRET: tl.constexpr,
@@ -189,10 +196,13 @@ def _block_sparse_kernel(
     stop_block = tl.maximum((last_key + BLOCK_SIZE - 1) // BLOCK_SIZE, first_block)
     first_whole = tl.minimum((kv_start + BLOCK_SIZE - 1) // BLOCK_SIZE, stop_block)
     stop_whole = tl.maximum(whole_key // BLOCK_SIZE, first_whole)
-    first_entry = first_at_least(list_ptr, count, first_block)
-    first_whole_entry = first_at_least(list_ptr, count, first_whole)
-    stop_whole_entry = first_at_least(list_ptr, count, stop_whole)
-    stop_entry = first_at_least(list_ptr, count, stop_block)
+    first_entry = count * 0
+    first_whole_entry = count * 0
+    stop_entry = drop_from(list_ptr, first_entry, count, stop_block)
+    if kv_start_ptr is not None:
+        first_entry = skip_below(list_ptr, first_entry, stop_entry, first_block)
+        first_whole_entry = skip_below(list_ptr, first_entry, stop_entry, first_whole)
+    stop_whole_entry = drop_from(list_ptr, first_whole_entry, stop_entry, stop_whole)
 
     queries = first_query + tl.arange(0, BLOCK_M)
     columns = tl.arange(0, BLOCK_D)
@@ -236,6 +246,7 @@ def _block_sparse_kernel(
             BLOCK_N,
             BLOCK_D,
             HEAD_DIM,
+            HEADROOM,
             TMA,
             HEADS_INSIDE,
             INTERPRET,
@@ -246,7 +257,8 @@ def _block_sparse_kernel(
     output = acc / row_sum[:, None]
     output_tile = output_ptr + queries.to(tl.int64)[:, None] * stride_os + columns[None, :]
     tl.store(output_tile, output.to(output_ptr.dtype.element_ty), mask=real_query & in_head)
-    lse = tl.where(sees_key, (row_max * qk_scale + tl.log2(row_sum)) * ln2, -float("inf"))
+    total = row_sum * 2.0**HEADROOM
+    lse = tl.where(sees_key, (row_max * qk_scale + tl.log2(total)) * ln2, -float("inf"))
     tl.store(lse_ptr + tl.program_id(1).to(tl.int64) * Sq + queries, lse, mask=queries < Sq)
 
 
@@ -307,6 +319,7 @@ def block_sparse_arguments(
         "BLOCK_M": block_m,
         "BLOCK_N": block_n,
         "BLOCK_D": block_d,
+        "HEADROOM": headroom(query.dtype),
         "TMA": tma is not None,
         "HEADS_INSIDE": tma is not None and tma.heads_inside,
         "INTERPRET": is_interpreted(_block_sparse_kernel),

@@ -1,12 +1,24 @@
-"""Device functions shared by the kernels. Shape tags: # [BLOCK_M, BLOCK_N]."""
+"""What the kernels share: device functions, and the headroom of their sums. Shape tags: # [BLOCK_M, BLOCK_N]."""
 
 # Triton gives the parameters of jit functions their types, one launch at a time
 # mypy: allow-untyped-defs
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
+
+
+def headroom(dtype: torch.dtype) -> int:
+    """By which power of two the probabilities of an attention kernel are scaled down while it sums.
+
+    The sum over keys of probability * value is divided by the sum of probabilities only at the end. Until then a
+    probability is at most 1, so values near the largest number of their type would sum to inf. Scaled by 2^-20, the
+    probabilities of up to a million keys sum to at most 1. A power of two rounds no probability in float32 and
+    bfloat16. float16 has too few exponents below 1 for it, and its values cannot make a float32 sum overflow.
+    """
+    return 0 if dtype == torch.float16 else 20
 
 
 @triton.jit
@@ -52,13 +64,20 @@ def finite_max(row_max):
 
 
 @triton.jit
-def first_at_least(list_ptr, count, value):
-    """Position of the first entry of an ascending list that is >= value; count if there is none."""
-    low = count * 0
-    high = count
-    while low < high:
-        middle = (low + high) // 2
-        below = tl.load(list_ptr + middle) < value
-        low = tl.where(below, middle + 1, low)
-        high = tl.where(below, high, middle)
-    return low
+def skip_below(list_ptr, first, stop, value):
+    """Position of the first entry >= value of an ascending list's [first, stop); stop if there is none.
+
+    One entry after the other: at most two of a list's ends are cut by a key range or by the diagonal, so this takes one
+    load or two, where a binary search takes ten that wait for each other.
+    """
+    while tl.load(list_ptr + first, mask=first < stop, other=value) < value:
+        first += 1
+    return first
+
+
+@triton.jit
+def drop_from(list_ptr, first, stop, value):
+    """`skip_below` from the other end: the position behind the last entry < value; first if there is none."""
+    while tl.load(list_ptr + stop - 1, mask=first < stop, other=value - 1) >= value:
+        stop -= 1
+    return stop
