@@ -36,10 +36,10 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from .descriptors import heads_inside
 from .launch import (
     COMPILE_OPTIONS,
-    HEADROOM,
     LN2,
     LOG2E,
     device_guard,
+    headroom,
     positive_scale,
     rows_by_heads,
     unit_inner_stride,
@@ -395,7 +395,7 @@ def hopper_arguments(
         "Nk": indices.shape[3],
         "offset": key.shape[2] - q_len,
         "qk_scale": scale * LOG2E,
-        "headroom": 0.0 if query.dtype == torch.float16 else HEADROOM,
+        "headroom": headroom(query.dtype),
         "ln2": LN2,
         "CAUSAL": causal,
         "Q_INSIDE": q_inside,

@@ -18,13 +18,14 @@ from .launch import (
     LOG2E,
     LaunchConfig,
     device_guard,
+    headroom,
     is_interpreted,
     launch_config,
     positive_scale,
     rows_by_heads,
     unit_inner_stride,
 )
-from .primitives import dot, drop_from, finite_max, headroom, key_range, load_tile, skip_below
+from .primitives import dot, drop_from, finite_max, key_range, load_tile, skip_below
 
 # the smallest tile that tl.dot takes
 MIN_BLOCK_SIZE = 16
@@ -70,7 +71,7 @@ def _attend_kept_blocks(
     """
     SUB_TILES: tl.constexpr = BLOCK_SIZE // BLOCK_N
     MASK_D: tl.constexpr = BLOCK_D != HEAD_DIM
-    # Added to the exponent, the headroom is free but rounds the exponent to 2e-6, which float32 results would show.
+    # see headroom for why float32 has it apart
     SCALED: tl.constexpr = q.dtype == tl.float32
     EXPONENT: tl.constexpr = 0 if SCALED else HEADROOM
     tokens = tl.arange(0, BLOCK_N)

@@ -14,11 +14,6 @@ from .launch_tables import LaunchConfig, find_config
 LN2 = 0.6931471805599453
 LOG2E = 1.4426950408889634
 
-# Powers of two by which the probabilities of attention in bfloat16 and float32 are smaller than usual: those of up to
-# 2**20 keys then sum to at most 1, and values near the top of their range do not overflow the sum that they weigh.
-# It changes no rounding. float16 has no room below (and its values none above), so it goes without.
-HEADROOM = 20.0
-
 # said aloud because Triton's default changes between versions; the softmax leans on fused multiply-adds
 COMPILE_OPTIONS = {"enable_fp_fusion": True}
 
@@ -41,6 +36,18 @@ def check_supported(dtype: torch.dtype, head_dim: int) -> None:
         raise ValueError(
             f"head_dim must be at most {MAX_HEAD_DIM} for the triton backend, got {head_dim}; use backend='reference'"
         )
+
+
+def headroom(dtype: torch.dtype) -> float:
+    """By which power of two the probabilities of an attention kernel are scaled down while it sums: 20 or 0.
+
+    The sum over keys of probability * value is divided by the sum of probabilities only at the end. Until then a
+    probability is at most 1, so values near the largest number of their type would sum to inf. Scaled by 2^-20, the
+    probabilities of up to a million keys sum to at most 1. A power of two rounds no probability in float32 and
+    bfloat16. Added to the exponent it is free but rounds that to 2e-6: enough for bfloat16 results, not for float32.
+    float16 has too few exponents below 1 for it, and its values cannot make a float32 sum overflow.
+    """
+    return 0.0 if dtype == torch.float16 else 20.0
 
 
 def rows_by_heads(rows: int, batch: int, heads: int) -> tuple[int, int]:

@@ -1,24 +1,12 @@
-"""What the kernels share: device functions, and the headroom of their sums. Shape tags: # [BLOCK_M, BLOCK_N]."""
+"""Device functions shared by the kernels. Shape tags: # [BLOCK_M, BLOCK_N]."""
 
 # Triton gives the parameters of jit functions their types, one launch at a time
 # mypy: allow-untyped-defs
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
-
-
-def headroom(dtype: torch.dtype) -> int:
-    """By which power of two the probabilities of an attention kernel are scaled down while it sums.
-
-    The sum over keys of probability * value is divided by the sum of probabilities only at the end. Until then a
-    probability is at most 1, so values near the largest number of their type would sum to inf. Scaled by 2^-20, the
-    probabilities of up to a million keys sum to at most 1. A power of two rounds no probability in float32 and
-    bfloat16. float16 has too few exponents below 1 for it, and its values cannot make a float32 sum overflow.
-    """
-    return 0 if dtype == torch.float16 else 20
 
 
 @triton.jit
