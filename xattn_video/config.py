@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 SELECTIONS = ("threshold", "top_k", "top_ratio")
-BACKENDS = ("auto", "reference", "cpu", "triton", "triton-hopper", "flex")
+BACKENDS = ("auto", "reference", "cpu", "triton", "triton-hopper", "flex", "fa4")
 
 # The settings under which the paper reports each model family (its section 4.1).
 PRESETS: dict[str, dict[str, Any]] = {
@@ -40,9 +40,10 @@ class XAttnConfig:
         top_k: key blocks kept a query block.
         top_ratio: share of the valid key blocks kept a query block, in (0, 1].
         backend: `"auto"` (Triton on a GPU, the CPU path on a CPU), `"triton"`, `"cpu"`, `"flex"` (torch's
-            FlexAttention attends, the device's own backend scores and selects), `"triton-hopper"` (`"triton"`, but the
-            attention kernel for H100 and H200 whether it was measured to be faster or not; it raises for what that
-            kernel cannot do) or `"reference"`.
+            FlexAttention attends, the device's own backend scores and selects), `"fa4"` (the package flash-attn-4
+            attends on NVIDIA GPUs of compute capability 9.x and 10.x, Triton scores and selects), `"triton-hopper"`
+            (`"triton"`, but always with the attention kernel for H100 and H200, whether or not it was measured to be
+            faster; what that kernel cannot do raises) or `"reference"`.
 
     Raises:
         ValueError: a setting is out of its range; the message names it.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import os
 from collections.abc import Callable
@@ -15,6 +16,8 @@ from ..config import BACKENDS
 
 TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
+# By its distribution: the module's name, flash_attn, belongs to older packages too.
+_HAS_FA4 = any(importlib.metadata.distributions(name="flash-attn-4"))
 
 
 class ListStages(NamedTuple):
@@ -50,6 +53,8 @@ def unavailable_reason(name: str, device: torch.device, dtype: torch.dtype = tor
         return _triton_unavailable_reason(device, dtype) or _hopper_unavailable_reason(device, dtype)
     if name == "flex":
         return _flex_unavailable_reason(device, dtype)
+    if name == "fa4":
+        return _fa4_unavailable_reason(device, dtype)
     raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {name!r}")
 
 
@@ -77,6 +82,25 @@ def _flex_unavailable_reason(device: torch.device, dtype: torch.dtype) -> str | 
         return f"it runs on a CPU and on an NVIDIA or AMD GPU, not on {device.type}"
     # Compiled by Triton, and scores and selection are the Triton backend's.
     return None if device.type == "cpu" else _triton_unavailable_reason(device, dtype)
+
+
+def _fa4_unavailable_reason(device: torch.device, dtype: torch.dtype) -> str | None:
+    if device.type != "cuda" or torch.version.hip is not None:
+        return f"it needs an NVIDIA GPU, not {'AMD' if device.type == 'cuda' else device.type}"
+    if not _HAS_FA4:
+        return "the package flash-attn-4 is not installed; pip install 'xattn-video[fa4]'"
+    # Scores and selection are the Triton backend's.
+    return fa4_capability_reason(torch.cuda.get_device_capability(device)) or _triton_unavailable_reason(device, dtype)
+
+
+def fa4_capability_reason(capability: tuple[int, int]) -> str | None:
+    """Why flash-attn-4 does no block-sparse attention on a GPU of that compute capability, or None if it does."""
+    if capability[0] in (9, 10):
+        return None
+    return (
+        f"it needs an NVIDIA GPU of compute capability 9.x or 10.x, not {capability[0]}.{capability[1]}, where "
+        "flash-attn-4 ignores or refuses lists of blocks"
+    )
 
 
 def auto_name(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -130,6 +154,13 @@ def _import(name: str, device: torch.device) -> Backend:
 
         own = _import("cpu" if device.type == "cpu" else "triton", device)
         return own._replace(name=name, block_sparse_forward=flex.block_sparse_forward, lists=None)
+    if name == "fa4":
+        from . import fa4
+
+        triton = _import("triton", device)
+        assert triton.lists is not None
+        lists = triton.lists._replace(block_sparse_forward=fa4.block_sparse_forward_lists)
+        return triton._replace(name=name, block_sparse_forward=fa4.block_sparse_forward, lists=lists)
     from ..kernels.antidiagonal_scores import antidiagonal_scores
     from ..kernels.block_selection import select, select_lists
     from ..kernels.block_sparse_forward import block_sparse_forward, block_sparse_forward_lists
