@@ -196,15 +196,14 @@ def list_arguments(indices: Tensor, counts: Tensor, *, block_size: int, causal: 
     It has two lists for each row. In the blocks of the full one tokens are masked only past the last key, in those of
     the masked one also above the diagonal.
     """
-    if causal:
-        return {"mask_block_cnt": counts, "mask_block_idx": indices, "block_size": (block_size, block_size)}
-    # The masked list must be there; one empty list a row, expanded over batch and heads, will do.
+    used, unused = ("mask", "full") if causal else ("full", "mask")
+    # Both lists must be there; an empty one for each row, expanded over batch and heads, will do.
     empty = counts.new_zeros(1, 1, counts.shape[2])
     return {
-        "mask_block_cnt": empty,
-        "mask_block_idx": empty.unsqueeze(-1),
-        "full_block_cnt": counts,
-        "full_block_idx": indices,
+        f"{used}_block_cnt": counts,
+        f"{used}_block_idx": indices,
+        f"{unused}_block_cnt": empty,
+        f"{unused}_block_idx": empty.unsqueeze(-1),
         "block_size": (block_size, block_size),
     }
 
