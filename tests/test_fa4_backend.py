@@ -236,6 +236,11 @@ def mixes_up_heads(query, key, value, indices, counts, **settings):
     return low_precision(query, key.flip(1), value.flip(1), indices, counts, **settings)
 
 
+def divides_by_a_wrong_sum(query, key, value, indices, counts, **settings):
+    output, lse = low_precision(query, key, value, indices, counts, **settings)
+    return output * 1.05, lse
+
+
 def leaves_empty_rows_unwritten(query, key, value, indices, counts, **settings):
     output, lse = low_precision(query, key, value, indices, counts, **settings)
     return output.masked_fill((lse == -torch.inf)[..., None], torch.nan), lse
@@ -259,6 +264,7 @@ def takes_powers_of_two_for_those_of_e(query, key, value, indices, counts, **set
         ignores_the_lists,
         takes_pairs_of_rows,
         mixes_up_heads,
+        divides_by_a_wrong_sum,
         leaves_empty_rows_unwritten,
         has_a_finite_log_sum_exp_there,
         takes_powers_of_two_for_those_of_e,
