@@ -3,12 +3,13 @@
 Random tensors prove little about sparse attention: every block matters equally little. Here positions are coded as
 rotary embeddings do it, so that a product depends on how far apart two tokens are; which distances count differs by
 head. Values differ from place to place: a block that holds mass cannot be left out without changing the output.
-Pure torch on the CPU, reproducible from the seed; used by tests and benchmarks.
+Pure torch, reproducible from the seed on one kind of device; used by tests and benchmarks.
 """
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,6 +41,7 @@ def video_like_qkv(
     dtype: torch.dtype = torch.float32,
     kv_heads: int | None = None,
     text_tokens: int = 0,
+    device: torch.device | str = "cpu",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Attention inputs of a video transformer: tokens in raster order (frame, row, column), then text.
 
@@ -57,6 +59,7 @@ def video_like_qkv(
         dtype: of the result; the computation is float32.
         kv_heads: heads of key and value; None is heads.
         text_tokens: tokens after the video, without a place, that all queries attend to a little.
+        device: where they are made. Each kind of device draws numbers of its own from a seed.
 
     Returns:
         query `[B, Hq, S, D]`, key and value `[B, Hkv, S, D]`, `S = frames * height * width + text_tokens`.
@@ -65,25 +68,30 @@ def video_like_qkv(
         ValueError: locality outside [0, 1], head_dim below 8, or heads no multiple of kv_heads.
     """
     kv_heads = _checked_heads(heads, kv_heads, head_dim, locality)
-    generator = torch.Generator().manual_seed(seed)
-    grid = torch.cartesian_prod(*(torch.arange(size, dtype=torch.float32) for size in (frames, height, width)))
+    device = torch.device(device)
+    generator = torch.Generator(device).manual_seed(seed)
+    grid = torch.cartesian_prod(
+        *(torch.arange(size, dtype=torch.float32, device=device) for size in (frames, height, width))
+    )
     space = _between(_PLACE_REACH, locality)
     near = max(1.0, frames * _between(_FRAME_REACH, locality))
     parts = []
     for _ in range(batch):
         for kv_head in range(kv_heads):
             kind = ("local", "temporal", "sink")[kv_head % 3]
-            drift = 0.3 + torch.rand((), generator=generator)
-            place = grid - grid[:, :1] * torch.tensor([0.0, 0.0, 1.0]) * drift
+            drift = 0.3 + torch.rand((), generator=generator, device=device)
+            place = grid - grid[:, :1] * torch.tensor([0.0, 0.0, 1.0], device=device) * drift
             # A reach without end in time: the same place in every frame.
-            reach = torch.tensor([math.inf if kind == "temporal" else near, space * height, space * width])
-            phase = 2 * math.pi * torch.rand(frames, generator=generator)[grid[:, 0].long()]
-            sinks = torch.zeros(grid.shape[0])
+            in_time = math.inf if kind == "temporal" else near
+            reach = torch.tensor([in_time, space * height, space * width], device=device)
+            phase = 2 * math.pi * torch.rand(frames, generator=generator, device=device)[grid[:, 0].long()]
+            sinks = torch.zeros(grid.shape[0], device=device)
             if kind == "sink":
-                begin = int(torch.randint(max(1, grid.shape[0] - _SINK_TOKENS), (), generator=generator))
+                latest = max(1, grid.shape[0] - _SINK_TOKENS)
+                begin = int(torch.randint(latest, (), generator=generator, device=device))
                 sinks[begin : begin + _SINK_TOKENS] = 1.0
             code = _place_code(place, reach, head_dim - _OTHER_DIMS, generator)
-            field = _place_values(place, torch.tensor([0.7, 2.0, 8.0]), head_dim, generator)
+            field = _place_values(place, torch.tensor([0.7, 2.0, 8.0], device=device), head_dim, generator)
             parts.append(
                 _head(
                     code,
@@ -109,6 +117,7 @@ def causal_text_like_qkv(
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
     kv_heads: int | None = None,
+    device: torch.device | str = "cpu",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Attention inputs of a causal language model: vertical and slash patterns.
 
@@ -122,26 +131,30 @@ def causal_text_like_qkv(
         query `[B, Hq, S, D]`, key and value `[B, Hkv, S, D]`.
     """
     kv_heads = _checked_heads(heads, kv_heads, head_dim, locality)
-    generator = torch.Generator().manual_seed(seed)
-    place = torch.arange(tokens, dtype=torch.float32)[:, None]
-    reach = torch.tensor([max(8.0, tokens * _between((0.25, 0.01), locality))])
+    device = torch.device(device)
+    generator = torch.Generator(device).manual_seed(seed)
+    place = torch.arange(tokens, dtype=torch.float32, device=device)[:, None]
+    reach = torch.tensor([max(8.0, tokens * _between((0.25, 0.01), locality))], device=device)
     parts = []
     for _ in range(batch):
         for kv_head in range(kv_heads):
             kind = ("slash", "vertical", "both")[kv_head % 3]
-            phase = 2 * math.pi * torch.rand(tokens // 128 + 1, generator=generator)[torch.arange(tokens) // 128]
-            sinks = torch.zeros(tokens)
+            passage = torch.arange(tokens, device=device) // 128
+            phase = 2 * math.pi * torch.rand(tokens // 128 + 1, generator=generator, device=device)[passage]
+            sinks = torch.zeros(tokens, device=device)
             if kind != "slash":
-                begins = torch.randint(tokens, (3,), generator=generator)
+                begins = torch.randint(tokens, (3,), generator=generator, device=device)
                 begins[0] = 0
                 for begin in begins.tolist():
                     sinks[begin : begin + _SINK_TOKENS] = 1.0
-            distance = 0.0 if kind == "vertical" else float(torch.randint(max(1, tokens // 4), (), generator=generator))
+            distance = 0.0
+            if kind != "vertical":
+                distance = float(torch.randint(max(1, tokens // 4), (), generator=generator, device=device))
             frequency_seed = generator.get_state()
             code = _place_code(place, reach, head_dim - _OTHER_DIMS, generator)
             generator.set_state(frequency_seed)
             back = _place_code(place - distance, reach, head_dim - _OTHER_DIMS, generator)
-            field = _place_values(place, torch.tensor([48.0]), head_dim, generator)
+            field = _place_values(place, torch.tensor([48.0], device=device), head_dim, generator)
             peak = _between(_PEAK_LOGIT, locality)
             parts.append(_head(code, phase, sinks, field, peak, heads // kv_heads, 0, generator, query_code=back))
     return _stacked(parts, batch, dtype)
@@ -164,7 +177,7 @@ def _between(ends: tuple[float, float], share: float) -> float:
 
 def _place_code(place: Tensor, reach: Tensor, dims: int, generator: torch.Generator) -> Tensor:
     """`[N, dims]` of unit norm; the product of two rows is about a bell over their distance in units of `reach`."""
-    frequency = torch.randn(place.shape[1], dims // 2, generator=generator) / reach[:, None]
+    frequency = torch.randn(place.shape[1], dims // 2, generator=generator, device=place.device) / reach[:, None]
     angle = place @ frequency
     code = torch.cat([angle.cos(), angle.sin()], dim=1) / math.sqrt(dims // 2)
     return pad(code, (0, dims - code.shape[1]))
@@ -172,9 +185,10 @@ def _place_code(place: Tensor, reach: Tensor, dims: int, generator: torch.Genera
 
 def _place_values(place: Tensor, lengths: Tensor, head_dim: int, generator: torch.Generator) -> Tensor:
     """`[N, D]`: waves about `lengths` long, and noise that belongs to the token."""
-    angle = place @ (torch.randn(place.shape[1], head_dim, generator=generator) / lengths[:, None])
-    phase = 2 * math.pi * torch.rand(head_dim, generator=generator)
-    return (angle + phase).cos() * math.sqrt(2.0) + 0.5 * torch.randn(angle.shape, generator=generator)
+    made: dict[str, Any] = {"generator": generator, "device": place.device}
+    angle = place @ (torch.randn(place.shape[1], head_dim, **made) / lengths[:, None])
+    phase = 2 * math.pi * torch.rand(head_dim, **made)
+    return (angle + phase).cos() * math.sqrt(2.0) + 0.5 * torch.randn(angle.shape, **made)
 
 
 def _head(
@@ -189,24 +203,24 @@ def _head(
     query_code: Tensor | None = None,
 ) -> tuple[list[Tensor], Tensor, Tensor]:
     """The `group` queries, the key and the value of one key head."""
-    head_dim = field.shape[1]
-    angle = torch.arange(code.shape[0]) * (2 * math.pi / _TEXTURE_PERIOD) + phase
+    head_dim, device = field.shape[1], field.device
+    angle = torch.arange(code.shape[0], device=device) * (2 * math.pi / _TEXTURE_PERIOD) + phase
     texture = torch.stack([angle.cos(), angle.sin()], dim=1) * math.sqrt(_TEXTURE_LOGIT)
     # A query and a sink have the logit of two equal places.
     sink_code = sinks[:, None] * math.sqrt(peak / 2)
 
     def assembled(place_code: Tensor, sink: Tensor) -> Tensor:
         tokens = torch.cat([place_code * math.sqrt(peak), texture, sink.expand(-1, 2)], dim=1)
-        text = torch.randn(text_tokens, head_dim, generator=generator) * math.sqrt(peak / head_dim)
+        text = torch.randn(text_tokens, head_dim, generator=generator, device=device) * math.sqrt(peak / head_dim)
         tokens = torch.cat([tokens, text])
-        noise = torch.randn(tokens.shape, generator=generator) * 0.05
+        noise = torch.randn(tokens.shape, generator=generator, device=device) * 0.05
         # The default scale of attention divides by sqrt(head_dim).
         return (tokens + noise) * head_dim**0.25
 
     key = assembled(code, sink_code)
-    ones = torch.full((code.shape[0], 1), math.sqrt(peak / 2))
+    ones = torch.full((code.shape[0], 1), math.sqrt(peak / 2), device=device)
     queries = [assembled(code if query_code is None else query_code, ones) for _ in range(group)]
-    return queries, key, torch.cat([field, torch.randn(text_tokens, head_dim, generator=generator)])
+    return queries, key, torch.cat([field, torch.randn(text_tokens, head_dim, generator=generator, device=device)])
 
 
 def _stacked(
