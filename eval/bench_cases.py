@@ -49,7 +49,7 @@ GPU_CASES = (
 )
 GPU_FULL_TOKENS = (8192, 32768, 131072, 262144)
 CPU_FULL_TOKENS = (7168, 8192, 16384)
-# Generated heads that differ from each other; more are copies of these in turn, as generating takes one CPU.
+# Generated heads that differ from each other; more are copies of these in turn, as generating on a CPU takes long.
 DISTINCT_HEADS = 6
 
 
@@ -81,7 +81,10 @@ def chosen_cases(args: argparse.Namespace, device: torch.device) -> list[Case]:
 
 
 def goal_cases(args: argparse.Namespace, device: torch.device) -> list[Case]:
-    """The calls that `bench_goals.py` has something to say about, the video ones at a density of 0.35 or 0.5."""
+    """The calls that `bench_goals.py` has something to say about, the most telling first.
+
+    The video ones are at a density of 0.35 or 0.5. Cases that differ in their stride alone follow each other.
+    """
     chosen = {"--tokens": args.tokens, "--heads": args.heads, "--head-dim": args.head_dim, "--dtype": args.dtype}
     chosen |= {"--inputs": args.inputs, "--causal": args.causal, "--full": args.full}
     for option, value in chosen.items():
@@ -89,17 +92,13 @@ def goal_cases(args: argparse.Namespace, device: torch.device) -> list[Case]:
             raise UserError(f"{option} does not go with --goals, which has shapes of its own")
     if device.type != "cuda":
         raise UserError("--goals is about GPUs; torch finds none here, or --device names another device")
-    large = [
-        replace(case, stride=stride, locality=0.45)
-        for case in GPU_CASES
-        if case.name != "wan-1.3b-480p"
-        for stride in (8, 16)
-    ]
+    wan, hunyuan = GPU_CASES[1:]
+    large = [replace(case, stride=stride, locality=0.45) for case in (hunyuan, wan) for stride in (8, 16)]
     short = [_sized(tokens, 24, 128, "bf16", False, "video") for tokens in (8192, 16384, 32768)]
     causal = [_sized(tokens, 24, 128, "bf16", True, "text") for tokens in (131072, 262144)]
     return [
         *large,
-        *(replace(case, stride=8, locality=0.3) for case in short),
+        *(replace(case, stride=8, locality=0.33) for case in short),
         *(replace(case, stride=16, locality=0.9) for case in causal),
     ]
 
@@ -132,7 +131,7 @@ def _demo_cases(args: argparse.Namespace) -> list[Case]:
 
 
 def make_inputs(case: Case, locality: float | None, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Query, key and value `[1, heads, tokens, head_dim]` on the device; `locality` is for generated ones."""
+    """Query, key and value `[1, heads, tokens, head_dim]`, made on the device; `locality` is for generated ones."""
     dtype, made = DTYPES[case.dtype], min(case.heads, DISTINCT_HEADS)
     if case.inputs == "demo":
         from eval.demo_tensors import load_demo_qkv
@@ -140,11 +139,11 @@ def make_inputs(case: Case, locality: float | None, device: torch.device) -> tup
         (entry,) = (entry for entry in load_demo_qkv() if f"demo-{entry.name}" == case.name)
         parts = (entry.query, entry.key, entry.value)
     elif case.inputs == "text":
-        parts = causal_text_like_qkv(1, made, case.tokens, case.head_dim, locality=locality, dtype=dtype)
+        parts = causal_text_like_qkv(1, made, case.tokens, case.head_dim, locality=locality, dtype=dtype, device=device)
     else:
         video = (case.frames, case.height, case.width)
         parts = video_like_qkv(
-            1, made, *video, case.head_dim, locality=locality, dtype=dtype, text_tokens=case.text_tokens
+            1, made, *video, case.head_dim, locality=locality, dtype=dtype, text_tokens=case.text_tokens, device=device
         )
     query, key, value = (_repeated(part.to(device, dtype), case.heads) for part in parts)
     return query, key, value

@@ -59,7 +59,7 @@ def gate_timed(case: Case, query: Tensor, key: Tensor, value: Tensor, config: XA
     # Both round their output, and both sum in another order.
     allowed = max(4 * torch.finfo(query.dtype).eps, 2e-6)
     error = _error(output, dense)
-    return [] if error <= allowed else [f"{case.name}: threshold 1 is off SDPA by {error:.2e}, allowed {allowed:.2e}"]
+    return [] if error <= allowed else [f"threshold 1 is off SDPA by {error:.2e}, allowed {allowed:.2e}"]
 
 
 def gate_choice(
@@ -95,13 +95,13 @@ def gate_choice(
             got = scores[:, head : head + 1, row, : wanted.shape[3]]
             # written so that NaN is wrong too
             if not (error := _error(got, wanted)) <= SCORES_ERROR:
-                failures.append(f"{case.name}: scores of head {head}, block {block} are off by {error:.2e}")
+                failures.append(f"scores of head {head}, block {block} are off by {error:.2e}")
         own = [part.expand(scores.shape)[:, :, row] for part in (valid, forced)]
         wanted_mask = reference.select(scores[:, :, row], *own, threshold=config.threshold)
         # sums in another order may end a block earlier or later
         wrong = (block_mask[:, :, row] != wanted_mask).sum(-1).amax().item()
         if wrong > 1:
-            failures.append(f"{case.name}: up to {wrong} wrong blocks are kept or left out of query block {block}")
+            failures.append(f"up to {wrong} wrong blocks are kept or left out of query block {block}")
     return failures
 
 

@@ -1,7 +1,7 @@
 """The kernels that sparse attention is timed beside: those that are here, each judged before it is timed.
 
-`candidates` lists what could run, `judge` runs each once and compares a sample of its rows with float64. What raises,
-is not installed or is wrong comes back with the reason, so that a table without it says why.
+The functions `..._candidates` list what could run, `judge` runs each once and compares a sample of its rows with
+float64. What raises, is not installed or is wrong comes back with the reason, so that a table without it says why.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from xattn_video.attention import dense_attention
 from xattn_video.backends import flex
-from xattn_video.blocks import valid_blocks
+from xattn_video.blocks import mask_to_lists, valid_blocks
 
 Kernel = Callable[[], Tensor]
 
@@ -60,8 +60,52 @@ def dense_candidates(problem: Problem) -> dict[str, Kernel]:
     return found
 
 
+def attention_candidates(problem: Problem) -> Judged:
+    """This package's own attention kernels for a GPU, each by itself, and why one of them cannot run this problem.
+
+    A call takes one of the two; here both are named, to be timed beside each other.
+    """
+    if problem.query.device.type != "cuda":
+        return Judged({}, {})
+    from xattn_video.kernels.attention_choice import hopper_refusal
+    from xattn_video.kernels.block_sparse import launch_block_sparse
+
+    own = Judged({"attend-plain": _OnLists(problem, launch_block_sparse)}, {})
+    bounds: dict[str, Any] = {"block_size": problem.block_size, "causal": problem.causal}
+    reason = hopper_refusal(problem.query, problem.key, problem.value, **bounds, kv_start=None, kv_lens=None)
+    if reason is None:
+        # Triton before 3.6 cannot import it
+        from xattn_video.kernels.attention_hopper import launch_hopper
+
+        own.kernels["attend-hopper"] = _OnLists(problem, launch_hopper)
+    else:
+        own.refused["attend-hopper"] = reason
+    return own
+
+
+class _OnLists:
+    """One of our attention kernels over the blocks of a sparse problem; its lists are made once, before it is timed."""
+
+    def __init__(self, problem: Problem, launch: Callable[..., None]) -> None:
+        self._problem, self._launch = problem, launch
+
+    def __call__(self) -> Tensor:
+        problem = self._problem
+        output = torch.empty_like(problem.query)
+        lse = torch.empty(problem.query.shape[:3], dtype=torch.float32, device=problem.query.device)
+        settings: dict[str, Any] = {"block_size": problem.block_size, "causal": problem.causal}
+        settings |= {"scale": problem.query.shape[3] ** -0.5, "kv_start": None, "kv_lens": None}
+        self._launch(problem.query, problem.key, problem.value, output, lse, *self._lists, **settings)
+        return output
+
+    @cached_property
+    def _lists(self) -> tuple[Tensor, Tensor]:
+        assert self._problem.block_mask is not None
+        return mask_to_lists(self._problem.block_mask)
+
+
 def sparse_candidates(problem: Problem) -> dict[str, Kernel]:
-    """Other kernels that take the same block mask on this device, by name."""
+    """Kernels of others that take the same block mask on this device, by name."""
     if problem.query.device.type != "cuda":
         return {}
     return {"flex-sparse": _FlexSparse(problem)}
@@ -101,7 +145,7 @@ def judge(candidates: Mapping[str, Kernel], problem: Problem) -> Judged:
             error = _error(kernel()[:, :, rows], truth)
         # Whatever a foreign kernel raises (no such device, no memory, a compiler's error) is its reason.
         except Exception as failure:
-            judged.refused[name] = _reason(failure)
+            judged.refused[name] = reason_of(failure)
             continue
         # written so that NaN is wrong too
         if not error <= allowed:
@@ -204,7 +248,8 @@ def _error(output: Tensor, truth: Tensor) -> float:
     return ((output.double() - truth.double()).norm() / truth.double().norm()).item()
 
 
-def _reason(error: Exception) -> str:
+def reason_of(error: Exception) -> str:
+    """One line of why a kernel did not run."""
     if isinstance(error, ModuleNotFoundError):
         return f"not installed: {error.name}"
     return " ".join(f"{type(error).__name__}: {error}".split())[:200]

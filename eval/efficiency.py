@@ -5,22 +5,27 @@
       ->  rounds of (every dense kernel, score, select, attend, whole call), interleaved
       ->  a row a shape: times, density, speed-up beside the ideal one `1 / (density + 1 / (2 * stride))`
 
-Ratios are taken inside one run. Effective TFLOP/s count the operations that the result needs, whatever a kernel does:
-dense `4 * heads * tokens^2 * head_dim` (half of it if causal), score `1 / (2 * stride)` of that, attend `density` of
-it, total the sum of both; selection multiplies nothing. The last line of stdout is JSON; `--record` also appends it to
-a ledger, and `--plot` draws it.
+A case with a wrong result has no times but its reason, the others go on, and the exit code is 1 at the end. Ratios are
+taken inside one run. Effective TFLOP/s count the operations that the result needs, whatever a kernel does: dense
+`4 * heads * tokens^2 * head_dim` (half of it if causal), score `1 / (2 * stride)` of that, attend `density` of it,
+total the sum of both; selection multiplies nothing. The last line of stdout is JSON; `--record` also appends the rows
+to the ledger of the project, `--out` to one in a folder of the user's, and `--plot` draws them.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
+import itertools
 import json
 import statistics
 import sys
+import traceback
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,12 +33,22 @@ from torch import Tensor
 from eval import bench_goals, bench_plots
 from eval.bench_cases import DTYPES, INPUTS, Case, chosen_cases, make_inputs
 from eval.bench_gates import gate_choice, gate_small, gate_timed
+from eval.bench_goals import Verdict
 from eval.bench_tables import format_stages, format_table
-from eval.dense_kernels import Problem, dense_candidates, judge, sparse_candidates
+from eval.dense_kernels import (
+    Judged,
+    Problem,
+    attention_candidates,
+    dense_candidates,
+    judge,
+    reason_of,
+    sparse_candidates,
+)
 from eval.ledger import RESULTS, append_rows, provenance
 from eval.timing import peak_extra_mb, seconds_of
 from pipelines.environment import device_name
 from pipelines.errors import UserError
+from pipelines.files import make_writable
 from xattn_video import XAttnConfig, xattention
 from xattn_video.attention import Kept, attend_kept, select_kept
 from xattn_video.backends import resolve
@@ -43,6 +58,8 @@ from xattn_video.call_blocks import call_blocks
 LEDGER = RESULTS / "efficiency.jsonl"
 # The inputs at which the default shape keeps about 0.17 of its blocks.
 DEFAULT_LOCALITY = 0.78
+# `--goals` leaves out a dense kernel that takes this many times as long as the fastest.
+TOO_SLOW = 2.0
 
 EXAMPLE = """\
 example:
@@ -50,7 +67,7 @@ example:
   xattn-video bench --tokens 8192 16384 --head-dim 128 --dtype bf16
   xattn-video bench --inputs demo
   xattn-video bench --full --record --plot plots
-  xattn-video bench --device cuda --goals --rounds 3
+  xattn-video bench --device cuda --goals --rounds 3 --out goals-out
   xattn-video bench --model Qwen/Qwen3-8B --tokens 16384 65536
 
 a row is timed only if its results are right; a kernel that is missing, raises or is wrong is listed with the reason.
@@ -99,6 +116,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--record", action="store_true", help=f"append each row, as it comes, to eval/results/{LEDGER.name}"
     )
     parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help=f"append each row, as it comes, to {LEDGER.name} in this folder, also one of a case with a wrong result",
+    )
+    parser.add_argument(
         "--plot",
         type=Path,
         metavar="DIR",
@@ -108,7 +131,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measure and print; returns 0, or 1 where the correctness gate fails."""
+    """Measure and print; returns 0, or 1 where something is wrong or nothing was timed."""
     if args.rounds < 1:
         raise UserError(f"--rounds must be 1 or more, got {args.rounds}")
     if not 0 <= args.locality <= 1:
@@ -117,6 +140,8 @@ def run(args: argparse.Namespace) -> int:
         raise UserError("--dense-last goes with --model")
     if args.goals and args.model is not None:
         raise UserError("--goals does not go with --model")
+    if args.out is not None and args.model is not None:
+        raise UserError("--out does not go with --model")
     given = {name: getattr(args, name) for name in ("stride", "block_size", "threshold", "dense_last")}
     try:
         config = XAttnConfig(**given, min_tokens=0)
@@ -129,37 +154,50 @@ def run(args: argparse.Namespace) -> int:
     device = _device(args.device)
     if args.plot is not None:
         bench_plots.check(args.plot)
+    if args.out is not None:
+        make_writable(args.out)
     cases = chosen_cases(args, device)
     source = {"device": device_name(device), **provenance("triton")}
     print(f"{source['device']}, torch {torch.__version__}, {config.label()}, locality {args.locality}")
-    rows, failures, too_large = [], [], []
-    for dtype, causal in dict.fromkeys((case.dtype, case.causal) for case in cases):
-        failures += gate_small(device, DTYPES[dtype], config, causal)
-    for case in cases:
-        if failures:
-            break
-        own, locality = _own_settings(case, config, args)
-        try:
-            measured, failures = _run_case(case, own, locality, args, device)
-        except torch.OutOfMemoryError:
-            too_large.append(case.name)
-            print(f"{case.name}: left out, {source['device']} has too little memory for it", file=sys.stderr)
-            continue
-        if failures:
-            break
-        setting = {"config": own.to_dict(), "stride": own.stride, "locality": locality}
-        rows.append(asdict(case) | {"tokens": case.tokens} | measured | setting | source)
-        if args.record:
-            append_rows(LEDGER, rows[-1:])
+    rows: list[dict[str, Any]] = []
+    goals: list[Verdict] = []
+    failures: list[str] = []
+    too_large: list[str] = []
+    small = functools.cache(partial(gate_small, device))
+    for shape, group in itertools.groupby(cases, lambda case: replace(case, stride=None)):
+        locality = _locality(shape, args)
+        prepare = functools.cache(partial(_prepare, shape, locality, args.goals, device))
+        for case in group:
+            own = config if case.stride is None else replace(config, stride=case.stride)
+            try:
+                measured, wrong = _attempt(case, own, small, prepare, args)
+            except torch.OutOfMemoryError:
+                too_large.append(case.name)
+                print(f"{case.name}: left out, {source['device']} has too little memory for it", file=sys.stderr)
+                continue
+            setting = {"config": own.to_dict(), "stride": own.stride, "locality": locality}
+            row = asdict(case) | {"tokens": case.tokens} | (measured or {}) | setting | source
+            found: list[Verdict] = []
+            if args.goals:
+                found = [bench_goals.failed_gate(case.name, own.stride, reason) for reason in wrong]
+                found += bench_goals.verdicts([row] if measured else [])
+            if measured:
+                rows.append(row)
+                if args.record:
+                    append_rows(LEDGER, [row])
+            if args.out is not None:
+                said = {"failures": wrong, "goals": [asdict(verdict) for verdict in found]}
+                append_rows(args.out / LEDGER.name, [row | said])
+            failures += [f"{case.name}: {reason}" for reason in wrong]
+            goals += found
     if rows:
         print(format_table(rows))
         print(format_stages(rows))
-    goals = bench_goals.verdicts(rows) if args.goals else []
     if goals:
         print(bench_goals.format_verdicts(goals))
     for failure in failures:
-        print(f"wrong result, nothing timed from here on: {failure}")
-    if args.plot is not None and rows and not failures:
+        print(f"wrong, and not timed: {failure}")
+    if args.plot is not None and rows:
         for path in bench_plots.write(rows, args.plot):
             print(f"wrote {path}")
     ok = bool(rows) and not failures
@@ -168,22 +206,65 @@ def run(args: argparse.Namespace) -> int:
     return 0 if ok else 1
 
 
-def _run_case(
-    case: Case, config: XAttnConfig, locality: float | None, args: argparse.Namespace, device: torch.device
-) -> tuple[dict[str, Any], list[str]]:
-    """What was measured of a case, or what is wrong."""
-    print(f"{case.name}: making inputs", file=sys.stderr)
-    query, key, value = make_inputs(case, locality, device)
-    failures = gate_timed(case, query, key, value, config)
-    return ({}, failures) if failures else _measure(case, query, key, value, config, args.rounds, args.goals)
+def _attempt(
+    case: Case,
+    config: XAttnConfig,
+    small: Callable[[torch.dtype, XAttnConfig, bool], list[str]],
+    prepare: Callable[[], Prepared],
+    args: argparse.Namespace,
+) -> tuple[dict[str, Any] | None, list[str]]:
+    """`_measure` after the small gate. What a kernel or its compiler raises is wrong with this case alone."""
+    try:
+        wrong = small(DTYPES[case.dtype], config, case.causal)
+        return (None, wrong) if wrong else _measure(case, prepare(), config, args.rounds, args.goals)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        traceback.print_exc()
+        return None, [reason_of(error)]
 
 
-def _own_settings(case: Case, config: XAttnConfig, args: argparse.Namespace) -> tuple[XAttnConfig, float | None]:
-    """Configuration and locality of a case: its own, or else the run's; tensors that were saved have no locality."""
-    own = config if case.stride is None else replace(config, stride=case.stride)
+class Prepared(NamedTuple):
+    """What cases that differ in stride alone share: inputs `[1, H, S, D]`, and the dense kernels that are right."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    dense: Judged
+
+
+def _prepare(shape: Case, locality: float | None, goals: bool, device: torch.device) -> Prepared:
+    """Make the inputs of a shape and judge the dense kernels on them.
+
+    With `goals` none that torch has to compile first, and none that cannot be the fastest.
+    """
+    print(f"{shape.name}: making inputs", file=sys.stderr)
+    query, key, value = make_inputs(shape, locality, device)
+    whole = Problem(query, key, value, shape.causal)
+    candidates = dense_candidates(whole)
+    if goals:
+        candidates.pop("flex", None)
+    dense = judge(candidates, whole)
+    return Prepared(query, key, value, _fast_ones(dense, device) if goals else dense)
+
+
+def _fast_ones(dense: Judged, device: torch.device) -> Judged:
+    """The kernels that may turn out to be the fastest; the others with how far off they are."""
+    seconds = {name: min(seconds_of(kernel, device) for _ in range(2)) for name, kernel in dense.kernels.items()}
+    slow = {
+        name: f"takes {time / min(seconds.values()):.1f} times as long as the fastest dense kernel"
+        for name, time in seconds.items()
+        if time > TOO_SLOW * min(seconds.values())
+    }
+    fast = {name: kernel for name, kernel in dense.kernels.items() if name not in slow}
+    return Judged(fast, dense.refused | slow)
+
+
+def _locality(case: Case, args: argparse.Namespace) -> float | None:
+    """How local a case's inputs are: as it says, or else the run; tensors that were saved have no locality."""
     if case.inputs == "demo":
-        return own, None
-    return own, args.locality if case.locality is None else case.locality
+        return None
+    return args.locality if case.locality is None else case.locality
 
 
 def _device(name: str) -> torch.device:
@@ -200,13 +281,21 @@ def _device(name: str) -> torch.device:
 
 
 def _measure(
-    case: Case, query: Tensor, key: Tensor, value: Tensor, config: XAttnConfig, rounds: int, goals: bool
-) -> tuple[dict[str, Any], list[str]]:
-    """Times in milliseconds (median and best of the rounds), density, speed-ups; or what is wrong.
+    case: Case, prepared: Prepared, config: XAttnConfig, rounds: int, goals: bool
+) -> tuple[dict[str, Any] | None, list[str]]:
+    """Judge everything on the timed problem, and time what is right.
 
-    With `goals` also the attention kernel over all blocks, and nothing that torch has to compile first.
+    With `goals` no kernels of others that take a block mask, and the memory of the whole call alone.
+
+    Returns:
+        Times in milliseconds (median and best of the rounds), density, speed-ups; None where a stage of the call is
+        wrong. And what is wrong, a line each.
     """
+    query, key, value, dense = prepared
     length, device = case.tokens, query.device
+    wrong = gate_timed(case, query, key, value, config)
+    if wrong:
+        return None, wrong
     geometry: dict[str, Any] = {"block_size": config.block_size, "causal": case.causal}
     masking: dict[str, Any] = {**geometry, "scale": case.head_dim**-0.5, "kv_start": None, "kv_lens": None}
     backend = resolve(config.backend, device, query.dtype)
@@ -216,36 +305,31 @@ def _measure(
     # as in the whole call, where all layers share them
     rules: dict[str, Any] = {**geometry, "kv_start": None, "kv_lens": None, "dense_tokens": None, "dense_last": 0}
 
-    def select(threshold: float = config.threshold) -> Kept:
+    def select() -> Kept:
         blocks = call_blocks(query, length, **rules)
-        return select_kept(backend, scores, blocks.valid, blocks.forced, config, threshold)
+        return select_kept(backend, scores, blocks.valid, blocks.forced, config, config.threshold)
 
     kept = select()
     block_mask = kept if isinstance(kept, Tensor) else lists_to_mask(*kept)
     blocks = call_blocks(query, length, **rules)
-    failures = gate_choice(case, query, key, scores, block_mask, blocks.valid, blocks.forced, config)
-    if failures:
-        return {}, failures
+    wrong = gate_choice(case, query, key, scores, block_mask, blocks.valid, blocks.forced, config)
+    if wrong:
+        return None, wrong
     density = block_mask.sum().item() / (blocks.total.item() * case.heads)
-    whole = Problem(query, key, value, case.causal)
-    sparse = Problem(query, key, value, case.causal, block_mask, config.block_size)
 
-    attend = partial(attend_kept, backend, query, key, value, **masking)
-    own = judge({"attend": partial(attend, kept)}, sparse)
-    every = judge({"attend-all": partial(attend, select(threshold=1.0))} if goals else {}, whole)
-    dense = judge({name: call for name, call in dense_candidates(whole).items() if not goals or name != "flex"}, whole)
+    sparse = Problem(query, key, value, case.causal, block_mask, config.block_size)
+    named = attention_candidates(sparse)
+    attend = partial(attend_kept, backend, query, key, value, kept, **masking)
+    own = judge({"attend": attend, **named.kernels}, sparse)
     other = judge({} if goals else sparse_candidates(sparse), sparse)
-    failures = [f"{case.name}: {name}: {reason}" for name, reason in (own.refused | every.refused).items()]
+    wrong = [f"{name}: {reason}" for name, reason in own.refused.items()]
     if not dense.kernels:
-        failures += [
-            f"{case.name}: no dense kernel to compare with; {name}: {why}" for name, why in dense.refused.items()
-        ]
-    if failures:
-        return {}, failures
+        wrong += [f"no dense kernel to compare with; {name}: {why}" for name, why in dense.refused.items()]
+    if "attend" in own.refused or not dense.kernels:
+        return None, wrong
 
     call = partial(xattention, query, key, value, config, causal=case.causal)
     stages = {**dense.kernels, **other.kernels, "score": score, "select": select, **own.kernels, "total": call}
-    stages |= every.kernels
     seconds: dict[str, list[float]] = {name: [] for name in stages}
     for function in stages.values():
         function()
@@ -253,21 +337,24 @@ def _measure(
         print(f"{case.name} {case.dtype} D {case.head_dim}: round {done + 1} of {rounds}", file=sys.stderr)
         for name, function in stages.items():
             seconds[name].append(seconds_of(function, device))
-    peak = {name: peak_extra_mb(function, device) for name, function in stages.items()}
+    weighed = {"total": call} if goals else stages
+    peak = {name: peak_extra_mb(function, device) for name, function in weighed.items()}
     return summarize(case, config, density, seconds, tuple(dense.kernels)) | {
-        "not_timed": dense.refused | other.refused,
+        "not_timed": dense.refused | named.refused | own.refused | other.refused,
         "peak_extra_mb": peak if device.type == "cuda" else None,
         "launch_configs": _launch_configs(query) if device.type == "cuda" else None,
         "rounds": rounds,
-    }, []
+    }, wrong
 
 
 def _launch_configs(query: Tensor) -> dict[str, Any]:
     """What the kernels were launched with: a user's table, which `tune` writes, comes before the package's."""
-    from xattn_video.kernels.launch_tables import find_config
+    from xattn_video.kernels.launch_tables import find_config, find_optional_config
 
-    kernels = ("antidiagonal_scores", "block_sparse")
-    return {kernel: dict(find_config(kernel, query.dtype, query.shape[3], query.device)) for kernel in kernels}
+    entry = (query.dtype, query.shape[3], query.device)
+    found: dict[str, Any] = {kernel: find_config(kernel, *entry) for kernel in ("antidiagonal_scores", "block_sparse")}
+    found["attention_hopper"] = find_optional_config("attention_hopper", *entry)
+    return {kernel: dict(config) for kernel, config in found.items() if config is not None}
 
 
 def summarize(
@@ -286,7 +373,7 @@ def summarize(
     estimate = 1 / (2 * config.stride)
     ideal = 1 / (density + estimate)
     speedup = best[fastest] / best["total"]
-    shares = dict.fromkeys(seconds, density) | dict.fromkeys((*dense, "attend-all"), 1.0)
+    shares = dict.fromkeys(seconds, density) | dict.fromkeys(dense, 1.0)
     shares |= {"score": estimate, "total": density + estimate}
     flop = 4 * case.tokens**2 * case.head_dim * case.heads / (2 if case.causal else 1)
     return {

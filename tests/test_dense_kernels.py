@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
 import types
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +19,7 @@ from eval import dense_kernels
 from eval.dense_kernels import Problem
 from xattn_video import block_sparse_attention
 
+ROOT = Path(__file__).resolve().parent.parent
 NAMES = {"flash-attn-2": "flash_attn", "flash-attn-3": "flash_attn_interface", "flash-attn-4": "flash_attn.cute"}
 
 
@@ -113,3 +117,53 @@ def test_a_wrong_block_is_seen(causal):
     judged = dense_kernels.judge({"own": right, "off": off}, sparse)
     assert set(judged.kernels) == {"own"}
     assert judged.refused["off"].startswith("wrong result: off float64 by")
+
+
+def test_a_cpu_has_none_of_the_attention_kernels_of_gpus():
+    assert dense_kernels.attention_candidates(sparse_problem(False)) == ({}, {})
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "reason"),
+    [
+        ((9, 0), torch.bfloat16, None),
+        ((9, 0), torch.float32, "it takes float16 and bfloat16, not torch.float32"),
+        ((8, 0), torch.bfloat16, "it needs an NVIDIA GPU of compute capability 9.0, not 8.0"),
+    ],
+)
+def test_the_kernel_for_hopper_is_there_or_says_why_not(capability, dtype, reason, monkeypatch):
+    pytest.importorskip("triton.experimental.gluon", reason="needs Triton 3.6 or newer")
+    parts = [torch.zeros(1, heads, 300, 64, dtype=dtype) for heads in (2, 1, 1)]
+    problem = Problem(*parts, causal=False, block_mask=torch.ones(1, 2, 3, 3, dtype=torch.bool))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    with monkeypatch.context() as patch:
+        patch.setattr(Tensor, "device", property(lambda self: types.SimpleNamespace(type="cuda")))
+        own = dense_kernels.attention_candidates(problem)
+    assert set(own.kernels) == ({"attend-plain", "attend-hopper"} if reason is None else {"attend-plain"})
+    assert own.refused == ({} if reason is None else {"attend-hopper": reason})
+
+
+OWN = """
+import torch
+from eval.dense_kernels import Problem, _OnLists, judge
+from xattn_video.kernels.block_sparse import launch_block_sparse
+
+parts = [torch.randn(1, heads, 300, 16, dtype=torch.bfloat16) for heads in (2, 1, 1)]
+block_mask = torch.eye(3, dtype=torch.bool).expand(1, 2, 3, 3).clone()
+block_mask[0, 1, 2, 0] = True
+for causal in (False, True):
+    problem, other = (Problem(*parts, causal, mask) for mask in (block_mask, block_mask.flip(1)))
+    kernels = {"own": _OnLists(problem, launch_block_sparse), "off": _OnLists(other, launch_block_sparse)}
+    judged = judge(kernels, problem)
+    assert set(judged.kernels) == {"own"}, judged
+    assert judged.refused["off"].startswith("wrong result"), judged
+"""
+
+
+def test_an_attention_kernel_by_itself_takes_the_blocks_of_its_problem(tmp_path):
+    """In Triton's interpreter, in a process of its own."""
+    pytest.importorskip("triton", reason="Triton is for Linux only")
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "TRITON_CACHE_DIR": str(tmp_path)}
+    command = [sys.executable, "-c", OWN]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, timeout=250)
+    assert done.returncode == 0, done.stderr

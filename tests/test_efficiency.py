@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -22,6 +24,7 @@ from xattn_video import XAttnConfig
 from xattn_video.backends import ListStages, resolve
 from xattn_video.blocks import lists_to_mask, mask_to_lists
 
+ROOT = Path(__file__).resolve().parent.parent
 ARGUMENTS = ["bench", "--device", "cpu", "--tokens", "1100", "--heads", "2", "--rounds", "1"]
 
 
@@ -78,6 +81,19 @@ def test_a_case_that_does_not_fit_is_left_out_and_the_others_are_recorded_as_the
     assert [json.loads(line)["name"] for line in ledger.read_text().splitlines()] == ["first", "second"]
 
 
+def test_torch_and_triton_are_all_that_the_bench_needs(tmp_path: Path) -> None:
+    """A machine with a GPU may have nothing of what videos and models need, and no installed copy of this project."""
+    absent = ("diffusers", "transformers", "accelerate", "imageio", "lpips", "torchvision", "av", "PIL", "matplotlib")
+    code = f"""import sys
+sys.modules.update(dict.fromkeys({absent}))
+from pipelines.cli import main
+sys.exit(main({[*ARGUMENTS, "--out", str(tmp_path)]}))"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=200)
+    assert done.returncode == 0, done.stderr
+    (row,) = [json.loads(line) for line in (tmp_path / "efficiency.jsonl").read_text().splitlines()]
+    assert (row["name"], row["failures"], row["goals"]) == ("video-1100", [], [])
+
+
 def test_nothing_that_fits_is_no_success(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     def inputs(*args: object) -> object:
         raise torch.OutOfMemoryError("CUDA out of memory")
@@ -118,6 +134,7 @@ def test_nothing_is_timed_or_recorded_when_the_result_is_wrong(
         (["--threshold", "0"], "threshold"),
         (["--device", "tpu"], "--device"),
         (["--inputs", "demo"], "--tokens does not go with --inputs demo"),
+        (["--out", "rows", "--model", "demo"], "--out does not go with --model"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_two(
@@ -284,11 +301,13 @@ def test_both_pictures_are_written_and_show_the_rows(capsys: pytest.CaptureFixtu
         ends = [end + width for end, width in zip(ends, widths, strict=True)]
 
 
-def test_plots_without_matplotlib_or_a_folder_are_refused_before_anything_is_timed(
+def test_plots_and_rows_that_cannot_be_written_are_refused_before_anything_is_timed(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setattr(efficiency, "_measure", lambda *_: pytest.fail("timed"))
+    assert main([*ARGUMENTS, "--out", str(tmp_path / "file")]) == 2
+    assert "cannot write here" in capsys.readouterr().err
     monkeypatch.setattr(bench_plots.importlib.util, "find_spec", lambda name: None)
     assert main([*ARGUMENTS, "--plot", str(tmp_path / "plots")]) == 2
     assert "--plot needs matplotlib; install it with: pip install 'xattn-video[plot]'" in capsys.readouterr().err
