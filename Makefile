@@ -7,6 +7,7 @@ TEST_WORKERS ?= 2
 DEMO_OUT ?= demo-out
 BENCH_OUT ?= bench-out
 GOALS_OUT ?= goals-out
+FIRST_GPU_OUT ?= first-gpu-out
 # Each compiles kernels of its own, which takes longer than to run them.
 GPU_WORKERS ?= 4
 GPU_TESTS := tests/test_triton_kernels.py tests/test_attention_hopper.py tests/test_call_blocks.py \
@@ -20,7 +21,8 @@ LOWEST_DIFFUSERS := 0.36.0
 LOWEST_TRANSFORMERS := 4.57.1
 LOWEST_READY := $(LOWEST)/.installed-$(LOWEST_DIFFUSERS)-$(LOWEST_TRANSFORMERS)
 
-.PHONY: help demo test test-gpu memcheck-gpu test-lowest lint bench bench-gpu goals-gpu bench-static clean
+.PHONY: help demo test test-gpu memcheck-gpu test-lowest lint bench bench-gpu first-gpu goals-gpu \
+	bench-static clean
 
 help:
 	@echo "make demo          generate dense and sparse videos with a small model and compare them"
@@ -31,6 +33,7 @@ help:
 	@echo "make lint          ruff and mypy"
 	@echo "make bench         time sparse against dense attention on this machine"
 	@echo "make bench-gpu     the same on a GPU at the sizes of Wan and HunyuanVideo, and causal up to 256k tokens"
+	@echo "make first-gpu     a first look at an H100 or H200: results and times in under eight minutes, and goals reached"
 	@echo "make goals-gpu     measure on a GPU what this package wants to reach, and say what it does"
 	@echo "make bench-static  compile every kernel for every GPU target and print what the compiler made"
 
@@ -97,6 +100,10 @@ bench: $(READY)
 bench-gpu: gpu
 	$(BIN)/python -m pipelines.cli bench --device cuda --full --record --plot $(BENCH_OUT)
 
+# Without the venv, from a checkout that is not installed: make READY= BIN=/path/to/bin first-gpu
+first-gpu: gpu
+	$(BIN)/python -m eval.first_gpu --out $(FIRST_GPU_OUT)
+
 # Under 5 minutes on an H200.
 goals-gpu: gpu
 	$(BIN)/python -m pipelines.cli bench --device cuda --goals --rounds 3 --record --out $(GOALS_OUT)
@@ -105,4 +112,4 @@ bench-static: $(READY)
 	$(BIN)/python -m eval.static_evidence
 
 clean:
-	rm -rf $(VENV) $(LOWEST) $(DEMO_OUT) $(BENCH_OUT) $(GOALS_OUT) .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(LOWEST) $(DEMO_OUT) $(BENCH_OUT) $(GOALS_OUT) $(FIRST_GPU_OUT) .mypy_cache .pytest_cache .ruff_cache

@@ -138,11 +138,11 @@ def judge(candidates: Mapping[str, Kernel], problem: Problem) -> Judged:
     A kernel passes if its error on the sampled rows is at most that of attention by three plain operations in the
     inputs' dtype, plus rounding.
     """
-    rows, truth, allowed = _sampled_truth(problem)
+    rows, truth, allowed = sampled_truth(problem)
     judged = Judged({}, {})
     for name, kernel in candidates.items():
         try:
-            error = _error(kernel()[:, :, rows], truth)
+            error = relative_error(kernel()[:, :, rows], truth)
         # Whatever a foreign kernel raises (no such device, no memory, a compiler's error) is its reason.
         except Exception as failure:
             judged.refused[name] = reason_of(failure)
@@ -212,13 +212,13 @@ def _flashinfer(problem: Problem) -> Tensor:
     return torch.stack(outputs).transpose(1, 2)
 
 
-def _sampled_truth(problem: Problem) -> tuple[Tensor, Tensor, float]:
+def sampled_truth(problem: Problem) -> tuple[Tensor, Tensor, float]:
     """Sampled rows, what float64 gives there `[B, H, rows, D]`, and the error that is allowed."""
     length = problem.query.shape[2]
     rows = torch.linspace(0, length - 1, min(SAMPLED_ROWS, length), device=problem.query.device).long()
     exact, eager = (torch.stack(list(_rows(problem, rows, double))) for double in (True, False))
     truth = exact.unflatten(0, problem.query.shape[:2])
-    allowed = _error(eager.unflatten(0, problem.query.shape[:2]), truth)
+    allowed = relative_error(eager.unflatten(0, problem.query.shape[:2]), truth)
     return rows, truth, max(allowed + 2 * torch.finfo(problem.query.dtype).eps, 2e-6)
 
 
@@ -244,7 +244,8 @@ def _rows(problem: Problem, rows: Tensor, double: bool) -> Iterator[Tensor]:
             yield torch.softmax(logits, dim=-1) @ value
 
 
-def _error(output: Tensor, truth: Tensor) -> float:
+def relative_error(output: Tensor, truth: Tensor) -> float:
+    """Norm of the difference over the norm of the truth, in float64; NaN where the output has one."""
     return ((output.double() - truth.double()).norm() / truth.double().norm()).item()
 
 

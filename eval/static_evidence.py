@@ -26,6 +26,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel, make_backend
+from triton.experimental.gluon._runtime import GluonASTSource
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
 from eval.ledger import provenance
@@ -176,7 +177,8 @@ def compile_like_jit(kernel: JITFunction, arguments: dict[str, Any], target: GPU
     )
     packed = kernel._pack_args(backend, options, bound, specialization, options)
     parsed, signature, constexprs, attributes = packed
-    source = ASTSource(kernel, signature, constexprs, attributes)
+    source_type = GluonASTSource if kernel.is_gluon() else ASTSource
+    source = source_type(kernel, signature, constexprs, attributes)
     return triton.compile(source, target=target, options=dict(parsed.__dict__))
 
 

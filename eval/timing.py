@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Callable
 from typing import Any
@@ -16,6 +17,11 @@ def seconds_of(function: Callable[[], Any], device: torch.device) -> float:
     function()
     _wait_for(device)
     return time.perf_counter() - begin
+
+
+def median_seconds(function: Callable[[], Any], device: torch.device, rounds: int) -> float:
+    """The median of so many calls. The caller has run it once before, as the first call may compile."""
+    return statistics.median(seconds_of(function, device) for _ in range(rounds))
 
 
 def _wait_for(device: torch.device) -> None:

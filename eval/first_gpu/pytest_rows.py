@@ -1,0 +1,40 @@
+"""A pytest plugin that writes each test's outcome as it comes: what a run that is ended early has shown is not lost.
+
+`python -m pytest -p eval.first_gpu.pytest_rows`, with the file's name in FIRST_GPU_TESTS.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+VARIABLE = "FIRST_GPU_TESTS"
+
+
+class _Writer:
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def pytest_runtest_logreport(self, report: Any) -> None:
+        # of a test that passed only the call counts, of others the part that failed or was skipped
+        if report.when == "call" or report.outcome != "passed":
+            self._write(report)
+
+    def pytest_collectreport(self, report: Any) -> None:
+        if report.outcome != "passed":
+            self._write(report)
+
+    def _write(self, report: Any) -> None:
+        lines = [line for line in str(report.longrepr or "").splitlines() if line.strip()]
+        errors = [line for line in lines if line.startswith("E ")] or lines[-1:]
+        row = {"test": report.nodeid, "outcome": report.outcome, "reason": errors[0][:200] if errors else None}
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+def pytest_configure(config: Any) -> None:
+    # the workers of pytest-xdist report to the first process, which writes
+    if not hasattr(config, "workerinput"):
+        config.pluginmanager.register(_Writer(Path(os.environ[VARIABLE])))
