@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -11,7 +13,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from .autocast import autocasts, cast_as_autocast
 from .backends import Backend, auto_name, resolve
-from .blocks import key_range, query_key_range, valid_blocks
+from .blocks import count_valid_blocks, key_range, num_blocks, query_key_range, valid_and_forced_blocks
 from .call_blocks import call_blocks, head_thresholds
 from .checks import (
     check_dense_tokens,
@@ -21,6 +23,7 @@ from .checks import (
     check_value,
     default_scale,
 )
+from .chunks import LIST_BYTES, SORT_BYTES, Part, rows_per_chunk
 from .config import XAttnConfig
 from .selection import select_valid
 
@@ -129,21 +132,107 @@ def xattention(
         output = dense_attention(query, key, value, scale=scale, **masking)
         if not return_stats:
             return output
-        valid = valid_blocks(batch, q_len, kv_len, device=device, **geometry)
-        return output, CallStats(valid.sum() * heads, valid.sum() * heads, reason)
+        valid = count_valid_blocks(batch, q_len, kv_len, device=device, **geometry) * heads
+        return output, CallStats(valid, valid, reason)
 
     backend = resolve(config.backend, device, query.dtype)
     factor = default_scale(scale, head_dim)
     exact = None if dense_tokens is None else tuple(dense_tokens)
-    blocks = call_blocks(query, kv_len, dense_tokens=exact, dense_last=config.dense_last, **geometry)
-    scores = backend.antidiagonal_scores(query, key, stride=config.stride, scale=factor, **geometry)
-    kept = select_kept(backend, scores, blocks.valid, blocks.forced, config, threshold)
-    output = attend_kept(backend, query, key, value, kept, scale=factor, **geometry)
+    rules: dict[str, Any] = {"dense_tokens": exact, "dense_last": config.dense_last, **geometry}
+    call = Part(query, key, value, kv_start, kv_lens)
+    part = partial(_attend_part, backend, config, threshold, causal=causal, scale=factor)
+    rows = rows_per_chunk(
+        query,
+        kv_len,
+        block_size=config.block_size,
+        entry_bytes=LIST_BYTES if _takes_lists(backend, config) else SORT_BYTES,
+        max_bytes=config.max_extra_mib << 20,
+    )
+    if rows == num_blocks(q_len, config.block_size):
+        blocks = call_blocks(query, kv_len, **rules)
+        output, kept = part(call, call, blocks.valid, blocks.forced)
+        return (output, CallStats(kept.sum(), blocks.total * heads, None)) if return_stats else output
+    output, kept = _attend_in_chunks(call, rows, part, causal, config, rules)
     if not return_stats:
         return output
-    # the counts of the lists, or the flags of the mask
-    kept_blocks = kept if isinstance(kept, Tensor) else kept[1]
-    return output, CallStats(kept_blocks.sum(), blocks.total * heads, None)
+    total = count_valid_blocks(batch, q_len, kv_len, device=device, **geometry)
+    return output, CallStats(kept, total * heads, None)
+
+
+def _attend_part(
+    backend: Backend,
+    config: XAttnConfig,
+    threshold: float | Tensor,
+    scored: Part,
+    part: Part,
+    valid: Tensor,
+    forced: Tensor,
+    *,
+    causal: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Output of a part, and its kept blocks: the counts of the lists, or the flags of the mask.
+
+    `scored` are the part's queries, or those and a few more, which its scores come from; valid and forced bool
+    `[B, 1, Nq, Nk]` are the part's.
+    """
+    settings: dict[str, Any] = {"block_size": config.block_size, "causal": causal, "scale": scale}
+    scores = backend.antidiagonal_scores(
+        scored.query,
+        scored.key,
+        stride=config.stride,
+        kv_start=scored.kv_start,
+        kv_lens=scored.kv_lens,
+        **settings,
+    )
+    if scored is not part:
+        scores = scores[:, :, : valid.shape[2], : valid.shape[3]]
+    kept = select_kept(backend, scores, valid, forced, config, threshold)
+    del scores
+    output = attend_kept(
+        backend, part.query, part.key, part.value, kept, kv_start=part.kv_start, kv_lens=part.kv_lens, **settings
+    )
+    return output, kept if isinstance(kept, Tensor) else kept[1]
+
+
+def _attend_in_chunks(
+    call: Part,
+    rows: int,
+    attend: Callable[[Part, Part, Tensor, Tensor], tuple[Tensor, Tensor]],
+    causal: bool,
+    config: XAttnConfig,
+    rules: dict[str, Any],
+) -> tuple[Tensor, Tensor]:
+    """Output `[B, Hq, Sq, D]` in query's layout, and the number of kept blocks, int64 0-d; `rows` query blocks at a
+    time. `attend` is `_attend_part`, and `rules` are what `valid_and_forced_blocks` takes.
+    """
+    query, key, *_ = call
+    batch, _, q_len, _ = query.shape
+    kv_len, size = key.shape[2], config.block_size
+    # The last group of keys that a query group sees may hold keys which are later than that group of queries. The
+    # scores of the whole call take them in, so a chunk's last group must not be the last one that is scored.
+    more = config.stride if causal and (call.kv_lens is not None or (kv_len - q_len) % config.stride) else 0
+    output = torch.empty_like(query)
+    total = torch.zeros((), dtype=torch.int64, device=query.device)
+    for first in range(0, num_blocks(q_len, size), rows):
+        begin, end = first * size, min((first + rows) * size, q_len)
+        part = call.cut(begin, end, causal=causal)
+        if part is None:
+            output[:, :, begin:end] = 0
+            continue
+        scored = call.cut(begin, min(end + more, q_len), causal=causal) if more else part
+        assert scored is not None
+        stop = num_blocks(end, size)
+        valid, forced = valid_and_forced_blocks(batch, q_len, kv_len, rows=(first, stop), device=query.device, **rules)
+        columns = num_blocks(part.key.shape[2], size)
+        output[:, :, begin:end], kept = attend(scored, part, valid[..., :columns], forced[..., :columns])
+        total = total + kept.sum()
+    return output, total
+
+
+def _takes_lists(backend: Backend, config: XAttnConfig) -> bool:
+    """Whether the selection gives lists of kept blocks and not a mask."""
+    return backend.lists is not None and config.selection == "threshold"
 
 
 def select_kept(
@@ -158,7 +247,8 @@ def select_kept(
 
     scores `[B, H, Nq, Nk]` of the backend; valid and forced bool `[B, 1, Nq, Nk]`.
     """
-    if backend.lists is not None and config.selection == "threshold":
+    if _takes_lists(backend, config):
+        assert backend.lists is not None
         return backend.lists.select(scores, valid, forced, threshold=threshold)
     rule: dict[str, Any] = {"threshold": threshold, "top_k": config.top_k, "top_ratio": config.top_ratio}
     return select_valid(scores, valid, forced, select=backend.select, **rule)

@@ -7,6 +7,8 @@ and trace under `torch.compile`.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -44,6 +46,33 @@ def query_key_range(
     return first, torch.minimum(last, stop[:, None])
 
 
+class _Edges(NamedTuple):
+    """Where the keys that query blocks see begin and end, and where the key blocks do, int64.
+
+    Attributes:
+        first: first valid key `[B, 1, 1]`.
+        end: end of the keys that a query block sees `[B, rows, 1]`; end <= first: it sees none.
+        query_begin, query_end: the query blocks `[rows]`.
+        key_begin, key_end: the key blocks `[Nk]`.
+        offset: `kv_lens - q_len`, `[B]`.
+    """
+
+    first: Tensor
+    end: Tensor
+    query_begin: Tensor
+    query_end: Tensor
+    key_begin: Tensor
+    key_end: Tensor
+    offset: Tensor
+
+    def valid(self) -> Tensor:
+        """The blocks that hold a visible pair, bool `[B, rows, Nk]`.
+
+        Each comparison gives bool at once. A maximum or minimum of the edges would be int64 in that shape.
+        """
+        return (self.key_begin < self.end) & (self.first < self.end) & (self.first < self.key_end)
+
+
 def _block_edges(
     batch: int,
     q_len: int,
@@ -52,20 +81,20 @@ def _block_edges(
     causal: bool,
     kv_start: Tensor | None,
     kv_lens: Tensor | None,
+    rows: tuple[int, int] | None,
     device: torch.device,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Visible keys of each query block `[B, Nq, 1]` twice, edges of the key blocks `[Nk]` twice, offset `[B]`."""
+) -> _Edges:
     start, stop = key_range(kv_len, kv_start, kv_lens, device)
     start, stop = start.expand(batch), stop.expand(batch)
     offset = stop - q_len
-    query_end = (torch.arange(num_blocks(q_len, block_size), device=device) + 1) * block_size
-    query_end = query_end.clamp(max=q_len)
-    first = start[:, None, None].expand(-1, query_end.shape[0], 1)
-    end = stop[:, None, None].expand(-1, query_end.shape[0], 1)
+    begin_row, end_row = (0, num_blocks(q_len, block_size)) if rows is None else rows
+    query_begin = torch.arange(begin_row, end_row, device=device) * block_size
+    query_end = (query_begin + block_size).clamp(max=q_len)
+    end = stop[:, None, None].expand(-1, end_row - begin_row, 1)
     if causal:
         end = torch.minimum(end, (query_end[None, :] + offset[:, None])[:, :, None])
     key_begin = torch.arange(num_blocks(kv_len, block_size), device=device) * block_size
-    return first, end, key_begin, key_begin + block_size, offset
+    return _Edges(start[:, None, None], end, query_begin, query_end, key_begin, key_begin + block_size, offset)
 
 
 def valid_blocks(
@@ -91,10 +120,24 @@ def valid_blocks(
     Returns:
         bool `[B, 1, Nq, Nk]`.
     """
-    first, end, key_begin, key_end, _ = _block_edges(
-        batch, q_len, kv_len, block_size, causal, kv_start, kv_lens, device
-    )
-    return (torch.maximum(first, key_begin) < torch.minimum(end, key_end))[:, None]
+    return _block_edges(batch, q_len, kv_len, block_size, causal, kv_start, kv_lens, None, device).valid()[:, None]
+
+
+def count_valid_blocks(
+    batch: int,
+    q_len: int,
+    kv_len: int,
+    *,
+    block_size: int,
+    causal: bool = False,
+    kv_start: Tensor | None = None,
+    kv_lens: Tensor | None = None,
+    device: torch.device,
+) -> Tensor:
+    """The number of `valid_blocks` over the batch, int64 0-d, without the matrix of them."""
+    edges = _block_edges(batch, q_len, kv_len, block_size, causal, kv_start, kv_lens, None, device)
+    blocks = (edges.end + block_size - 1) // block_size - edges.first // block_size
+    return torch.where(edges.first < edges.end, blocks, 0).sum()
 
 
 def valid_and_forced_blocks(
@@ -108,6 +151,7 @@ def valid_and_forced_blocks(
     kv_lens: Tensor | None = None,
     dense_tokens: tuple[int, int] | None = None,
     dense_last: int = 0,
+    rows: tuple[int, int] | None = None,
     device: torch.device,
 ) -> tuple[Tensor, Tensor]:
     """`valid_blocks`, and those of them that every selection keeps.
@@ -117,26 +161,28 @@ def valid_and_forced_blocks(
     `dense_tokens = (start, stop)`: every key block that touches the range, and all valid blocks of the query blocks
     that touch it.
 
+    Args:
+        rows: make the masks of the query blocks `rows[0]` to `rows[1] - 1` alone; None makes those of all.
+
     Returns:
-        bool `[B, 1, Nq, Nk]` twice.
+        bool `[B, 1, Nq, Nk]` twice, or `[B, 1, rows[1] - rows[0], Nk]`.
     """
-    first, end, key_begin, key_end, offset = _block_edges(
-        batch, q_len, kv_len, block_size, causal, kv_start, kv_lens, device
-    )
-    valid = torch.maximum(first, key_begin) < torch.minimum(end, key_end)
+    edges = _block_edges(batch, q_len, kv_len, block_size, causal, kv_start, kv_lens, rows, device)
+    first, key_begin, key_end = edges.first, edges.key_begin, edges.key_end
+    valid = edges.valid()
     forced = torch.zeros_like(valid)
-    query_begin = torch.arange(valid.shape[1], device=device) * block_size
     if causal:
         holds_first = (key_begin <= first) & (first < key_end)
-        own_begin = (query_begin[None, :] + offset[:, None])[:, :, None]
-        own_end = ((query_begin + block_size).clamp(max=q_len)[None, :] + offset[:, None])[:, :, None]
+        own_begin, own_end = (
+            (edge[None, :] + edges.offset[:, None])[:, :, None] for edge in (edges.query_begin, edges.query_end)
+        )
         forced = holds_first | ((key_begin < own_end) & (key_end > own_begin))
         if dense_last:
-            forced = forced | (query_begin + block_size > q_len - dense_last)[:, None]
+            forced = forced | (edges.query_begin + block_size > q_len - dense_last)[:, None]
     if dense_tokens is not None and dense_tokens[0] < dense_tokens[1]:
         dense_start, dense_stop = dense_tokens
         key_dense = (key_begin < dense_stop) & (key_end > dense_start)
-        query_dense = (query_begin < dense_stop) & (query_begin + block_size > dense_start)
+        query_dense = (edges.query_begin < dense_stop) & (edges.query_begin + block_size > dense_start)
         forced = forced | key_dense | query_dense[:, None]
     return valid[:, None], (forced & valid)[:, None]
 

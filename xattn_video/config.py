@@ -44,6 +44,8 @@ class XAttnConfig:
             attends on NVIDIA GPUs of compute capability 9.x and 10.x, Triton scores and selects), `"triton-hopper"`
             (`"triton"`, but always with the attention kernel for H100 and H200, whether or not it was measured to be
             faster; what that kernel cannot do raises) or `"reference"`.
+        max_extra_mib: bound on what grows with the square of the length in one call, in MiB: scores, lists and masks of
+            blocks. A longer call is done in chunks of query blocks, with the same result.
 
     Raises:
         ValueError: a setting is out of its range; the message names it.
@@ -61,9 +63,10 @@ class XAttnConfig:
     top_k: int | None = None
     top_ratio: float | None = None
     backend: str = "auto"
+    max_extra_mib: int = 256
 
     def __post_init__(self) -> None:
-        for name in ("stride", "block_size", "warmup_steps", "min_tokens", "dense_last"):
+        for name in ("stride", "block_size", "warmup_steps", "min_tokens", "dense_last", "max_extra_mib"):
             _check_integer(name, getattr(self, name))
         check_geometry(self.stride, self.block_size)
         object.__setattr__(self, "threshold", _checked_threshold(self.threshold))
@@ -79,6 +82,8 @@ class XAttnConfig:
         check_selection(self.selection, self.top_k, self.top_ratio)
         if self.backend not in BACKENDS:
             raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {self.backend!r}")
+        if self.max_extra_mib < 1:
+            raise ValueError(f"max_extra_mib must be 1 or more, got {self.max_extra_mib}")
 
     def replace(self, **changes: Any) -> XAttnConfig:
         """A copy with some settings changed, checked again."""
@@ -122,6 +127,8 @@ class XAttnConfig:
             parts.append(f"d{_digest(self.dense_layers)}")
         if self.backend != "auto":
             parts.append(self.backend)
+        if self.max_extra_mib != 256:
+            parts.append(f"x{self.max_extra_mib}")
         return "-".join(parts)
 
     def _rule_label(self) -> str:

@@ -1,0 +1,80 @@
+"""Long calls in chunks of query blocks: what a call holds beside its inputs and its output stays under a bound.
+
+Scores, lists and masks have an entry for every pair of a query block and a key block, so they grow with the square of
+the length. The rows of query blocks are independent of each other: a few at a time give the same result.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from .blocks import num_blocks
+
+# Bytes for each pair of blocks and each head: scores and lists, 4 each.
+LIST_BYTES = 8
+# The same where the selection sorts: scores, and what `reference.select` holds at its peak (measured: 40).
+SORT_BYTES = 48
+# Bytes for each pair of blocks and each batch item: which are valid and which are forced.
+_MASK_BYTES = 2
+
+
+def rows_per_chunk(query: Tensor, kv_len: int, *, block_size: int, entry_bytes: int, max_bytes: int) -> int:
+    """Query blocks that one chunk of a call takes: all of them where the whole call stays under the bound.
+
+    Args:
+        query: `[B, Hq, Sq, D]`; only its sizes and its dtype are read.
+        kv_len: key length Sk.
+        block_size: tokens a block.
+        entry_bytes: bytes that are held for each pair of blocks and each head, `LIST_BYTES` or `SORT_BYTES`.
+        max_bytes: the bound.
+
+    Returns:
+        at least 1, even where one row is larger than the bound; chunks of a call are about equal.
+    """
+    batch, heads, q_len, head_dim = query.shape
+    rows, columns = num_blocks(q_len, block_size), num_blocks(kv_len, block_size)
+    row_bytes = batch * columns * (heads * entry_bytes + _MASK_BYTES)
+    if rows * row_bytes <= max_bytes:
+        return rows
+    # A chunk's output is held until it is copied to its place.
+    row_bytes += batch * heads * block_size * head_dim * query.element_size()
+    chunks = num_blocks(rows, max(max_bytes // row_bytes, 1))
+    return num_blocks(rows, chunks)
+
+
+class Part(NamedTuple):
+    """A range of query tokens of a call with the keys that they may see: an attention call of its own.
+
+    Attributes:
+        query: `[B, Hq, n, D]`.
+        key, value: `[B, Hkv, m, D]`.
+        kv_start, kv_lens: int32 `[B]` or None, the range of valid keys of those m.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    kv_start: Tensor | None
+    kv_lens: Tensor | None
+
+    def cut(self, begin: int, end: int, *, causal: bool) -> Part | None:
+        """The query tokens `[begin, end)` as a call, or None where they can see no key.
+
+        In a causal call the last query sees the last valid key. So that this holds for the part too, its keys end as
+        many tokens earlier as its queries do.
+        """
+        query, key, value, kv_start, kv_lens = self
+        later = query.shape[2] - end
+        query = query[:, :, begin:end]
+        if not causal or later == 0:
+            return self._replace(query=query)
+        keys = key.shape[2] - later
+        if keys <= 0:
+            return None
+        if kv_start is not None:
+            kv_start = kv_start.clamp(max=keys)
+        if kv_lens is not None:
+            kv_lens = (kv_lens - later).clamp(min=0)
+        return Part(query, key[:, :, :keys], value[:, :, :keys], kv_start, kv_lens)
