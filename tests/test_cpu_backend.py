@@ -13,6 +13,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from xattn_video import XAttnConfig, block_sparse_attention, reference, score_blocks, xattention
 from xattn_video.backends import cpu, cpu_workers
+from xattn_video.blocks import valid_blocks
 from xattn_video.synthetic import causal_text_like_qkv, video_like_qkv
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -242,6 +243,64 @@ def test_memory_slabs_do_not_change_the_result(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(cpu_scores, "_STRIP_ELEMENTS", 1)
     monkeypatch.setattr(cpu_scores, "_MIN_STRIP_ROWS", 1)
     torch.testing.assert_close(xattention(query, key, value, config), expected)
+
+
+@pytest.fixture
+def short_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiles of one key block and pieces of two, as far as the rows of a strip allow: what long calls meet."""
+    from xattn_video.backends import cpu_attend, cpu_scores
+
+    monkeypatch.setattr(cpu_scores, "_MIN_STRIP_ROWS", 16)
+    monkeypatch.setattr(cpu_scores, "_STRIP_ELEMENTS", 1)
+    monkeypatch.setattr(cpu_scores, "_TILE_ELEMENTS", 1)
+    monkeypatch.setattr(cpu_attend, "_PIECE_ELEMENTS", 1)
+
+
+def test_scores_in_tiles_are_the_references(short_pieces: None) -> None:
+    for seed in range(60):
+        test_scores_are_the_references(range(seed, seed + 1))
+
+
+def test_attention_in_pieces_is_the_references(short_pieces: None) -> None:
+    for seed in range(60):
+        test_attention_and_log_sum_exp_are_the_references(range(seed, seed + 1))
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@pytest.mark.parametrize("causal", [False, True])
+def test_in_pieces_too_nan_shows_where_it_is_seen(bad: float, causal: bool, short_pieces: None) -> None:
+    query, key, value = causal_text_like_qkv(1, 2, 300, 24)
+    key[:, 1, 130] = bad
+    settings: dict[str, Any] = {"block_size": 32, "causal": causal}
+    scores, truth = (score_blocks(query, key, stride=8, backend=name, **settings) for name in ("cpu", "reference"))
+    # What is said of a block that no query of the row sees does not matter.
+    valid = valid_blocks(1, 300, 300, device=key.device, **settings)
+    assert torch.equal(scores.isnan() & valid, truth.isnan() & valid)
+    mask = torch.ones(1, 2, 10, 10, dtype=torch.bool)
+    output, exact = (
+        block_sparse_attention(query, key, value, mask, backend=name, **settings) for name in ("cpu", "reference")
+    )
+    assert torch.equal(output.isnan(), exact.isnan())
+    assert exact.isnan().any()
+    assert not exact[:, 0].isnan().any()
+
+
+@pytest.mark.parametrize("layout", ["whole", "odd", "bfloat16", "transposed"])
+def test_keys_in_every_form_give_the_references_scores(layout: str) -> None:
+    """Keys that fill their groups, lie densely and have the right type are used without a copy."""
+    query, key, _ = causal_text_like_qkv(2, 4, 512, 24, kv_heads=2)
+    if layout == "odd":
+        query, key = query[:, :, :509], key[:, :, :509]
+    if layout == "bfloat16":
+        query, key = query.bfloat16(), key.bfloat16()
+    if layout == "transposed":
+        query, key = (part.transpose(1, 2).contiguous().transpose(1, 2) for part in (query, key))
+    before = key.clone()
+    truth = score_blocks(query.double(), key.double(), block_size=64, backend="reference")
+    torch.testing.assert_close(
+        score_blocks(query, key, block_size=64, backend="cpu").double(), truth, atol=2e-5, rtol=1e-5
+    )
+    assert torch.equal(key, before)
 
 
 def test_plain_product_where_onednn_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:

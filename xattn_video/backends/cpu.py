@@ -106,13 +106,11 @@ def _cpu_attend(
         kv_lens=kv_lens,
         device=query.device,
     )
-    # Padded to whole blocks, so that each block is written where it belongs.
-    padded = num_blocks(q_len, block_size) * block_size
-    output = torch.empty(batch, heads, padded, head_dim, dtype=query.dtype)
-    lse = torch.empty(batch, heads, padded, dtype=compute_dtype(query))
+    output = torch.empty(batch, heads, q_len, head_dim, dtype=query.dtype)
+    lse = torch.empty(batch, heads, q_len, dtype=compute_dtype(query))
     for item, geometry in enumerate(geometries(query, key, block_size, causal, scale, kv_start, kv_lens)):
         attend_item(query[item], key[item], value[item], block_mask[item], output[item], lse[item], geometry)
-    return output[:, :, :q_len].contiguous(), lse[:, :, :q_len].contiguous()
+    return output, lse
 
 
 @_cpu_attend.register_fake

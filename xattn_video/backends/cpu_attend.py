@@ -1,7 +1,8 @@
 """Attention on a CPU: for each query block, the kept keys are gathered and two matrix products do the rest.
 
 Invalid keys are cut off the gathered ones rather than masked, so whatever stands in padding is never read; masks are
-built only for causal blocks that overlap the query block's own positions.
+built only for causal blocks that overlap the query block's own positions. A row that keeps many blocks is done in
+pieces, each with a softmax of its own, so that what a thread holds does not grow with the length.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from ..blocks import num_blocks
 from .cpu_tensors import Geometry, fill, head_slabs, product
 from .cpu_workers import Scratch, for_each
 
+# Logits of one piece of a row: 4 MB in float32.
+_PIECE_ELEMENTS = 1 << 20
 # Which partly visible blocks a row keeps.
 _KEEPS_STOP, _KEEPS_START, _KEEPS_OWN, _KEEPS_NEXT = 1, 2, 4, 8
 
@@ -28,7 +31,7 @@ def attend_item(
     lse: Tensor,
     geometry: Geometry,
 ) -> None:
-    """Fill output `[Hq, Nq * P, D]` and lse `[Hq, Nq * P]` of one batch item.
+    """Fill output `[Hq, Sq, D]` and lse `[Hq, Sq]` of one batch item.
 
     Args:
         query: `[Hq, Sq, D]`; key and value: `[Hkv, Sk, D]`.
@@ -59,7 +62,7 @@ def _attend_heads(
     lse: Tensor,
     geometry: Geometry,
 ) -> None:
-    """Fill output `[H, Nq * P, D]` and lse `[H, Nq * P]` for query `[H, Sq, D]`, key and value `[Hkv, Sk, D]`."""
+    """Fill output `[H, Sq, D]` and lse `[H, Sq]` for query `[H, Sq, D]`, key and value `[Hkv, Sk, D]`."""
     keys, values = _key_blocks(key, value, geometry.block_size, lse.dtype)
 
     def attend(row: _Row, scratch: Scratch) -> None:
@@ -82,32 +85,58 @@ def _attend_row(
     geometry: Geometry,
     scratch: Scratch,
 ) -> None:
-    """Fill output `[P, D]` and lse `[P]` of one query block."""
-    size, dtype, head_dim, count = geometry.block_size, lse.dtype, query.shape[1], row.kept.shape[0]
+    """Fill output `[n, D]` and lse `[n]` of one query block; `n` is P, or less for the last one."""
+    size, count = geometry.block_size, row.kept.shape[0]
     if count == 0:
         output.zero_()
         lse.fill_(-torch.inf)
         return
-    queries = scratch.take("queries", (size, head_dim), dtype)
+    queries = scratch.take("queries", (size, query.shape[1]), lse.dtype)
     fill(queries, query, row.block * size, 0, geometry.q_len).mul_(geometry.scale)
+    # The first piece is the short one: the two blocks that overlap the query's own positions belong to one piece.
+    step = max(_PIECE_ELEMENTS // size**2, 2)
+    end = (count - 1) % step + 1
+    part, total = _attend_piece(queries, keys, values, row, slice(0, end), geometry, scratch)
+    for begin in range(end, count, step):
+        more, more_total = _attend_piece(queries, keys, values, row, slice(begin, begin + step), geometry, scratch)
+        both = torch.logaddexp(total, more_total)
+        # A query that saw no key in either piece keeps an output of 0.
+        shift = both.masked_fill(both.isneginf(), 0)
+        part.mul_((total - shift).exp_()[:, None]).add_(more.mul_((more_total - shift).exp_()[:, None]))
+        total = both
+    output.copy_(part[: output.shape[0]])
+    lse.copy_(total[: lse.shape[0]])
+
+
+def _attend_piece(
+    queries: Tensor, keys: Tensor, values: Tensor, row: _Row, piece: slice, geometry: Geometry, scratch: Scratch
+) -> tuple[Tensor, Tensor]:
+    """Output `[P, D]` and log-sum-exp `[P]` of scaled queries `[P, D]` over the kept blocks `piece` of their row."""
+    size, dtype, head_dim = geometry.block_size, queries.dtype, queries.shape[1]
+    kept, flags = row.kept[piece], row.flags
+    if piece.start > 0:
+        flags &= ~_KEEPS_START
+    if piece.stop < row.kept.shape[0]:
+        flags &= _KEEPS_START
+    count = kept.shape[0]
     # Where the gathered keys begin and end to be valid.
-    begin = geometry.start % size if row.flags & _KEEPS_START else 0
-    end = count * size + (geometry.stop % size - size if row.flags & _KEEPS_STOP else 0)
+    begin = geometry.start % size if flags & _KEEPS_START else 0
+    end = count * size + (geometry.stop % size - size if flags & _KEEPS_STOP else 0)
     valid = slice(begin, end)
     shape = (count, keys.shape[1])
-    chosen = torch.index_select(keys, 0, row.kept, out=scratch.take("keys", shape, dtype))
+    chosen = torch.index_select(keys, 0, kept, out=scratch.take("keys", shape, dtype))
     logits = product(queries, chosen.view(-1, head_dim)[valid])
-    _hide_later_keys(logits, valid, count, row.flags, geometry)
+    _hide_later_keys(logits, valid, count, flags, geometry)
     top = logits.amax(-1)
     prob = torch.softmax(logits, dim=-1, out=scratch.take("prob", logits.shape, dtype))
     # The largest probability is exp(0) over the sum.
-    torch.sub(top, prob.amax(-1).log_(), out=lse)
-    if row.flags & (_KEEPS_OWN | _KEEPS_NEXT):
-        # A query that sees none of the kept keys.
+    total = torch.sub(top, prob.amax(-1).log_())
+    if flags & (_KEEPS_OWN | _KEEPS_NEXT):
+        # A query that sees none of these keys.
         blind = top.isneginf()
-        prob[blind], lse[blind] = 0, -torch.inf
-    chosen = torch.index_select(values, 0, row.kept, out=scratch.take("values", shape, dtype))
-    output.copy_(product(prob, chosen.view(-1, head_dim)[valid].t()))
+        prob[blind], total[blind] = 0, -torch.inf
+    chosen = torch.index_select(values, 0, kept, out=scratch.take("values", shape, dtype))
+    return product(prob, chosen.view(-1, head_dim)[valid].t()), total
 
 
 def _key_blocks(key: Tensor, value: Tensor, size: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

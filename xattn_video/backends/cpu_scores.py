@@ -1,4 +1,8 @@
-"""Scores on a CPU: one matrix product a strip of query groups, whose softmax is summed before the next."""
+"""Scores on a CPU: one matrix product a strip of query groups, whose softmax is summed before the next.
+
+A strip of a long call is cut into tiles of key groups, so that what a thread holds does not grow with the length: each
+tile is summed under a softmax of its own, and the sums are weighted when the strip's total is known.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +18,8 @@ from .cpu_workers import Scratch, for_each
 _STRIP_ELEMENTS = 1 << 18
 # Strips below this many rows leave the matrix product idle.
 _MIN_STRIP_ROWS = 128
+# Logits of one tile of a strip: 4 MB in float32.
+_TILE_ELEMENTS = 1 << 20
 
 
 def score_item(query: Tensor, key: Tensor, scores: Tensor, geometry: Geometry, stride: int) -> None:
@@ -55,14 +61,18 @@ def _first_query(geometry: Geometry) -> int:
 
 
 def _key_groups(key: Tensor, geometry: Geometry, stride: int, dtype: torch.dtype) -> Tensor:
-    """Scaled groups of reversed keys, `[C, S * D]`, from the one with the first valid key to that with the last.
+    """Groups of keys, `[C, S * D]`, from the one with the first valid key to that with the last.
 
-    Reversing keys instead of queries makes the copy once for all heads that share them.
+    They are a copy only where the keys do not have that form: zeros for padding inside a group, and the dtype to
+    compute in.
     """
     first, end = geometry.start // stride, num_blocks(geometry.stop, stride)
+    whole = geometry.start % stride == 0 and geometry.stop % stride == 0
+    if whole and key.dtype == dtype and key.is_contiguous():
+        return key[first * stride : end * stride].view(end - first, -1)
     keys = torch.empty((end - first) * stride, key.shape[1], dtype=dtype)
     fill(keys, key, first * stride, geometry.start, geometry.stop)
-    return keys.unflatten(0, (-1, stride)).flip(1).flatten(1).mul_(geometry.scale / stride)
+    return keys.view(end - first, -1)
 
 
 def _strips(geometry: Geometry, stride: int) -> list[slice]:
@@ -89,24 +99,59 @@ def _score_strip(
     count, first_group = rows.stop - rows.start, geometry.start // stride
     queries = scratch.take("queries", (count * stride, query.shape[1]), dtype)
     fill(queries, query, rows.start * stride, _first_query(geometry), geometry.q_len)
+    # Of a group and its antidiagonal, one side is reversed: the queries, which are fewer at a time than the keys.
+    reversed_queries = scratch.take("reversed", (count, stride, query.shape[1]), dtype)
+    torch.mul(queries.view(reversed_queries.shape).flip(1), geometry.scale / stride, out=reversed_queries)
 
-    width = key_groups.shape[0]
+    width, last = key_groups.shape[0], None
     if geometry.offset is not None:
         width = min(width, (geometry.offset + rows.stop * stride - 1) // stride + 1 - first_group)
-    logits = product(queries.view(count, -1), key_groups[:width])
-    if geometry.offset is not None:
-        _hide_later_groups(logits, (geometry.offset + rows.start * stride + stride - 1) // stride - first_group)
-    prob = torch.softmax(logits, dim=-1, out=scratch.take("prob", (count, width), dtype))
+        last = (geometry.offset + rows.start * stride + stride - 1) // stride - first_group
     # Groups without a query that sees a key give no mass.
-    prob[: max(_first_query(geometry) // stride - rows.start, 0)] = 0
-    prob[max(num_blocks(geometry.q_len, stride) - rows.start, 0) :] = 0
-
-    # Rows first: that sum reads whole cache lines.
-    mass = prob.unflatten(0, (-1, ratio)).sum(1)
+    padding = (
+        slice(0, max(_first_query(geometry) // stride - rows.start, 0)),
+        slice(max(num_blocks(geometry.q_len, stride) - rows.start, 0), count),
+    )
+    # Tiles end where blocks do.
     lead = first_group % ratio
-    mass = pad(mass, (lead, -(lead + width) % ratio)).unflatten(1, (-1, ratio)).sum(2)
+    step = max(_TILE_ELEMENTS // count // ratio, 1) * ratio
+    tiles = [slice(max(end - step, 0), min(end, width)) for end in range(step - lead, width + step, step)]
+    masses, totals = [], torch.empty(count, len(tiles), dtype=dtype)
+    for tile, total in zip(tiles, totals.unbind(1), strict=True):
+        logits = product(reversed_queries.view(count, -1), key_groups[tile])
+        if last is not None:
+            _hide_later_groups(logits, last - tile.start)
+        prob = torch.softmax(logits, dim=-1, out=scratch.take("prob", logits.shape, dtype))
+        if len(tiles) > 1:
+            # The largest probability is exp(0) over the sum.
+            torch.sub(logits.amax(-1), prob.amax(-1).log_(), out=total)
+            blind = max(tile.start - last, 0) if last is not None else 0
+            prob[:blind], total[:blind] = 0, -torch.inf
+        for part in padding:
+            prob[part] = 0
+        if len(tiles) == 1:
+            # Rows first: that sum reads whole cache lines.
+            prob = prob.unflatten(0, (-1, ratio)).sum(1)
+        masses.append(_sum_in_blocks(prob, (lead + tile.start) % ratio, ratio))
+    if len(tiles) > 1:
+        shares = torch.softmax(totals, dim=-1)
+        for part in padding:
+            shares[part] = 0
+        masses = [
+            (mass * share[:, None]).unflatten(0, (-1, ratio)).sum(1)
+            for mass, share in zip(masses, shares.unbind(1), strict=True)
+        ]
+    mass = torch.cat(masses, dim=1)
     block = first_group // ratio
     scores[rows.start // ratio : rows.stop // ratio, block : block + mass.shape[1]] = mass
+
+
+def _sum_in_blocks(prob: Tensor, lead: int, ratio: int) -> Tensor:
+    """Sums of each `ratio` columns, the first of which stands `lead` columns after the beginning of its block."""
+    tail = -(lead + prob.shape[1]) % ratio
+    if lead or tail:
+        prob = pad(prob, (lead, tail))
+    return prob.unflatten(1, (-1, ratio)).sum(2)
 
 
 def _hide_later_groups(logits: Tensor, last: int) -> None:

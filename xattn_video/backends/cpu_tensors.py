@@ -11,8 +11,8 @@ from torch import Tensor
 
 from ..blocks import key_range
 
-# Copies of keys and values that are alive at once (at least one head's).
-_COPY_BYTES = 256 << 20
+# Copies of keys and values that are alive at once (at least one head's): what the masks leave of the default bound.
+_COPY_BYTES = 64 << 20
 
 
 class Geometry(NamedTuple):
