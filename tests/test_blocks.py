@@ -5,7 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from xattn_video.blocks import lists_to_mask, mask_to_lists, num_blocks, valid_and_forced_blocks, valid_blocks
+from xattn_video.blocks import (
+    count_valid_blocks,
+    lists_to_mask,
+    mask_to_lists,
+    num_blocks,
+    valid_and_forced_blocks,
+    valid_blocks,
+)
 
 CASES = [
     # batch, q_len, kv_len, block, causal, kv_start, kv_lens
@@ -109,6 +116,32 @@ def test_text_rows_and_columns_are_dense():
     assert torch.equal(forced, touching[:, None] | touching[None, :])
     empty = valid_and_forced_blocks(1, 100, 100, block_size=16, dense_tokens=(70, 70), device=torch.device("cpu"))[1]
     assert not empty.any()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_number_of_valid_blocks_needs_no_mask(case):
+    batch, q_len, kv_len, block, causal, kv_start, kv_lens = case
+    settings = {"block_size": block, "causal": causal, "device": torch.device("cpu")}
+    settings |= {"kv_start": as_tensor(kv_start), "kv_lens": as_tensor(kv_lens)}
+    count = count_valid_blocks(batch, q_len, kv_len, **settings)
+    assert count.dtype == torch.int64
+    assert int(count) == int(valid_blocks(batch, q_len, kv_len, **settings).sum())
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_masks_of_some_rows_are_those_rows_of_the_masks(case):
+    batch, q_len, kv_len, block, causal, kv_start, kv_lens = case
+    settings = {"block_size": block, "causal": causal, "device": torch.device("cpu")}
+    settings |= {"kv_start": as_tensor(kv_start), "kv_lens": as_tensor(kv_lens)}
+    exact = [{}, {"dense_last": 20}] if causal else [{}]
+    exact += [{"dense_tokens": (20, 25)}, {"dense_tokens": (50, q_len)}] if q_len == kv_len else []
+    for rules in exact:
+        whole = valid_and_forced_blocks(batch, q_len, kv_len, **settings, **rules)
+        for begin in range(num_blocks(q_len, block)):
+            for end in range(begin + 1, num_blocks(q_len, block) + 1):
+                part = valid_and_forced_blocks(batch, q_len, kv_len, rows=(begin, end), **settings, **rules)
+                for got, wanted in zip(part, whole, strict=True):
+                    assert torch.equal(got, wanted[:, :, begin:end]), (rules, begin, end)
 
 
 @pytest.mark.parametrize("keep", [0.0, 0.3, 1.0])

@@ -89,6 +89,18 @@ def test_few_are_kept():
     assert module._kept_blocks.cache_info().currsize == module.KEPT_CALLS
 
 
+def test_the_masks_of_long_calls_are_not_kept():
+    """All that is kept together stays small beside the bound of a call."""
+    assert module.KEPT_CALLS * module.KEPT_MASK_BYTES <= 32 << 20
+    rules = {**RULES, "block_size": 16}
+    tokens = 16 * 1448
+    for length, kept in ((tokens, 1), (tokens + 16, 1)):
+        call_blocks(query(tokens=tokens), length, **NO_BOUNDS, **rules)
+        assert module._kept_blocks.cache_info().currsize == kept
+    call_blocks(query(batch=2, tokens=tokens), tokens, **NO_BOUNDS, **rules)
+    assert module._kept_blocks.cache_info().currsize == 1
+
+
 def test_what_inference_mode_made_serves_outside_of_it():
     with torch.inference_mode():
         first = call_blocks(query(), 200, **NO_BOUNDS, **RULES)

@@ -30,6 +30,7 @@ from xattn_video import XAttnConfig
         ({"selection": "top_k", "top_k": 0}, "top_k must be 1 or more"),
         ({"selection": "top_ratio", "top_ratio": 1.5}, "top_ratio must be in"),
         ({"backend": "cuda"}, "backend must be one of"),
+        ({"max_extra_mib": 0}, "max_extra_mib must be 1 or more, got 0"),
     ],
 )
 def test_a_setting_out_of_range_is_refused_by_name(settings, words):
@@ -38,7 +39,8 @@ def test_a_setting_out_of_range_is_refused_by_name(settings, words):
 
 
 @pytest.mark.parametrize(
-    "settings", [{"stride": 8.0}, {"stride": True}, {"threshold": "0.9"}, {"dense_layers": "blocks.0"}]
+    "settings",
+    [{"stride": 8.0}, {"stride": True}, {"max_extra_mib": 0.5}, {"threshold": "0.9"}, {"dense_layers": "blocks.0"}],
 )
 def test_a_setting_of_the_wrong_type_is_refused(settings):
     with pytest.raises(TypeError, match=next(iter(settings))):
@@ -51,6 +53,7 @@ def test_a_setting_of_the_wrong_type_is_refused(settings):
         XAttnConfig(),
         XAttnConfig(threshold=(0.8, 0.95), dense_layers=(0, "blocks.1.*"), warmup_steps=0),
         XAttnConfig(selection="top_ratio", top_ratio=0.27, stride=16, block_size=64, backend="reference"),
+        XAttnConfig(max_extra_mib=64),
     ],
 )
 def test_settings_survive_json(config):
@@ -77,6 +80,7 @@ def test_labels_tell_configurations_apart():
         XAttnConfig(min_tokens=64),
         XAttnConfig(dense_last=64),
         XAttnConfig(backend="reference"),
+        XAttnConfig(max_extra_mib=64),
         XAttnConfig(),
     ]
     labels = [config.label() for config in others]

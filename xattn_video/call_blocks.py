@@ -8,10 +8,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .blocks import valid_and_forced_blocks
+from .blocks import num_blocks, valid_and_forced_blocks
 
 # two lengths or so at a time (a pipeline with two stages, self-attention and a decoder's), and some room
 KEPT_CALLS = 8
+# Masks of a longer call (185,000 tokens in blocks of 128) are not kept: making them is nothing beside such a call.
+KEPT_MASK_BYTES = 4 << 20
 
 
 class CallBlocks(NamedTuple):
@@ -36,7 +38,9 @@ def call_blocks(
     forty short kernels fewer a call. Bounds are values on the device, so that calls with them start anew.
     """
     sizes = (query.shape[0], query.shape[2], kv_len)
-    if kv_start is None and kv_lens is None and _may_keep(query):
+    block_size = rules["block_size"]
+    mask_bytes = 2 * sizes[0] * num_blocks(sizes[1], block_size) * num_blocks(kv_len, block_size)
+    if kv_start is None and kv_lens is None and mask_bytes <= KEPT_MASK_BYTES and _may_keep(query):
         stream = torch.cuda.current_stream(query.device).cuda_stream if query.is_cuda else 0
         return _kept_blocks(*sizes, stream, device=query.device, **rules)
     return _make(*sizes, kv_start=kv_start, kv_lens=kv_lens, device=query.device, **rules)

@@ -38,8 +38,8 @@ def rows_per_chunk(query: Tensor, kv_len: int, *, block_size: int, entry_bytes: 
     row_bytes = batch * columns * (heads * entry_bytes + _MASK_BYTES)
     if rows * row_bytes <= max_bytes:
         return rows
-    # A chunk's output is held until it is copied to its place.
-    row_bytes += batch * heads * block_size * head_dim * query.element_size()
+    # A chunk's output is held until it is copied to its place, and so are its log-sum-exps.
+    row_bytes += batch * heads * block_size * (head_dim * query.element_size() + 4)
     chunks = num_blocks(rows, max(max_bytes // row_bytes, 1))
     return num_blocks(rows, chunks)
 
