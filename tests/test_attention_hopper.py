@@ -17,7 +17,8 @@ from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
 from tests.kernel_checks import Problem, check_listed_attention
-from xattn_video import XAttnConfig, block_sparse_attention
+from xattn_video import XAttnConfig, block_sparse_attention, score_blocks, select_blocks, xattention
+from xattn_video.backends import unavailable_reason
 from xattn_video.kernels import attention_choice, launch_tables
 from xattn_video.kernels.attention_choice import HOPPER, PLAIN, choose_kernel, hopper_refusal
 
@@ -132,6 +133,16 @@ def test_what_runs_is_said_once(gpu, caplog):
     assert second.endswith("head_dim 96: the plain kernel (it takes head_dim 64 and 128, not 96)")
 
 
+def test_the_backend_by_name_also_selects_from_scores(gpu):
+    """Scores are float32, which the attention kernel does not take."""
+    for dtype in (torch.float32, BF16, FP16):
+        assert unavailable_reason("triton-hopper", torch.device("cuda:0"), dtype) is None
+    gpu["capability"] = (8, 0)
+    assert unavailable_reason("triton-hopper", torch.device("cuda:0"), BF16) == (
+        "it needs an NVIDIA GPU of compute capability 9.0, not 8.0"
+    )
+
+
 def test_the_backend_by_name_says_what_it_needs():
     config = XAttnConfig(backend="triton-hopper")
     assert config.label().endswith("triton-hopper")
@@ -190,3 +201,25 @@ def test_the_backend_by_name_on_a_gpu(dtype):
     assert torch.equal(forced[0], chosen[0])
     assert (forced[0] - plain[0]).norm() <= 2 * torch.finfo(dtype).eps * plain[0].norm()
     torch.testing.assert_close(forced[1], plain[1], rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("causal", [False, True])
+def test_the_whole_call_by_name_on_a_gpu(causal):
+    """In one call, in chunks and by stages: the same bits."""
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("needs a GPU of compute capability 9.0")
+    query, key, value = (torch.randn(1, 33500, 2, 64, device="cuda", dtype=BF16).transpose(1, 2) for _ in range(3))
+    settings = {"threshold": 0.6, "min_tokens": 0, "causal": causal}
+    forced, chosen, in_chunks = (
+        xattention(query, key, value, backend=name, max_extra_mib=bound, **settings)
+        for name, bound in (("triton-hopper", 256), ("triton", 256), ("triton-hopper", 1))
+    )
+    assert torch.equal(forced, chosen)
+    assert torch.equal(forced, in_chunks)
+    scores = score_blocks(query, key, causal=causal, backend="triton-hopper")
+    sizes = {"q_len": 33500, "kv_len": 33500}
+    mask = select_blocks(scores, threshold=0.6, causal=causal, backend="triton-hopper", **sizes)
+    output = block_sparse_attention(query, key, value, mask, causal=causal, backend="triton-hopper")
+    assert torch.equal(forced, output)

@@ -12,11 +12,7 @@ ATTENTION_KERNELS = ("attention_hopper", "block_sparse")
 
 # What is tried beside the configuration that the package ships for sm_90, bf16 and head_dim 128.
 _TRIED: dict[str, list[dict[str, int]]] = {
-    "attention_hopper": [
-        {"num_stages": 2},
-        {"num_stages": 3},
-        {"num_stages": 2, "TURNS": 1},
-    ],
+    "attention_hopper": [{"num_stages": 2}, {"num_stages": 3}],
     "block_sparse": [
         {"BLOCK_M": 128, "BLOCK_N": 128, "num_warps": 8, "num_stages": 3},
         {"BLOCK_M": 128, "BLOCK_N": 128, "num_warps": 8, "num_stages": 3, "TMA": 1},
@@ -49,7 +45,7 @@ class Variant:
         """Such as `128x128 w8 s3 TMA`: tile, warps, stages, switches."""
         tile = "x".join(str(value) for name, value in self.config.items() if name.startswith("BLOCK_"))
         warps = f"w{self.config['num_warps']}" if "num_warps" in self.config else ""
-        switches = [name for name in ("TMA", "TURNS") if self.config.get(name)]
+        switches = ["TMA"] if self.config.get("TMA") else []
         return " ".join(part for part in (tile, warps, f"s{self.config['num_stages']}", *switches) if part)
 
 

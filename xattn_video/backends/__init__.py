@@ -50,7 +50,7 @@ def unavailable_reason(name: str, device: torch.device, dtype: torch.dtype = tor
     if name == "triton":
         return _triton_unavailable_reason(device, dtype)
     if name == "triton-hopper":
-        return _triton_unavailable_reason(device, dtype) or _hopper_unavailable_reason(device, dtype)
+        return _triton_unavailable_reason(device, dtype) or _hopper_unavailable_reason(device)
     if name == "flex":
         return _flex_unavailable_reason(device, dtype)
     if name == "fa4":
@@ -71,10 +71,11 @@ def _triton_unavailable_reason(device: torch.device, dtype: torch.dtype) -> str 
     return None
 
 
-def _hopper_unavailable_reason(device: torch.device, dtype: torch.dtype) -> str | None:
+def _hopper_unavailable_reason(device: torch.device) -> str | None:
+    # Not by dtype: scores, which this backend selects from, are float32.
     from ..kernels.attention_choice import hopper_device_refusal
 
-    return hopper_device_refusal(device, dtype)
+    return hopper_device_refusal(device)
 
 
 def _flex_unavailable_reason(device: torch.device, dtype: torch.dtype) -> str | None:

@@ -82,9 +82,11 @@ def hopper_refusal(
     kv_lens: Tensor | None,
 ) -> str | None:
     """Why the Hopper kernel cannot do a call, or None if it can. The arguments are those of `choose_kernel`."""
-    refusal = hopper_device_refusal(query.device, query.dtype)
+    refusal = hopper_device_refusal(query.device)
     if refusal is not None:
         return refusal
+    if query.dtype not in (torch.float16, torch.bfloat16):
+        return f"it takes float16 and bfloat16, not {query.dtype}"
     if query.shape[3] not in HOPPER_HEAD_DIMS:
         return f"it takes head_dim 64 and 128, not {query.shape[3]}"
     if block_size != HOPPER_BLOCK_SIZE:
@@ -103,8 +105,8 @@ def hopper_refusal(
     return None
 
 
-def hopper_device_refusal(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why the Hopper kernel cannot run tensors of this device and dtype, or None if it can."""
+def hopper_device_refusal(device: torch.device) -> str | None:
+    """Why the Hopper kernel cannot run on this device, or None if it can."""
     if device.type != "cuda" or torch.version.hip is not None:
         return "it needs an NVIDIA GPU of compute capability 9.0"
     capability = torch.cuda.get_device_capability(device)
@@ -112,6 +114,4 @@ def hopper_device_refusal(device: torch.device, dtype: torch.dtype) -> str | Non
         return f"it needs an NVIDIA GPU of compute capability 9.0, not {capability[0]}.{capability[1]}"
     if tuple(map(int, triton.__version__.split(".")[:2])) < LEAST_TRITON:
         return f"it needs Triton 3.6 or newer, not {triton.__version__}"
-    if dtype not in (torch.float16, torch.bfloat16):
-        return f"it takes float16 and bfloat16, not {dtype}"
     return None
