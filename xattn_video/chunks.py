@@ -2,6 +2,15 @@
 
 Scores, lists and masks have an entry for every pair of a query block and a key block, so they grow with the square of
 the length. The rows of query blocks are independent of each other: a few at a time give the same result.
+
+What a backend needs beside them grows with the length itself and is not counted here:
+
+* Triton: the scratch of the scoring kernel, 4.5 bytes for each key block, row of a strip and multiprocessor. With 128
+  rows and 132 multiprocessors that is 71 MB at 119,056 tokens and 620 MB at 1,048,576. It is free again before the
+  lists are made: as long as it is below half of the default bound (up to 226,000 tokens) it adds nothing to the peak.
+* CPU: copies in float32 of one head's keys and values, unless they are float32, contiguous and whole blocks; and
+  buffers of about 10 to 25 MB for each thread, whatever the length.
+* `reference`, and `flex` on a CPU: every logit of a chunk.
 """
 
 from __future__ import annotations
