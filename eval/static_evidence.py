@@ -2,8 +2,9 @@
 
 Every kernel is compiled ahead of time with the specialisation that the JIT would give it (the launcher's own arguments
 on tensors of real size that hold no memory), and the machine code is read: registers, stack, shared and tensor memory,
-matrix instructions, what else the innermost loop around them holds, local loads in it, and whether its copies run
-beside its products. One line a kernel; the last line of stdout is JSON.
+matrix instructions, what else the innermost loop around them holds, local loads in it, whether its copies run beside
+its products, whether its products wait for each other, and where its warps do. One line per kernel; the last line of
+stdout is JSON.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from pipelines.errors import UserError
 from pipelines.files import write_texts
 from pipelines.program import Parser, run_program
 from xattn_video.blocks import num_blocks
-from xattn_video.kernels import antidiagonal_scores, block_sparse, launch_tables
+from xattn_video.kernels import antidiagonal_scores, attention_choice, block_sparse, launch_tables
 from xattn_video.kernels.launch_tables import LaunchConfig
 
 TARGETS = {
@@ -59,7 +60,14 @@ TENSOR_MEMORY_COLUMNS = 512
 # what a configuration needs to fetch whole tiles by tensor descriptors; where memory is small, a smaller tile too
 COPY_ENGINE = {"sm_90": {"TMA": 1}, "sm_100": {"TMA": 1}, "sm_120": {"TMA": 1, "BLOCK_N": 32}}
 LOCAL_LOAD = {"cuda": r"\bLDL\b", "hip": r"\bscratch_load"}
-CONFIG_NAMES = ("BLOCK_R", "BLOCK_C", "BLOCK_K", "BLOCK_M", "BLOCK_N", "num_warps", "num_stages")
+EXPONENTIAL = {"cuda": r"\bMUFU\.EX2\b", "hip": r"\bv_exp_f32"}
+# A barrier of all threads of a program; one of a single warpgroup names it and says how many threads it is for.
+BARRIER = {"cuda": r"\bBAR\.SYNC\S* 0x[0-9a-f]+\s*$", "hip": r"\bs_barrier\b"}
+# Hopper's products run asynchronously: gsb0 marks the last instruction of what a later wait counts as one product.
+ASYNC_PRODUCT = r"\bHGMMA\S* (R\d+)\b.*?(, gsb0)?\s*$"
+ASYNC_WAIT = r"\bWARPGROUP\.DEPBAR\.LE gsb0, (0x[0-9a-f]+)"
+CONFIG_NAMES = ("BLOCK_R", "BLOCK_C", "BLOCK_K", "BLOCK_M", "BLOCK_N", "TMA", "STAGES", "num_warps", "num_stages")
+HOPPER = "attention_hopper"
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # HunyuanVideo, 720p, 129 frames: video and text tokens, heads
 TOKENS, HEADS = 118_800 + 256, 24
@@ -67,7 +75,10 @@ TOKENS, HEADS = 118_800 + 256, 24
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One specialisation of one kernel: `kernel` is "antidiagonal_scores" or "block_sparse"."""
+    """One specialisation of one kernel: `kernel` is "antidiagonal_scores", "block_sparse" or "attention_hopper".
+
+    tma: whether keys and values are fetched through tensor descriptors; None is what the launch table says.
+    """
 
     kernel: str
     dtype: str
@@ -75,13 +86,21 @@ class Case:
     causal: bool = False
     block_size: int = 128
     stride: int = 8
-    tma: bool = False
+    tma: bool | None = None
+
+    def runs_on(self, target: str) -> bool:
+        """Whether GPUs of that class have what the kernel is made for."""
+        if self.kernel == HOPPER:
+            return target == "sm_90"
+        return not self.tma or target in COPY_ENGINE
 
     def config(self, target: str) -> LaunchConfig:
         """The configuration that comes with the package for that device class."""
         table = launch_tables.packaged_table(target)
         own = launch_tables.lookup(table, self.kernel, launch_tables.width(DTYPES[self.dtype]), self.head_dim)
-        return {**own, **COPY_ENGINE[target]} if self.tma else own
+        if self.tma is None:
+            return own
+        return {**own, **COPY_ENGINE[target]} if self.tma else {name: own[name] for name in own if name != "TMA"}
 
     def kernel_and_arguments(self, target: str) -> tuple[JITFunction, dict[str, Any]]:
         """The kernel and what its launcher would pass for one large video on that device class."""
@@ -103,8 +122,14 @@ class Case:
         lse = _meta(1, HEADS, TOKENS, dtype=torch.float32)
         indices = _meta(1, HEADS, blocks, blocks, dtype=torch.int32)
         counts = _meta(1, HEADS, blocks, dtype=torch.int32)
-        _, arguments = block_sparse.block_sparse_arguments(query, query, query, query, lse, indices, counts, **options)
-        return block_sparse._block_sparse_kernel, arguments
+        tensors = (query, query, query, query, lse, indices, counts)
+        if self.kernel == HOPPER:
+            # needs a newer Triton than the others
+            from xattn_video.kernels import attention_hopper
+
+            options |= {"kv_start": None, "kv_lens": None if self.causal else options["kv_lens"]}
+            return attention_hopper._attend_hopper_kernel, attention_hopper.hopper_arguments(*tensors, **options)[1]
+        return block_sparse._block_sparse_kernel, block_sparse.block_sparse_arguments(*tensors, **options)[1]
 
 
 def _meta(*shape: int, dtype: torch.dtype) -> torch.Tensor:
@@ -116,8 +141,14 @@ class Evidence:
     """What one compiled kernel shows; registers and stack are those of one thread, memory is in bytes.
 
     The loop is the shortest of those around matrix instructions that hold no other: the one without masks.
-    `copies_in_flight`: groups of copies into shared memory that its wait leaves running while it multiplies; None where
-    it waits in another way (tile copies, AMD) or copies nothing.
+
+    copies_in_flight: groups of copies into shared memory that its wait leaves running while it multiplies; None where
+        it waits in another way (tile copies, AMD) or copies nothing.
+    products_in_flight: most products that run at once in the loop, where they are asynchronous (sm_90), else None.
+    serialised_products: steps of products in any of the loops that wait for the step before, sm_90 only.
+    barriers_in_loops: how often all threads of the program wait for each other in each of the loops, shortest first.
+    softmax_barriers: those of the loop that lie between the two products, beside the exponentials.
+    register_requests: instructions by which warps give registers to other warps.
     """
 
     target: str
@@ -135,7 +166,17 @@ class Evidence:
     loop_instructions: int
     loop_matrix_instructions: int
     copies_in_flight: int | None
+    products_in_flight: int | None
+    serialised_products: int
+    barriers_in_loops: list[int]
+    softmax_barriers: int
+    register_requests: int
     compile_seconds: float
+
+    @property
+    def stages(self) -> int:
+        """How many tiles of keys there is room for."""
+        return self.config.get("STAGES") or self.config["num_stages"]
 
     def complaints(self) -> list[str]:
         """Why the configuration is not acceptable on its target; empty if it is."""
@@ -158,6 +199,25 @@ class Evidence:
                 found.append("the loop waits for every copy before it multiplies")
         if self.case.tma and not self.tile_copies:
             found.append("asked for tensor descriptors, and the copy engine is not used")
+        if self.serialised_products:
+            found.append(f"{self.serialised_products} matrix instructions wait for the one before them")
+        return found + (self._hopper_complaints() if self.case.kernel == HOPPER else [])
+
+    def _hopper_complaints(self) -> list[str]:
+        """What the warp-specialised kernel is written for.
+
+        The plain kernel is not held to its barriers: with tile copies Triton puts one of all threads before the second
+        product, and on an H200 that variant was the faster one all the same.
+        """
+        found = []
+        if self.spills or self.stack:
+            found.append(f"{self.spills} values are spilled, {self.stack} B of stack")
+        if not self.register_requests:
+            found.append("the copying warps give no registers to the others")
+        if any(self.barriers_in_loops):
+            found.append(f"all warps wait for each other in the loop: {self.barriers_in_loops}")
+        if (self.products_in_flight or 0) < 2:
+            found.append("the two products of a step do not run at once")
         return found
 
     def row(self) -> dict[str, Any]:
@@ -201,34 +261,50 @@ def gather(case: Case, target: str) -> Evidence:
     )
 
 
-def _read_nvidia(compiled: CompiledKernel, target: str) -> dict[str, int]:
+def _read_nvidia(compiled: CompiledKernel, target: str) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder, "kernel.cubin")
         cubin.write_bytes(compiled.asm["cubin"])
         usage = _cuobjdump("-res-usage", cubin)
         sass = _cuobjdump("-sass", cubin)
     resources = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
+    return {
+        "registers": resources["REG"],
+        "stack": resources["STACK"] + resources["LOCAL"],
+        **read_sass(sass, target),
+    }
+
+
+def read_sass(sass: str, target: str) -> dict[str, Any]:
+    """The fields of `Evidence` that the disassembly of an NVIDIA kernel shows."""
     code = [
         (int(address, 16), text)
         for address, text in re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+([^;]+);", sass, flags=re.MULTILINE)
     ]
-    backward = [
-        (int(branch.group(1), 16), address)
+    branches = [
+        (address, int(branch.group(1), 16))
         for address, text in code
-        if (branch := re.search(r"\bBRA\b.*?(0x[0-9a-f]+)", text)) and int(branch.group(1), 16) < address
+        if (branch := re.search(r"\bBRA\b.*?(0x[0-9a-f]+)", text))
+    ]
+    # A wait that does not succeed at once goes on behind the kernel's end, and from there back to the place that it left:
+    # that branch closes no loop.
+    before = {goal: address for (address, _), (goal, _) in itertools.pairwise(code)}
+    closes = [
+        (goal, address)
+        for address, goal in branches
+        if goal < address and not any(at == before.get(goal) and goal < to <= address for at, to in branches)
     ]
     return {
-        "registers": resources["REG"],
-        "stack": resources["STACK"] + resources["LOCAL"],
         "spills": len(re.findall(r"\bSTL\b", sass)),
         # of single rows into shared memory, and of whole tiles by the copy engine
         "async_copies": len(re.findall(r"\b(?:LDGSTS|UTMALDG)\b", sass)),
         "tile_copies": len(re.findall(r"\bUTMALDG\b", sass)),
-        **_matrix_loops(code, backward, target),
+        "register_requests": len(re.findall(r"\bUSETMAXREG\b", sass)),
+        **_matrix_loops(code, closes, target),
     }
 
 
-def _read_amd(compiled: CompiledKernel, target: str) -> dict[str, int]:
+def _read_amd(compiled: CompiledKernel, target: str) -> dict[str, Any]:
     assembly = compiled.asm["amdgcn"]
     lines = list(enumerate(assembly.splitlines()))
     labels = {match.group(1): line for line, text in lines if (match := re.match(r"(\.?\w+):", text))}
@@ -246,27 +322,70 @@ def _read_amd(compiled: CompiledKernel, target: str) -> dict[str, int]:
         "spills": counts["vgpr_spill_count"] + counts["sgpr_spill_count"],
         "async_copies": 0,
         "tile_copies": 0,
+        "register_requests": 0,
         **_matrix_loops(code, backward, target),
     }
 
 
-def _matrix_loops(code: list[tuple[int, str]], backward: list[tuple[int, int]], target: str) -> dict[str, int | None]:
+def _matrix_loops(code: list[tuple[int, str]], backward: list[tuple[int, int]], target: str) -> dict[str, Any]:
     """Matrix instructions in all, and what the innermost loops around them hold."""
     matrix = [address for address, text in code if re.search(MATRIX_INSTRUCTION[target], text)]
     around = [(low, high) for low, high in backward if any(low <= address <= high for address in matrix)]
     loops = [loop for loop in around if not any(other != loop and _inside(other, loop) for other in around)]
-    texts = [[text for address, text in code if low <= address <= high] for low, high in loops]
-    local = LOCAL_LOAD[TARGETS[target].backend]
-    fast = min(texts, key=len, default=[])
+    texts = sorted(([text for address, text in code if low <= address <= high] for low, high in loops), key=len)
+    backend = TARGETS[target].backend
+    fast = texts[0] if texts else []
     waits = [int(wait.group(1), 16) for text in fast if (wait := re.search(r"\bDEPBAR\.LE SB0, (0x[0-9a-f]+)", text))]
     copies = any(re.search(r"\bLDGSTS\b", text) for text in fast)
     return {
         "matrix_instructions": len(matrix),
-        "local_loads_in_loop": sum(bool(re.search(local, text)) for loop in texts for text in loop),
+        "local_loads_in_loop": sum(_count(LOCAL_LOAD[backend], loop) for loop in texts),
         "loop_instructions": len(fast),
-        "loop_matrix_instructions": sum(bool(re.search(MATRIX_INSTRUCTION[target], text)) for text in fast),
+        "loop_matrix_instructions": _count(MATRIX_INSTRUCTION[target], fast),
         "copies_in_flight": min(waits, default=None) if copies else None,
+        "products_in_flight": _products_in_flight(fast),
+        "serialised_products": sum(map(_serialised_products, texts)),
+        "barriers_in_loops": [_count(BARRIER[backend], loop) for loop in texts],
+        "softmax_barriers": _count(BARRIER[backend], _softmax(fast, target)),
     }
+
+
+def _count(pattern: str, texts: list[str]) -> int:
+    return sum(bool(re.search(pattern, text)) for text in texts)
+
+
+def _products_in_flight(loop: list[str]) -> int | None:
+    """Most asynchronous products that run at once, None without any; those of the step before may still run."""
+    running = most = 0
+    for text in loop * 2:
+        if product := re.search(ASYNC_PRODUCT, text):
+            running += bool(product.group(2))
+            most = max(most, running)
+        elif wait := re.search(ASYNC_WAIT, text):
+            running = min(running, int(wait.group(1), 16))
+    return most or None
+
+
+def _serialised_products(loop: list[str]) -> int:
+    """Matrix instructions that are marked as the end of a product although the next one goes on with its sums."""
+    products = [found.groups() for text in loop if (found := re.search(ASYNC_PRODUCT, text))]
+    return sum(bool(end) and sums == following for (sums, end), (following, _) in itertools.pairwise(products))
+
+
+def _softmax(loop: list[str], target: str) -> list[str]:
+    """What lies between the two matrix instructions with the most exponentials between them; empty if none has any."""
+    exponential = EXPONENTIAL[TARGETS[target].backend]
+    parts: list[list[str]] = [[]]
+    for text in loop:
+        if re.search(MATRIX_INSTRUCTION[target], text):
+            parts.append([])
+        parts[-1].append(text)
+    # the last part goes on at the loop's beginning
+    first = parts.pop(0)
+    if parts:
+        parts[-1] += first
+    best = max(parts, key=lambda part: _count(exponential, part), default=[])
+    return best if _count(exponential, best) else []
 
 
 def _inside(inner: tuple[int, int], outer: tuple[int, int]) -> bool:
@@ -287,6 +406,14 @@ def default_cases() -> Iterator[Case]:
         yield Case("block_sparse", "bf16" if head_dim != 64 else "fp16", head_dim, causal=head_dim == 128)
     for head_dim in (128, 256):
         yield Case("block_sparse", "fp32", head_dim)
+    yield from hopper_cases()
+
+
+def hopper_cases() -> Iterator[Case]:
+    """The kernel for sm_90 alone, if this Triton can compile it."""
+    if attention_choice.triton_suffices():
+        yield Case(HOPPER, "bf16", 128)
+        yield Case(HOPPER, "fp16", 64, causal=True)
 
 
 def all_cases() -> Iterator[Case]:
@@ -302,12 +429,17 @@ def all_cases() -> Iterator[Case]:
     for head_dim in (64, 128):
         yield Case("block_sparse", "bf16", head_dim, block_size=64)
         yield Case("block_sparse", "bf16", head_dim, tma=True)
+        yield Case("block_sparse", "bf16", head_dim, tma=False)
+    yield from hopper_cases()
+    if attention_choice.triton_suffices():
+        yield Case(HOPPER, "bf16", 64)
+        yield Case(HOPPER, "bf16", 128, causal=True)
 
 
 HEADER = (
     f"{'target':7} {'kernel':20} {'type':4} {'D':>3} {'causal':6} {'P':>3} {'S':>2} {'tiles':>14} {'warps':>5}"
     f" {'stg':>3} {'regs':>4} {'stack':>5} {'spill':>5} {'shared':>6} {'tmem':>4} {'mma':>4} {'LDL':>3}"
-    f" {'loop':>4} {'mma':>4} {'ahead':>5} {'s':>4}"
+    f" {'loop':>4} {'mma':>4} {'ahead':>5} {'prod':>4} {'bars':>5} {'soft':>4} {'s':>4}"
 )
 
 
@@ -317,11 +449,13 @@ def format_row(evidence: Evidence) -> str:
     tiles = "x".join(str(value) for name, value in evidence.config.items() if name.startswith("BLOCK_"))
     return (
         f"{evidence.target:7} {case.kernel:20} {case.dtype:4} {case.head_dim:3} {case.causal!s:6} {case.block_size:3} "
-        f"{case.stride:2} {tiles:>14} {evidence.config['num_warps']:5} {evidence.config['num_stages']:3} "
+        f"{case.stride:2} {tiles:>14} {evidence.config['num_warps']:5} {evidence.stages:3} "
         f"{evidence.registers:4} {evidence.stack:5} {evidence.spills:5} {evidence.shared:6} "
         f"{evidence.tensor_memory_columns:4} {evidence.matrix_instructions:4} {evidence.local_loads_in_loop:3} "
         f"{evidence.loop_instructions:4} {evidence.loop_matrix_instructions:4} "
         f"{'-' if evidence.copies_in_flight is None else evidence.copies_in_flight:>5} "
+        f"{evidence.products_in_flight or '-':>4} {'/'.join(map(str, evidence.barriers_in_loops)):>5} "
+        f"{evidence.softmax_barriers:4} "
         f"{evidence.compile_seconds:4.1f}  {'; '.join(evidence.complaints())}"
     )
 
@@ -331,7 +465,7 @@ def run(cases: Iterable[Case], targets: Iterable[str]) -> list[Evidence]:
     print(HEADER)
     gathered = []
     for case, target in itertools.product(cases, targets):
-        if case.tma and target not in COPY_ENGINE:
+        if not case.runs_on(target):
             continue
         evidence = gather(case, target)
         print(format_row(evidence), flush=True)

@@ -112,6 +112,11 @@ def hopper_device_refusal(device: torch.device) -> str | None:
     capability = torch.cuda.get_device_capability(device)
     if capability != HOPPER_CAPABILITY:
         return f"it needs an NVIDIA GPU of compute capability 9.0, not {capability[0]}.{capability[1]}"
-    if tuple(map(int, triton.__version__.split(".")[:2])) < LEAST_TRITON:
+    if not triton_suffices():
         return f"it needs Triton 3.6 or newer, not {triton.__version__}"
     return None
+
+
+def triton_suffices() -> bool:
+    """Whether this Triton has the Gluon that the Hopper kernel is written in."""
+    return tuple(map(int, triton.__version__.split(".")[:2])) >= LEAST_TRITON

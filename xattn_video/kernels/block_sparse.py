@@ -186,24 +186,16 @@ def _block_sparse_kernel(
     list_ptr = indices_ptr + row * Nk
     count = tl.load(counts_ptr + row)
 
-    # blocks holding a visible key: [first_block, stop_block); of these [first_whole, stop_whole) need no mask
-    last_key = kv_stop
+    # blocks that need no mask: [first_whole, stop_whole)
     whole_key = kv_stop
     if CAUSAL:
-        last_query = tl.minimum(first_query + BLOCK_M, Sq)
-        last_key = tl.minimum(last_key, tl.maximum(last_query + offset, 0))
         whole_key = tl.minimum(whole_key, tl.maximum(first_query + 1 + offset, 0))
-    first_block = kv_start // BLOCK_SIZE
-    stop_block = tl.maximum((last_key + BLOCK_SIZE - 1) // BLOCK_SIZE, first_block)
-    first_whole = tl.minimum((kv_start + BLOCK_SIZE - 1) // BLOCK_SIZE, stop_block)
+    first_whole = (kv_start + BLOCK_SIZE - 1) // BLOCK_SIZE
     stop_whole = tl.maximum(whole_key // BLOCK_SIZE, first_whole)
     first_entry = count * 0
-    first_whole_entry = count * 0
-    stop_entry = drop_from(list_ptr, first_entry, count, stop_block)
     if kv_start_ptr is not None:
-        first_entry = skip_below(list_ptr, first_entry, stop_entry, first_block)
-        first_whole_entry = skip_below(list_ptr, first_entry, stop_entry, first_whole)
-    stop_whole_entry = drop_from(list_ptr, first_whole_entry, stop_entry, stop_whole)
+        first_entry = skip_below(list_ptr, first_entry, count, first_whole)
+    stop_entry = drop_from(list_ptr, first_entry, count, stop_whole)
 
     queries = first_query + tl.arange(0, BLOCK_M)
     columns = tl.arange(0, BLOCK_D)
@@ -231,10 +223,10 @@ def _block_sparse_kernel(
             v_offsets,
             stride_ks,
             stride_vs,
-            first_entry if MASKED else first_whole_entry,
-            first_whole_entry if MASKED else stop_whole_entry,
-            stop_whole_entry,
-            stop_entry if MASKED else stop_whole_entry,
+            0 if MASKED else first_entry,
+            first_entry if MASKED else stop_entry,
+            stop_entry,
+            count if MASKED else stop_entry,
             batch,
             kv_head,
             queries + offset,
