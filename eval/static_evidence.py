@@ -286,8 +286,8 @@ def read_sass(sass: str, target: str) -> dict[str, Any]:
         for address, text in code
         if (branch := re.search(r"\bBRA\b.*?(0x[0-9a-f]+)", text))
     ]
-    # A wait that does not succeed at once goes on behind the kernel's end, and from there back to the place that it left:
-    # that branch closes no loop.
+    # A wait that does not succeed at once goes on behind the kernel's end, and from there back to the place that it
+    # left: that branch closes no loop.
     before = {goal: address for (address, _), (goal, _) in itertools.pairwise(code)}
     closes = [
         (goal, address)
