@@ -55,8 +55,8 @@ def finite_max(row_max):
 def skip_below(list_ptr, first, stop, value):
     """Position of the first entry >= value of an ascending list's [first, stop); stop if there is none.
 
-    One entry after the other: a key range or the diagonal cuts one block or two, so this takes two or three loads,
-    where a binary search takes ten, each of which waits for the one before.
+    One entry after the other: a key range or the diagonal cuts one block or two, so this takes two or three loads. A
+    binary search takes ten, each of which waits for the one before.
     """
     while tl.load(list_ptr + first, mask=first < stop, other=value) < value:
         first += 1
