@@ -232,17 +232,19 @@ def test_operators_and_their_fakes_agree() -> None:
     torch.library.opcheck(cpu._cpu_attend, arguments, test_utils=tests)
 
 
-def test_memory_slabs_do_not_change_the_result(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("causal", [False, True])
+def test_memory_slabs_do_not_change_the_result(causal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     from xattn_video.backends import cpu_scores, cpu_tensors
 
     query, key, value = video_like_qkv(1, 6, 2, 16, 20, 16, kv_heads=3)
     config = XAttnConfig(backend="cpu", min_tokens=0, block_size=64)
-    expected = xattention(query, key, value, config)
-    # One head at a time, and the shortest strips.
+    expected = xattention(query, key, value, config, causal=causal)
+    # One head at a time, three of the ten rows of blocks, and the shortest strips.
     monkeypatch.setattr(cpu_tensors, "_COPY_BYTES", 1)
+    monkeypatch.setattr(cpu, "_SELECT_ELEMENTS", 3 * 6 * 10)
     monkeypatch.setattr(cpu_scores, "_STRIP_ELEMENTS", 1)
     monkeypatch.setattr(cpu_scores, "_MIN_STRIP_ROWS", 1)
-    torch.testing.assert_close(xattention(query, key, value, config), expected)
+    torch.testing.assert_close(xattention(query, key, value, config, causal=causal), expected)
 
 
 @pytest.fixture

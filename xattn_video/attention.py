@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from .autocast import autocasts, cast_as_autocast
-from .backends import Backend, auto_name, resolve
+from .backends import SORT_BYTES, Backend, auto_name, resolve
 from .blocks import count_valid_blocks, key_range, num_blocks, query_key_range, valid_and_forced_blocks
 from .call_blocks import call_blocks, head_thresholds
 from .checks import (
@@ -23,7 +23,7 @@ from .checks import (
     check_value,
     default_scale,
 )
-from .chunks import LIST_BYTES, SORT_BYTES, Part, rows_per_chunk
+from .chunks import Part, rows_per_chunk
 from .config import XAttnConfig
 from .selection import select_valid
 
@@ -145,7 +145,7 @@ def xattention(
         query,
         kv_len,
         block_size=config.block_size,
-        entry_bytes=LIST_BYTES if _takes_lists(backend, config) else SORT_BYTES,
+        pair_bytes=backend.pair_bytes if config.selection == "threshold" else SORT_BYTES,
         max_bytes=config.max_extra_mib << 20,
     )
     if rows == num_blocks(q_len, config.block_size):
@@ -230,11 +230,6 @@ def _attend_in_chunks(
     return output, total
 
 
-def _takes_lists(backend: Backend, config: XAttnConfig) -> bool:
-    """Whether the selection gives lists of kept blocks and not a mask."""
-    return backend.lists is not None and config.selection == "threshold"
-
-
 def select_kept(
     backend: Backend,
     scores: Tensor,
@@ -247,8 +242,7 @@ def select_kept(
 
     scores `[B, H, Nq, Nk]` of the backend; valid and forced bool `[B, 1, Nq, Nk]`.
     """
-    if _takes_lists(backend, config):
-        assert backend.lists is not None
+    if backend.lists is not None and config.selection == "threshold":
         return backend.lists.select(scores, valid, forced, threshold=threshold)
     rule: dict[str, Any] = {"threshold": threshold, "top_k": config.top_k, "top_ratio": config.top_ratio}
     return select_valid(scores, valid, forced, select=backend.select, **rule)

@@ -21,22 +21,18 @@ from torch import Tensor
 
 from .blocks import num_blocks
 
-# Bytes for each pair of blocks and each head: scores and lists, 4 each.
-LIST_BYTES = 8
-# The same where the selection sorts: scores, and what `reference.select` holds at its peak (measured: 40).
-SORT_BYTES = 48
 # Bytes for each pair of blocks and each batch item: which are valid and which are forced.
 _MASK_BYTES = 2
 
 
-def rows_per_chunk(query: Tensor, kv_len: int, *, block_size: int, entry_bytes: int, max_bytes: int) -> int:
+def rows_per_chunk(query: Tensor, kv_len: int, *, block_size: int, pair_bytes: int, max_bytes: int) -> int:
     """Query blocks that one chunk of a call takes: all of them where the whole call stays under the bound.
 
     Args:
         query: `[B, Hq, Sq, D]`; only its sizes and its dtype are read.
         kv_len: key length Sk.
         block_size: tokens a block.
-        entry_bytes: bytes that are held for each pair of blocks and each head, `LIST_BYTES` or `SORT_BYTES`.
+        pair_bytes: bytes that are held for each pair of blocks and each head.
         max_bytes: the bound.
 
     Returns:
@@ -44,7 +40,7 @@ def rows_per_chunk(query: Tensor, kv_len: int, *, block_size: int, entry_bytes: 
     """
     batch, heads, q_len, head_dim = query.shape
     rows, columns = num_blocks(q_len, block_size), num_blocks(kv_len, block_size)
-    row_bytes = batch * columns * (heads * entry_bytes + _MASK_BYTES)
+    row_bytes = batch * columns * (heads * pair_bytes + _MASK_BYTES)
     if rows * row_bytes <= max_bytes:
         return rows
     # A chunk's output is held until it is copied to its place, and so are its log-sum-exps.

@@ -31,14 +31,22 @@ class ListStages(NamedTuple):
     block_sparse_forward: Callable[..., tuple[Tensor, Tensor]]
 
 
+# What a selection that sorts holds for each pair of blocks and each head: scores, and 40 bytes in `reference.select`.
+SORT_BYTES = 48
+
+
 class Backend(NamedTuple):
-    """The device-specific parts of XAttention's three stages; `lists` where those are faster than a mask."""
+    """The device-specific parts of XAttention's three stages; `lists` where those are faster than a mask.
+
+    `pair_bytes`: the most that the stages hold at once for each pair of blocks and each head, with a threshold.
+    """
 
     name: str
     antidiagonal_scores: Callable[..., Tensor]
     select: Callable[..., Tensor]
     block_sparse_forward: Callable[..., tuple[Tensor, Tensor]]
     lists: ListStages | None = None
+    pair_bytes: int = SORT_BYTES
 
 
 def unavailable_reason(name: str, device: torch.device, dtype: torch.dtype = torch.float32) -> str | None:
@@ -149,12 +157,15 @@ def _import(name: str, device: torch.device) -> Backend:
     if name == "cpu":
         from . import cpu
 
-        return Backend(name, cpu.antidiagonal_scores, reference.select, cpu.block_sparse_forward)
+        # Scores and masks are 7 bytes; the rest is room for copies of keys and for what each thread holds.
+        return Backend(name, cpu.antidiagonal_scores, cpu.select, cpu.block_sparse_forward, pair_bytes=16)
     if name == "flex":
         from . import flex
 
         own = _import("cpu" if device.type == "cpu" else "triton", device)
-        return own._replace(name=name, block_sparse_forward=flex.block_sparse_forward, lists=None)
+        return own._replace(
+            name=name, block_sparse_forward=flex.block_sparse_forward, lists=None, pair_bytes=SORT_BYTES
+        )
     if name == "fa4":
         from . import fa4
 
@@ -172,4 +183,5 @@ def _import(name: str, device: torch.device) -> Backend:
         block_sparse_forward = partial(block_sparse_forward, force=HOPPER)
         block_sparse_forward_lists = partial(block_sparse_forward_lists, force=HOPPER)
     lists = ListStages(select_lists, block_sparse_forward_lists)
-    return Backend(name, antidiagonal_scores, select, block_sparse_forward, lists)
+    # scores and lists
+    return Backend(name, antidiagonal_scores, select, block_sparse_forward, lists, pair_bytes=8)

@@ -1,4 +1,4 @@
-"""The fast CPU path, in two stages: `cpu_scores` and `cpu_attend`, on the threads of `cpu_workers`.
+"""The fast CPU path: scores in `cpu_scores`, attention in `cpu_attend`, on the threads of `cpu_workers`.
 
 Both compute in float32 (float64 for float64 inputs) whatever the input dtype: a product of bfloat16 tensors rounds its
 result to bfloat16, and such scores choose worse blocks.
@@ -9,11 +9,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .. import reference
 from ..blocks import num_blocks, valid_blocks
 from ..reference import compute_dtype
 from .cpu_attend import attend_item
 from .cpu_scores import score_item
 from .cpu_tensors import geometries
+
+# Pairs of blocks that are sorted at once, for all heads together: 3 MB.
+_SELECT_ELEMENTS = 1 << 16
 
 
 def antidiagonal_scores(
@@ -29,6 +33,20 @@ def antidiagonal_scores(
 ) -> Tensor:
     """Mass of each block, as `reference.antidiagonal_scores`: `[B, Hq, Nq, Nk]`, float32 (float64 for float64)."""
     return _cpu_scores(query, key, stride, block_size, causal, scale, kv_start, kv_lens)
+
+
+def select(scores: Tensor, valid: Tensor, forced: Tensor, *, threshold: float | Tensor) -> Tensor:
+    """`reference.select`, a few rows at a time: what it holds beside the scores is ten times as large as they are."""
+    query_blocks = scores.shape[2]
+    rows = max(_SELECT_ELEMENTS * query_blocks // scores.numel(), 1)
+    if rows >= query_blocks:
+        return reference.select(scores, valid, forced, threshold=threshold)
+    valid, forced = valid.expand(scores.shape), forced.expand(scores.shape)
+    kept = torch.empty(scores.shape, dtype=torch.bool, device=scores.device)
+    for begin in range(0, query_blocks, rows):
+        part = [tensor[:, :, begin : begin + rows] for tensor in (scores, valid, forced)]
+        kept[:, :, begin : begin + rows] = reference.select(*part, threshold=threshold)
+    return kept
 
 
 def block_sparse_forward(

@@ -45,11 +45,11 @@ def attend_item(
 
 
 class _Row(NamedTuple):
-    """One query block of one head: which key blocks it keeps (numbered over all key heads), and its `_KEEPS_` flags."""
+    """One query block of one head: which key blocks it keeps, bool `[Nk]`, and its `_KEEPS_` flags."""
 
     head: int
     block: int
-    kept: Tensor
+    mask: Tensor
     flags: int
 
 
@@ -64,15 +64,17 @@ def _attend_heads(
 ) -> None:
     """Fill output `[H, Sq, D]` and lse `[H, Sq]` for query `[H, Sq, D]`, key and value `[Hkv, Sk, D]`."""
     keys, values = _key_blocks(key, value, geometry.block_size, lse.dtype)
+    group, key_blocks = query.shape[0] // key.shape[0], block_mask.shape[2]
 
     def attend(row: _Row, scratch: Scratch) -> None:
         begin = row.block * geometry.block_size
         tokens = slice(begin, begin + geometry.block_size)
-        _attend_row(
-            query[row.head], keys, values, output[row.head, tokens], lse[row.head, tokens], row, geometry, scratch
-        )
+        # Numbered over all key heads. Of all rows at once, these numbers would take 32 bytes a block.
+        kept = row.mask.nonzero()[:, 0].add_(row.head // group * key_blocks)
+        target, target_lse = output[row.head, tokens], lse[row.head, tokens]
+        _attend_row(query[row.head], keys, values, target, target_lse, kept, row, geometry, scratch)
 
-    for_each(attend, _rows(block_mask, key.shape[0], geometry))
+    for_each(attend, _rows(block_mask, geometry))
 
 
 def _attend_row(
@@ -81,12 +83,16 @@ def _attend_row(
     values: Tensor,
     output: Tensor,
     lse: Tensor,
+    kept: Tensor,
     row: _Row,
     geometry: Geometry,
     scratch: Scratch,
 ) -> None:
-    """Fill output `[n, D]` and lse `[n]` of one query block; `n` is P, or less for the last one."""
-    size, count = geometry.block_size, row.kept.shape[0]
+    """Fill output `[n, D]` and lse `[n]` of one query block; `n` is P, or less for the last one.
+
+    keys and values are rows of whole blocks, of which the row keeps those numbered `kept`.
+    """
+    size, count = geometry.block_size, kept.shape[0]
     if count == 0:
         output.zero_()
         lse.fill_(-torch.inf)
@@ -96,9 +102,12 @@ def _attend_row(
     # The first piece is the short one: the two blocks that overlap the query's own positions belong to one piece.
     step = max(_PIECE_ELEMENTS // size**2, 2)
     end = (count - 1) % step + 1
-    part, total = _attend_piece(queries, keys, values, row, slice(0, end), geometry, scratch)
+    flags = row.flags if end == count else row.flags & _KEEPS_START
+    part, total = _attend_piece(queries, keys, values, kept[:end], flags, geometry, scratch)
     for begin in range(end, count, step):
-        more, more_total = _attend_piece(queries, keys, values, row, slice(begin, begin + step), geometry, scratch)
+        flags = row.flags & ~_KEEPS_START if begin + step == count else 0
+        piece = kept[begin : begin + step]
+        more, more_total = _attend_piece(queries, keys, values, piece, flags, geometry, scratch)
         both = torch.logaddexp(total, more_total)
         # A query that saw no key in either piece keeps an output of 0.
         shift = both.masked_fill(both.isneginf(), 0)
@@ -109,16 +118,13 @@ def _attend_row(
 
 
 def _attend_piece(
-    queries: Tensor, keys: Tensor, values: Tensor, row: _Row, piece: slice, geometry: Geometry, scratch: Scratch
+    queries: Tensor, keys: Tensor, values: Tensor, kept: Tensor, flags: int, geometry: Geometry, scratch: Scratch
 ) -> tuple[Tensor, Tensor]:
-    """Output `[P, D]` and log-sum-exp `[P]` of scaled queries `[P, D]` over the kept blocks `piece` of their row."""
-    size, dtype, head_dim = geometry.block_size, queries.dtype, queries.shape[1]
-    kept, flags = row.kept[piece], row.flags
-    if piece.start > 0:
-        flags &= ~_KEEPS_START
-    if piece.stop < row.kept.shape[0]:
-        flags &= _KEEPS_START
-    count = kept.shape[0]
+    """Output `[P, D]` and log-sum-exp `[P]` of scaled queries `[P, D]` over the blocks `kept`.
+
+    `flags` are the `_KEEPS_` flags of these blocks.
+    """
+    size, dtype, head_dim, count = geometry.block_size, queries.dtype, queries.shape[1], kept.shape[0]
     # Where the gathered keys begin and end to be valid.
     begin = geometry.start % size if flags & _KEEPS_START else 0
     end = count * size + (geometry.stop % size - size if flags & _KEEPS_STOP else 0)
@@ -155,15 +161,12 @@ def _key_blocks(key: Tensor, value: Tensor, size: int, dtype: torch.dtype) -> tu
     return keys, values
 
 
-def _rows(block_mask: Tensor, kv_heads: int, geometry: Geometry) -> list[_Row]:
+def _rows(block_mask: Tensor, geometry: Geometry) -> list[_Row]:
     """The rows of `[H, Nq, Nk]`, those that keep most first."""
-    heads, query_blocks, key_blocks = block_mask.shape
-    counts = block_mask.sum(-1).flatten()
-    row, block = block_mask.flatten(0, 1).nonzero(as_tuple=True)
-    block += row // (heads // kv_heads * query_blocks) * key_blocks
-    kept, flags = block.split(counts.tolist()), _row_flags(block_mask, geometry).tolist()
-    order = counts.argsort(descending=True).tolist()
-    return [_Row(index // query_blocks, index % query_blocks, kept[index], flags[index]) for index in order]
+    query_blocks = block_mask.shape[1]
+    masks, flags = block_mask.flatten(0, 1), _row_flags(block_mask, geometry).tolist()
+    order = masks.sum(-1).argsort(descending=True).tolist()
+    return [_Row(index // query_blocks, index % query_blocks, masks[index], flags[index]) for index in order]
 
 
 def _row_flags(block_mask: Tensor, geometry: Geometry) -> Tensor:
