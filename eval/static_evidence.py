@@ -62,7 +62,7 @@ COPY_ENGINE = {"sm_90": {"TMA": 1}, "sm_100": {"TMA": 1}, "sm_120": {"TMA": 1, "
 LOCAL_LOAD = {"cuda": r"\bLDL\b", "hip": r"\bscratch_load"}
 EXPONENTIAL = {"cuda": r"\bMUFU\.EX2\b", "hip": r"\bv_exp_f32"}
 # A barrier of all threads of a program; one of a single warpgroup names it and says how many threads it is for.
-BARRIER = {"cuda": r"\bBAR\.SYNC\S* 0x[0-9a-f]+\s*$", "hip": r"\bs_barrier\b"}
+BARRIER = {"cuda": r"\bBAR\.SYNC\S* 0x[0-9a-f]+\b(?!,)", "hip": r"\bs_barrier\b"}
 # Hopper's products run asynchronously: gsb0 marks the last instruction of what a later wait counts as one product.
 ASYNC_PRODUCT = r"\bHGMMA\S* (R\d+)\b.*?(, gsb0)?\s*$"
 ASYNC_WAIT = r"\bWARPGROUP\.DEPBAR\.LE gsb0, (0x[0-9a-f]+)"
