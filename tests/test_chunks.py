@@ -200,7 +200,7 @@ def test_triton_kernels_in_chunks(
 def test_triton_kernels_in_chunks_in_the_interpreter(tmp_path: Path) -> None:
     pytest.importorskip("triton", reason="Triton is for Linux only")
     environment = {**os.environ, "TRITON_INTERPRET": "1", "TRITON_CACHE_DIR": str(tmp_path)}
-    command = [sys.executable, "-m", "pytest", __file__, "-k", "test_triton_kernels_in_chunks", "-q", "-n", "0"]
+    command = [sys.executable, "-m", "pytest", __file__, "-k", "test_triton_kernels_in_chunks", "-q"]
     command += ["-p", "no:cacheprovider"]
     finished = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
     assert finished.returncode == 0, finished.stdout + finished.stderr
