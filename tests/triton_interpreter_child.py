@@ -233,7 +233,7 @@ def test_operators_keep_their_contract():
     for operator in (selection_kernel._block_selection, selection_kernel._block_selection_lists):
         torch.library.opcheck(operator, (*chosen, shares))
     torch.library.opcheck(
-        attention_operator._block_sparse, (query, key, value, indices, counts, 32, False, 0.2, *bounds)
+        attention_operator._block_sparse, (query, key, value, indices, counts, 32, False, 0.2, *bounds, None)
     )
 
     def both(query, key, value):
