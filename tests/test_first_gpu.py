@@ -199,7 +199,7 @@ def test_the_plan_tries_the_shipped_configuration_first_and_none_twice() -> None
     for kernel in (*plan.ATTENTION_KERNELS, "antidiagonal_scores"):
         found = plan.variants(kernel, rehearse=False)
         assert [variant.shipped for variant in found] == [True] + [False] * (len(found) - 1)
-        assert len({variant.name for variant in found}) == len(found) > 2
+        assert len({variant.name for variant in found}) == len(found) > 1
         assert plan.variants(kernel, rehearse=True) == found[:1]
 
 
