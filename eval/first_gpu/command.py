@@ -57,7 +57,7 @@ SOURCE = ("rehearsal", "device", "versions", "commit", "time")
 EXAMPLE = """\
 examples:
   python3 -m eval.first_gpu --out first-gpu-out
-  python3 -m eval.first_gpu --rehearse --out /tmp/rehearsal
+  python3 -m eval.first_gpu --rehearse --out rehearsal-out
 
 The folder gets rows.jsonl, one JSON line a result, and a log of each step. A second run appends to the rows.
 Exit code 0: every step ended and no result is wrong, whether or not it reached its goal; 1: something failed; 2: bad
