@@ -11,7 +11,8 @@ FIRST_GPU_OUT ?= first-gpu-out
 # Each compiles kernels of its own, which takes longer than to run them.
 GPU_WORKERS ?= 4
 GPU_TESTS := tests/test_triton_kernels.py tests/test_attention_hopper.py tests/test_call_blocks.py \
-	tests/test_flex_backend.py tests/test_efficiency.py tests/test_tune.py tests/test_synthetic.py
+	tests/test_flex_backend.py tests/test_fa4_backend.py tests/test_efficiency.py tests/test_tune.py \
+	tests/test_synthetic.py
 # The first interpreter that is new enough; PYTHON=... overrides.
 PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11 python; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)

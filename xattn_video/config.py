@@ -45,8 +45,8 @@ class XAttnConfig:
             (`"triton"`, but always with the attention kernel for H100 and H200, whether or not it was measured to be
             faster; what that kernel cannot do raises) or `"reference"`.
         max_extra_mib: bound in MiB on what grows with the square of the length in one call: scores, lists and masks of
-            blocks. A call that would take more is done in chunks of query blocks, with the same result. `chunks.py`
-            says what a backend needs beside them.
+            blocks. A call that would take more is done in chunks of query blocks, which may round the last digit
+            otherwise. `chunks.py` says what a backend needs beside them.
 
     Raises:
         ValueError: a setting is out of its range; the message names it.
