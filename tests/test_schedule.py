@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import pytest
 import torch
@@ -184,6 +184,92 @@ def test_a_pipeline_that_counts_goes_on_after_other_calls_of_its_model() -> None
     assert seen == [0, 1, 2, 3]
     # stopped there, and begun anew
     assert [tracker.observe(torch.tensor(9.0), step_index=index) for index in (0, 0, 1)] == [0, 0, 1]
+
+
+def test_an_index_that_goes_on_in_another_run_starts_at_zero() -> None:
+    """The pipeline was interrupted, and the next run counts its steps from the middle of the schedule."""
+    pipe = Scheduled()
+    tracker = StepTracker()
+    tracker.bind(pipe)
+    pipe.scheduler.set_timesteps([900.0, 600.0, 300.0])
+    assert [tracker.observe(step_index=index) for index in (0, 1)] == [0, 1]
+    pipe.scheduler.set_timesteps([900.0, 600.0, 300.0])
+    assert [tracker.observe(step_index=index) for index in (2, 2, 3)] == [0, 0, 1]
+
+
+class Scheduler:
+    """A scheduler as a tracker sees it."""
+
+    def __init__(self) -> None:
+        self.timesteps = torch.tensor([999.0])
+        self.step_index: int | None = None
+
+    def set_timesteps(self, timesteps: list[float]) -> None:
+        self.timesteps, self.step_index = torch.tensor(timesteps), None
+
+    def step(self) -> None:
+        self.step_index = 1 if self.step_index is None else self.step_index + 1
+
+
+class Scheduled:
+    """A pipeline with a scheduler."""
+
+    def __init__(self) -> None:
+        self.scheduler = Scheduler()
+        self._current_timestep: Tensor | None = None
+
+
+def test_stages_of_one_generation_go_on_counting() -> None:
+    """Helios calls set_timesteps for each stage, and its scheduler knows the timesteps of all."""
+    pipe, tracker = Scheduled(), StepTracker()
+    tracker.bind(pipe)
+    for stages, expected in ((2, [0, 1, 2, 3]), (1, [0, 1, 0, 1])):
+        pipe.scheduler.timesteps_per_stage = dict.fromkeys(range(stages))  # type: ignore[attr-defined]
+        for _ in range(2):
+            steps = []
+            for schedule in ([900.0, 700.0], [500.0, 300.0]):
+                pipe.scheduler.set_timesteps(schedule)
+                for timestep in pipe.scheduler.timesteps:
+                    steps += [tracker.observe(timestep.to(torch.int64)) for _ in range(2)]
+                    pipe.scheduler.step()
+            assert steps[::2] == steps[1::2] == expected
+
+
+@pytest.mark.parametrize("shows", [True, False])
+def test_a_call_between_two_steps_of_a_scheduler(shows: bool) -> None:
+    """A preview after scheduler.step does not move the steps of the run on twice."""
+    pipe, tracker, steps = Scheduled(), StepTracker(), []
+    tracker.bind(pipe)
+    pipe.scheduler.set_timesteps([100.0, 500.0, 300.0, 300.0])
+    for timestep in pipe.scheduler.timesteps:
+        pipe._current_timestep = timestep if shows else None
+        # the same memory as the schedule, or a copy: a model may be called with either
+        steps += [tracker.observe(timestep.expand(2)), tracker.observe(timestep.clone())]
+        pipe.scheduler.step()
+        if shows:
+            assert tracker.observe(torch.tensor(950.0)) == 0
+    assert steps == [0, 0, 1, 1, 2, 2, 3, 3]
+
+
+def test_a_pipeline_goes_on_after_a_whole_run_of_another_one() -> None:
+    one, other, tracker = Scheduled(), Scheduled(), StepTracker()
+    tracker.bind(one)
+    tracker.bind(other)
+
+    def run(pipe: Scheduled, between: Callable[[], object] = lambda: None) -> list[int]:
+        steps = []
+        pipe.scheduler.set_timesteps([900.0, 600.0, 300.0])
+        for timestep in pipe.scheduler.timesteps:
+            pipe._current_timestep = timestep
+            steps.append(tracker.observe(timestep.expand(2)))
+            pipe.scheduler.step()
+            between()
+        pipe._current_timestep = None
+        return steps
+
+    videos: list[list[int]] = []
+    assert run(one, lambda: videos.append(run(other))) == [0, 1, 2]
+    assert videos == [[0, 1, 2]] * 3
 
 
 def test_a_model_without_timestep_counts_forwards() -> None:

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 import weakref
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
+from math import isnan
 from typing import Any
 
 from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+# No model of diffusers runs more often in one step: LTX-2 runs four times with all its kinds of guidance.
+MOST_FORWARDS = 6
 
 
 class WeakLink:
@@ -28,15 +35,61 @@ class WeakLink:
 
 
 class _Watch:
-    """A pipeline and what it showed last."""
+    """A pipeline, what it and its scheduler showed last, and the step that it is in.
+
+    Its scheduler is looked at and not hooked: a pipeline may get another one at any time, and some pipelines copy
+    theirs (a hook would be copied along).
+    """
 
     def __init__(self, pipeline: Any) -> None:
         self.link = WeakLink(pipeline)
-        # a timestep left over from an interrupted run is no news
+        self.step = -1
+        # `_current_timestep`: what it is now, and what it was in the last step.
+        # A timestep that an interrupted run left behind is no news.
         self.seen = getattr(pipeline, "_current_timestep", None)
+        self.last: Any = None
+        # whether it follows the steps of this generation; it does not in a loop outside of the pipeline's own
+        self.shows = True
+        # `scheduler.timesteps`, which set_timesteps replaces, and `scheduler.step_index`, which step() moves
+        self.schedule: Any = None
+        self.index: int | None = None
+        # the timestep that the model was called with at the start of this step
         self.argument: Any = None
-        # the step that it was in, and the timestep that this one had
-        self.step, self.value = -1, float("inf")
+
+    def look(self, *, interrupted: bool = False) -> str | None:
+        """What happened since the last look: `"begin"` (a generation began), `"step"` (the next step), or None.
+
+        Args:
+            interrupted: whether another pipeline ran since this one's last step. It counts only where no scheduler
+                shows the generations.
+        """
+        pipeline = self.link()
+        current = getattr(pipeline, "_current_timestep", None)
+        scheduler = getattr(pipeline, "scheduler", None)
+        schedule, index = getattr(scheduler, "timesteps", None), getattr(scheduler, "step_index", None)
+        shown = current is not None and not _same(current, self.seen)
+        begun = schedule is not None and schedule is not self.schedule
+        # the last step moves the index behind the schedule: what the model does then is not part of the run
+        moved = index is not None and index != self.index and schedule is not None and index < len(schedule)
+        if begun:
+            self.shows = shown
+            event: str | None = "step" if _is_next_stage(scheduler, schedule, self.schedule) else "begin"
+        elif shown:
+            self.shows = True
+            # a scheduler that counts has shown where the generation began
+            again = index is None and (interrupted or self._starts_again(current))
+            event = "begin" if again else "step"
+        else:
+            event = "step" if moved and not self.shows else None
+        self.seen, self.schedule, self.index = current, schedule, index
+        self.last = current if shown else self.last
+        if event is not None:
+            self.step = 0 if event == "begin" else self.step + 1
+        return event
+
+    def counts(self) -> bool:
+        """Whether the steps of this generation can be seen, and not only its begin."""
+        return self.shows or hasattr(getattr(self.link(), "scheduler", None), "step_index")
 
     def belongs(self, argument: Any) -> bool:
         """Whether a forward with this timestep argument can be part of the step seen last.
@@ -45,7 +98,11 @@ class _Watch:
         """
         if argument is None or (_schedule(argument) is not None and _schedule(argument) == _schedule(self.seen)):
             return True
-        return _largest(argument) == _largest(self.argument)
+        return argument is self.argument or _largest(argument) == _largest(self.argument)
+
+    def _starts_again(self, current: Any) -> bool:
+        value, before = _largest(current), _largest(self.last)
+        return value > before or _other_schedule(current, self.last, same_value=value == before)
 
 
 class StepTracker:
@@ -54,11 +111,16 @@ class StepTracker:
     What tells a step, in order:
 
     1. the `step_index` that a pipeline gives to `cache_context`;
-    2. `_current_timestep` of a pipeline that this tracker is bound to. Another object (another value, for a plain
-       number) is another step, since schedulers may repeat a value. A rise starts a new generation, and so does
-       another schedule (the run before was interrupted, and this one may start lower);
-    3. the largest value of the `timestep` that the model is called with. Another value is another step, a rise
-       starts a new generation. This reads one number from the device each forward.
+    2. the user, with `step`, until a bound pipeline begins another generation;
+    3. what a pipeline shows that this tracker is bound to. `scheduler.set_timesteps` begins a generation. Another
+       object in `_current_timestep` (another value, for a plain number) is another step, since schedulers may repeat
+       a value. In a loop that does not set it, a step ends with `scheduler.step`. Only where the scheduler counts no
+       steps (its `step_index` stays None), a rise of the timestep or another schedule begins a generation too;
+    4. the largest value of the `timestep` that the model is called with, which reads one number from the device each
+       forward. Another value is another step. A rise begins a generation; two rises without a fall between them are
+       taken for an inversion, whose timesteps rise, and there a fall begins one. After `start_generation` neither
+       does. What these rules cannot tell is counted as the begin of a generation, which is dense longer than asked
+       rather than too short, and a warning says so once.
 
     A change from one of these to another starts a new generation too, except for a pipeline that goes on where it
     was (something called the model between its steps, a preview for instance). The pipelines are held weakly.
@@ -68,17 +130,42 @@ class StepTracker:
 
     def __init__(self) -> None:
         self._watches: list[_Watch] = []
-        self._step = -1
-        # what told the last step, and the timestep it had
+        # what told the last step
         self._source: Any = None
-        self._value = float("inf")
+        # What the user said: the step, and whether a generation begins with the next forward.
+        self._given: int | None = None
+        self._starts = False
         # the last step that a pipeline counted itself, and its count
         self._counted, self._index = -1, float("inf")
+        # the generation whose steps are found from timesteps, and whether the user said where it begins
+        self._run = _Inference()
+        self._told = False
+        self._warned = False
 
     def bind(self, pipeline: Any) -> None:
-        """Watch the pipeline's `_current_timestep` from now on."""
+        """Watch the pipeline and its scheduler from now on."""
         self._watches = [watch for watch in self._watches if watch.link() not in (None, pipeline)]
         self._watches.append(_Watch(pipeline))
+
+    def start_generation(self) -> None:
+        """A generation begins with the next forward, whose step is 0."""
+        # what happened before is known to the user: only a generation that begins later ends what is said here
+        self._look()
+        self._given, self._starts, self._told = None, True, True
+
+    def step(self, index: int) -> None:
+        """All forwards from now on are in this step, until the next call, or until a pipeline begins a generation.
+
+        Raises:
+            TypeError, ValueError: index is no int, or it is negative.
+        """
+        if not isinstance(index, int):
+            raise TypeError(f"step must be an int, got {type(index).__name__}")
+        if index < 0:
+            raise ValueError(f"step must be 0 or more, got {index}")
+        # as in start_generation
+        self._look()
+        self._given, self._starts = index, False
 
     def observe(self, timestep: Any = None, step_index: int | None = None) -> int:
         """Called at the start of every forward: the index of its step, 0 for the first one of a generation.
@@ -88,47 +175,70 @@ class StepTracker:
                 (every forward then counts as a step).
             step_index: the pipeline's own count, where it gives one.
         """
-        if step_index is not None:
-            return self._count(step_index)
-        for watch in self._watches:
-            current = getattr(watch.link(), "_current_timestep", None)
-            if current is None:
-                watch.seen = None
-            elif not _same(current, watch.seen):
-                again = _other_schedule(current, watch.seen, same_value=_largest(current) == watch.value)
-                watch.seen, watch.argument = current, timestep
-                return self._follow(watch, _largest(current), restart=again)
-            elif self._source is watch and watch.belongs(timestep):
-                return self._step
-        value = _largest(timestep)
-        return self._advance("timestep", value, changed=value != self._value)
+        events = self._look()
+        if step_index is None:
+            step = self._find(timestep, events)
+        else:
+            step = self._count(step_index, begins=self._starts or "begin" in events.values())
+        self._starts = False
+        return step
 
-    def _follow(self, watch: _Watch, value: float, *, restart: bool) -> int:
-        """A new step of a watched pipeline, counted apart from all other calls of the model."""
-        # another pipeline that shares the model ran in between: this one was interrupted
-        restart = restart or (isinstance(self._source, _Watch) and self._source is not watch)
-        watch.step = 0 if restart or value > watch.value else watch.step + 1
-        watch.value = value
-        self._source, self._value, self._step = watch, value, watch.step
-        return self._step
+    def _look(self) -> dict[_Watch, str | None]:
+        """What happened in each pipeline. All of them look, so that none takes another's run for its own later."""
+        source = self._source
+        events = {
+            watch: watch.look(interrupted=isinstance(source, _Watch) and source is not watch) for watch in self._watches
+        }
+        if "begin" in events.values():
+            self._given, self._told = None, False
+        return events
 
-    def _count(self, index: int) -> int:
+    def _find(self, timestep: Any, events: dict[_Watch, str | None]) -> int:
+        source = self._source
+        if self._given is not None:
+            self._source = "user"
+            return self._given
+        if self._starts:
+            for watch in events:
+                watch.step = 0
+        for watch, event in events.items():
+            if event is not None:
+                watch.argument = timestep
+                if not watch.counts():
+                    # it shows where the generation begins, and the timesteps tell its steps
+                    self._starts = self._starts or event == "begin"
+                    continue
+                self._source = watch
+                return watch.step
+        if isinstance(source, _Watch) and source in events and source.belongs(timestep):
+            return source.step
+        if self._starts or (source != "timestep" and not self._told):
+            self._run = _Inference()
+        self._source = "timestep"
+        doubt = self._run.advance(_largest(timestep), told=self._told)
+        if doubt:
+            self._warn(doubt)
+        return self._run.step
+
+    def _count(self, index: int, *, begins: bool) -> int:
         """A forward of a pipeline that counts its steps, apart from all other calls of the model."""
-        if index < self._index:
+        if index < self._index or begins:
             self._counted = 0
         elif index > self._index:
             self._counted += 1
         self._index = index
-        self._source, self._value, self._step = "step_index", float(-index), self._counted
-        return self._step
+        self._source = "step_index"
+        return self._counted
 
-    def _advance(self, source: Any, value: float, *, changed: bool) -> int:
-        if source != self._source or value > self._value:
-            self._step = 0
-        elif changed:
-            self._step += 1
-        self._source, self._value = source, value
-        return self._step
+    def _warn(self, doubt: str) -> None:
+        if not self._warned:
+            self._warned = True
+            logger.warning(
+                "XAttnProcessor cannot tell the denoising step: %s. More or fewer steps than warmup_steps may be "
+                "dense; attach it to the pipeline, or call processor.start_generation() before a loop of your own and "
+                "processor.step(i) in each of its steps",
+                doubt,
+            )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> StepTracker:
         copied = StepTracker()
@@ -136,6 +246,50 @@ class StepTracker:
         targets = [memo.get(id(watch.link())) for watch in self._watches]
         copied._watches = [_Watch(target) for target in targets if target is not None]
         return copied
+
+
+class _Inference:
+    """The steps of a generation, found from nothing but the timesteps that the model is called with."""
+
+    def __init__(self) -> None:
+        self.step = -1
+        self._value = self._first = float("nan")
+        # after a rise: the step that it is in if the timesteps of this generation rise
+        self._rising: int | None = None
+        # forwards with the present value
+        self._forwards = 0
+
+    def advance(self, value: float, *, told: bool) -> str | None:
+        """The next forward's timestep: finds `step`, and returns why this may be wrong or None.
+
+        Args:
+            value: the timestep, NaN where there is none.
+            told: whether the user says where a generation begins.
+        """
+        doubt = None
+        before, self._value = self._value, value
+        self._forwards = self._forwards + 1 if value == before else 1
+        if value == before:
+            if self._forwards > MOST_FORWARDS:
+                doubt = f"{self._forwards} forwards in a row had the timestep {value:g}"
+        elif self.step < 0:
+            self.step, self._first = 0, value
+        elif told:
+            self.step += 1
+        elif value > before and self._rising is not None:
+            self._rising += 1
+            self.step = self._rising
+        elif value > before:
+            if value < self._first:
+                doubt = f"the timestep rose from {before:g} to {value:g}, below the first one, {self._first:g}"
+            # where the timestep fell before, an inversion can have begun with this forward or the one before it
+            self._rising = 1 if self.step == 0 else 0
+            self.step, self._first = 0, value
+        elif self._rising is not None and self.step > 0:
+            self.step, self._first, self._rising = 0, value, None
+        else:
+            self.step, self._rising = self.step + 1, None
+        return "the model takes no timestep, so every forward counts as a step" if isnan(value) else doubt
 
 
 def dense_layers(names: Sequence[str], layers: Sequence[int | str]) -> set[int]:
@@ -174,6 +328,13 @@ def _same(one: Any, other: Any) -> bool:
 def _schedule(timestep: Any) -> int | None:
     """What a timestep was cut from: the address of its storage, None where it is no tensor."""
     return timestep.untyped_storage().data_ptr() if isinstance(timestep, Tensor) else None
+
+
+def _is_next_stage(scheduler: Any, schedule: Any, before: Any) -> bool:
+    """Whether a generation goes on with this schedule: Helios has one for each stage, and each starts lower."""
+    if before is None or len(getattr(scheduler, "timesteps_per_stage", ())) < 2:
+        return False
+    return float(schedule[0]) < float(before[0])
 
 
 def _other_schedule(current: Any, seen: Any, *, same_value: bool) -> bool:

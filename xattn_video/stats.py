@@ -40,7 +40,8 @@ class LayerCounts:
         self.name = name
         # a tensor made in inference mode could not be counted up outside of it
         with torch.inference_mode(False):
-            self.values = torch.zeros(_WIDTH, dtype=torch.int64)
+            # on the CPU, since a model may be attached under torch.device("meta")
+            self.values = torch.zeros(_WIDTH, dtype=torch.int64, device="cpu")
 
     def place(self, device: torch.device) -> None:
         """Move to the device that the counted calls run on."""

@@ -74,6 +74,50 @@ class XAttnProcessor:
             "or transformer"
         )
 
+    def start_generation(self) -> None:
+        """Say that a new video begins: the next forward is in step 0, and `warmup_steps` counts from there.
+
+        For a loop of your own around a transformer. A diffusers pipeline that the processor is attached to needs
+        it not, nor does a loop with such a pipeline's scheduler: their steps are seen. After this call every change
+        of the timestep is the next step, whether it falls or rises, until `step` says more. Say it before each video
+        then: only a pipeline that begins a generation (`scheduler.set_timesteps`) ends what was said here.
+
+        Example:
+            >>> import torch
+            >>> from diffusers import WanTransformer3DModel
+            >>> from xattn_video import XAttnProcessor
+            >>> model = WanTransformer3DModel(
+            ...     num_attention_heads=2, attention_head_dim=32, text_dim=16, freq_dim=32, ffn_dim=64, num_layers=2
+            ... )
+            >>> processor = XAttnProcessor(warmup_steps=2, min_tokens=64)
+            >>> model.set_attn_processor(processor)
+            >>> latents, text = torch.randn(1, 16, 5, 16, 16), torch.randn(1, 8, 16)
+            >>> processor.start_generation()
+            >>> for index in range(8):  # a queue of frames: the largest timestep is the same in every step
+            ...     processor.step(index)
+            ...     with torch.no_grad():
+            ...         velocity = model(latents, torch.tensor([999]), text).sample
+            ...     latents = latents - velocity / 8
+            >>> summary = processor.stats.summary()
+            >>> summary["dense_calls"], summary["sparse_calls"]
+            ({'warmup': 4}, 12)
+        """
+        self._tracker.start_generation()
+
+    def step(self, index: int) -> None:
+        """Say which denoising step the next forwards are in, the two of guidance for instance.
+
+        It holds until the next call of `step` or `start_generation`, or until a pipeline that the processor is
+        attached to begins a generation. The example is at `start_generation`.
+
+        Args:
+            index: steps of this generation before this one: 0 for the first one that is really run.
+
+        Raises:
+            TypeError, ValueError: index is no int, or it is negative.
+        """
+        self._tracker.step(index)
+
     def attach(self, target: DiffusionPipeline | nn.Module) -> None:
         """What `target.set_attn_processor(self)` does; replaces an XAttnProcessor that is attached.
 

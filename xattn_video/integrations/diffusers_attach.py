@@ -110,7 +110,7 @@ class Attachment:
         step = self._tracker.observe(timestep, self._step_index)
         self._state.begin("warmup" if step < self._config.warmup_steps else None)
         tensors = (value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
-        device = next(tensors, torch.empty(0)).device
+        device = next((tensor.device for tensor in tensors), torch.device("cpu"))
         self._counts.begin_forward(step, device)
         for wrapper in self._wrappers.values():
             # from the host; a layer of a model that is split over GPUs has a device of its own

@@ -86,8 +86,9 @@ class SparseSelfAttention:
         # where the original has no such attribute
         self._unset: dict[str, Any] = {}
         many = isinstance(config.threshold, tuple)
-        # one tensor for all calls, where the number is different by head
-        self.threshold = torch.tensor(config.threshold, dtype=torch.float64) if many else None
+        # One tensor for all calls, where the threshold differs per head. It is made on the CPU, whatever the default
+        # device is, since a model may be attached under torch.device("meta").
+        self.threshold = torch.tensor(config.threshold, dtype=torch.float64, device="cpu") if many else None
         check_parallel(self._parallel_config)
 
     def place(self, device: torch.device) -> None:
