@@ -119,8 +119,8 @@ class StepTracker:
     4. the largest value of the `timestep` that the model is called with, which reads one number from the device each
        forward. Another value is another step. A rise begins a generation; two rises without a fall between them are
        taken for an inversion, whose timesteps rise, and there a fall begins one. After `start_generation` neither
-       does. What these rules cannot tell is counted as the begin of a generation, which is dense longer than asked
-       rather than too short, and a warning says so once.
+       does. Timesteps that jump back and forth or stand still are dense for longer than asked, and one warning says
+       so. A generation that begins below the last timestep of the one before cannot be seen to begin.
 
     A change from one of these to another starts a new generation too, except for a pipeline that goes on where it
     was (something called the model between its steps, a preview for instance). The pipelines are held weakly.

@@ -296,6 +296,9 @@ def _wrapper_class(inner: type) -> type[SparseSelfAttention]:
     def call(self: SparseSelfAttention, attn: Any, *args: Any, **kwargs: Any) -> Any:
         if self.text != "cross" and text_index is not None:
             text = args[text_index] if len(args) > text_index else kwargs.get("encoder_hidden_states")
+            # `attend` reads it in the same call: the dispatch between the two hands only `parallel_config` on. A copy
+            # of `inner` for each call could carry the number there instead. It takes 4 us a call, and threads could
+            # still not share a model, whose forwards are counted as steps of one generation.
             self.text_tokens = 0 if text is None else text.shape[1]
         return self.inner(attn, *args, **kwargs)
 
