@@ -19,7 +19,10 @@ from xattn_video.kernels.launch_tables import LaunchConfig
 
 
 def workers() -> ProcessPoolExecutor:
-    """A process for each core that this one may use; they start when there is work for them."""
+    """A process for each core that this one may use; they start when there is work for them.
+
+    They are spawned: torch and LLVM have threads, which a fork would lose.
+    """
     return ProcessPoolExecutor(len(os.sched_getaffinity(0)), multiprocessing.get_context("spawn"))
 
 

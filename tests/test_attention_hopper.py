@@ -82,9 +82,9 @@ def test_calls_that_stay_plain_and_why(gpu):
         ("multiple of block_size", query, longer, {"causal": True}),
         ("multiple of block_size", on_gpu(1000 + 128), query, {"causal": True}),
         ("without kv_lens", query, query, {"causal": True, "kv_lens": lens}),
-        ("key has shape", query, strided((2, 4, 1000, 128), (0, 128, 512, 1)), {}),
-        ("key has shape", query, strided((2, 4, 1000, 128), (513_000, 128, 513, 1)), {}),
-        ("query has shape", on_gpu(0), query, {}),
+        ("key must have strides", query, strided((2, 4, 1000, 128), (0, 128, 512, 1)), {}),
+        ("key must have strides", query, strided((2, 4, 1000, 128), (513_000, 128, 513, 1)), {}),
+        ("query must have strides", on_gpu(0), query, {}),
     ]
     for words, one, other, changes in cases:
         refusal = hopper_refusal(one, other, other, **RULES | changes)
@@ -131,6 +131,18 @@ def test_what_runs_is_said_once(gpu, caplog):
     first, second = (record.getMessage() for record in caplog.records)
     assert "head_dim 128: the hopper kernel (measured at " in first
     assert second.endswith("head_dim 96: the plain kernel (it takes head_dim 64 and 128, not 96)")
+
+
+def test_calls_of_other_lengths_with_one_reason_are_said_once(gpu, caplog):
+    query = on_gpu()
+    with caplog.at_level(logging.INFO, logger=attention_choice.__name__):
+        for tokens in (1000, 2000, 3000):
+            odd = strided((2, 4, tokens, 128), (tokens * 513, 128, 513, 1))
+            choose_kernel(query, odd, odd, **RULES)
+    (record,) = caplog.records
+    assert record.getMessage().endswith(
+        "(key must have strides that TMA can copy (falling, multiples of 16 bytes, none 0))"
+    )
 
 
 def test_the_backend_by_name_also_selects_from_scores(gpu):

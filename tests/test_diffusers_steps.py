@@ -15,7 +15,7 @@ from tests.tiny.wan_family import TEXT_DIM, build_t2v, call_t2v, flow_scheduler,
 from xattn_video import XAttnProcessor
 from xattn_video.integrations import diffusers as integration
 
-# after tests.tiny, which mends a torchvision that does not fit this torch
+# after tests.tiny, which repairs a torchvision that does not fit this torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler  # isort: skip
 
 SETTINGS: dict[str, Any] = {"stride": 4, "block_size": 32, "min_tokens": 64, "threshold": 0.5, "warmup_steps": 2}

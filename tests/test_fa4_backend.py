@@ -83,11 +83,20 @@ def test_what_padding_holds_reaches_no_product():
     clean = parts[2].clone()
     parts[2][1, :, 20:] = torch.nan
     arguments = fa4.call_arguments(*parts, causal=False, scale=1.0, kv_lens=kv_lens)
-    assert arguments["seqused_k"] is kv_lens
+    assert arguments["seqused_k"].dtype == torch.int32
+    assert arguments["seqused_k"].tolist() == [50, 20]
     assert torch.equal(arguments["v"][0], clean[0].transpose(0, 1))
     assert torch.equal(arguments["v"][1, :20], clean[1, :, :20].transpose(0, 1))
     assert (arguments["v"][1, 20:] == 0).all()
     assert parts[2].isnan().any()
+
+
+def test_a_length_beyond_the_keys_is_all_keys_as_for_the_other_backends():
+    parts = [torch.randn(2, 3, 50, 8) for _ in range(3)]
+    kv_lens = torch.tensor([60, 20], dtype=torch.int32)
+    arguments = fa4.call_arguments(*parts, causal=False, scale=1.0, kv_lens=kv_lens)
+    assert arguments["seqused_k"].tolist() == [50, 20]
+    assert kv_lens.tolist() == [60, 20]
 
 
 def test_the_operator_promises_the_layout_of_the_package():

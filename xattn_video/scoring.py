@@ -36,7 +36,7 @@ def score_blocks(
         causal: query i of item b sees keys up to `i + kv_lens[b] - Sq`.
         scale: factor on the products; None is `1 / sqrt(D)`.
         kv_start, kv_lens: integer `[B]`, the range of valid keys; None is 0 and Sk.
-        backend: `auto`, `triton`, `cpu`, `flex`, `fa4` or `reference`.
+        backend: `auto`, `triton`, `triton-hopper`, `cpu`, `flex`, `fa4` or `reference`.
 
     Returns:
         float32 `[B, Hq, Nq, Nk]` (float64 from `reference` for float64 inputs). A row sums to the number of

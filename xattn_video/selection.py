@@ -52,8 +52,8 @@ def select_blocks(
         selection: `threshold`; or `top_k` (the `top_k` best blocks a row) or `top_ratio` (a share `top_ratio`
             of the row's valid blocks, rounded up), the rules of the paper's Table 8.
         top_k, top_ratio: the number that goes with `selection`.
-        backend: `auto`, `triton`, `cpu`, `flex`, `fa4` or `reference`; `auto` is `reference` where there is no
-            fast one.
+        backend: `auto`, `triton`, `triton-hopper`, `cpu`, `flex`, `fa4` or `reference`; `auto` is `reference` where
+            there is no fast one.
 
     Returns:
         bool `[B, Hq, Nq, Nk]`. Every row with a valid block keeps at least one.

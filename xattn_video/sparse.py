@@ -39,7 +39,7 @@ def block_sparse_attention(
         scale: factor on the products; None is `1 / sqrt(D)`.
         kv_start, kv_lens: integer `[B]`, the range of valid keys; None is 0 and Sk.
         return_lse: also return the log-sum-exp of the scaled logits.
-        backend: `auto`, `triton`, `cpu`, `flex`, `fa4` or `reference`.
+        backend: `auto`, `triton`, `triton-hopper`, `cpu`, `flex`, `fa4` or `reference`.
 
     Returns:
         output `[B, Hq, Sq, D]` in query's dtype; with `return_lse` also the natural log-sum-exp, float32

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import os
 import time
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
-from multiprocessing import get_context
+from concurrent.futures import Future, as_completed
 
 from eval.dense_kernels import reason_of
 from eval.first_gpu.kernels import arguments_without_memory
 from eval.first_gpu.look import Look
 from eval.first_gpu.plan import ATTENTION_KERNELS, TARGET, TIMED, Call, Variant, checks, strides, variants
+from eval.tune_compile import workers
 
 Job = tuple[Variant, Call, int | None]
 
@@ -34,9 +34,7 @@ def jobs(rehearse: bool) -> list[Job]:
 def compile_all(look: Look) -> None:
     """A row for each kernel: how long it took to compile for sm_90 and the shared memory it uses, or what failed."""
     began = time.monotonic()
-    cores = len(os.sched_getaffinity(0))
-    # a fresh process each: torch and LLVM have threads, which a fork would lose
-    with ProcessPoolExecutor(cores, mp_context=get_context("spawn")) as pool:
+    with workers() as pool:
         pending: dict[Future[tuple[float, int]], Job] = {
             pool.submit(compile_variant, *job): job for job in jobs(look.rehearse)
         }
@@ -49,7 +47,7 @@ def compile_all(look: Look) -> None:
                 look.row(**named, failed=reason_of(error))
             else:
                 look.row(**named, seconds=round(seconds, 1), shared=shared)
-    look.row(name="all", seconds=round(time.monotonic() - began, 1), cores=cores)
+    look.row(name="all", seconds=round(time.monotonic() - began, 1), cores=len(os.sched_getaffinity(0)))
 
 
 def compile_variant(variant: Variant, call: Call, stride: int | None) -> tuple[float, int]:

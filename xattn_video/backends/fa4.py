@@ -181,6 +181,8 @@ def call_arguments(
         "pack_gqa": False,
     }
     if kv_lens is not None:
+        # With more than there are, the kernel's mask for the last block would end past the last key.
+        kv_lens = kv_lens.clamp(max=key.shape[2])
         arguments["seqused_k"] = kv_lens
         # A masked probability is 0, and 0 times whatever lies in the padding must be 0 too.
         padding = torch.arange(value.shape[2], device=value.device).view(-1, 1) >= kv_lens.view(-1, 1, 1, 1)

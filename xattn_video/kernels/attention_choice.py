@@ -62,7 +62,8 @@ def choose_kernel(
         else:
             refusal = reason = "the launch table has no measurement in which the Hopper kernel is faster"
     kernel = HOPPER if refusal is None else PLAIN
-    _say_once(kernel, str(query.dtype), query.shape[3], reason)
+    # What was got may differ from call to call, and each is said once.
+    _say_once(kernel, str(query.dtype), query.shape[3], reason.partition(", got ")[0])
     return kernel
 
 
@@ -101,7 +102,10 @@ def hopper_refusal(
         # one whose head dimension is not dense is copied first, and can then be described
         ordered = tensor.transpose(1, 2) if heads_inside(tensor) else tensor
         if 0 in tensor.shape or (tensor.stride(3) == 1 and not describable(ordered)):
-            return f"{name} has shape {tuple(tensor.shape)} and strides {tensor.stride()}, which TMA cannot copy"
+            return (
+                f"{name} must have strides that TMA can copy (falling, multiples of 16 bytes, none 0), got shape "
+                f"{tuple(tensor.shape)} and strides {tensor.stride()}"
+            )
     return None
 
 
