@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pipelines.errors import UserError
-from xattn_video.synthetic import causal_text_like_qkv, video_like_qkv
+from xattn_video.testing.synthetic import causal_text_like_qkv, video_like_qkv
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 INPUTS = ("video", "demo", "text")

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from eval.bench_cases import Case
-from xattn_video import XAttnConfig, block_sparse_attention, reference, score_blocks, select_blocks, xattention
-from xattn_video.attention import dense_attention
-from xattn_video.synthetic import causal_text_like_qkv
+from xattn_video import XAttnConfig, block_sparse_attention, score_blocks, select_blocks, xattention
+from xattn_video.ops import reference
+from xattn_video.ops.xattention import dense_attention
+from xattn_video.testing.synthetic import causal_text_like_qkv
 
 # Of the scores' norm, in a head. The sums of a row are exact to about 1e-6; a wrong tile is off by far more.
 SCORES_ERROR = 1e-3

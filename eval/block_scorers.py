@@ -16,10 +16,10 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from xattn_video import score_blocks
-from xattn_video.blocks import num_blocks
-from xattn_video.checks import default_scale
 from xattn_video.config import check_geometry
-from xattn_video.reference import compute_dtype
+from xattn_video.ops.blocks import num_blocks
+from xattn_video.ops.checks import default_scale
+from xattn_video.ops.reference import compute_dtype
 
 # Logits held at once: 64 MB of float32.
 CHUNK_ELEMENTS = 2**24

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from xattn_video.attention import dense_attention
-from xattn_video.backends import flex
-from xattn_video.blocks import mask_to_lists, valid_blocks
+from xattn_video.ops import flex
+from xattn_video.ops.blocks import mask_to_lists, valid_blocks
+from xattn_video.ops.xattention import dense_attention
 
 Kernel = Callable[[], Tensor]
 
@@ -67,15 +67,15 @@ def attention_candidates(problem: Problem) -> Judged:
     """
     if problem.query.device.type != "cuda":
         return Judged({}, {})
-    from xattn_video.kernels.attention_choice import hopper_refusal
-    from xattn_video.kernels.block_sparse import launch_block_sparse
+    from xattn_video.ops.triton.attention import launch_block_sparse
+    from xattn_video.ops.triton.attention_choice import hopper_refusal
 
     own = Judged({"attend-plain": _OnLists(problem, launch_block_sparse)}, {})
     bounds: dict[str, Any] = {"block_size": problem.block_size, "causal": problem.causal}
     reason = hopper_refusal(problem.query, problem.key, problem.value, **bounds, kv_start=None, kv_lens=None)
     if reason is None:
         # Triton before 3.6 cannot import it
-        from xattn_video.kernels.attention_hopper import launch_hopper
+        from xattn_video.ops.triton.attention_hopper import launch_hopper
 
         own.kernels["attend-hopper"] = _OnLists(problem, launch_hopper)
     else:

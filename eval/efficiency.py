@@ -50,10 +50,10 @@ from pipelines.environment import device_name
 from pipelines.errors import UserError
 from pipelines.files import make_writable
 from xattn_video import XAttnConfig, xattention
-from xattn_video.attention import Kept, attend_kept, select_kept
-from xattn_video.backends import resolve
-from xattn_video.blocks import lists_to_mask
-from xattn_video.call_blocks import call_blocks
+from xattn_video.ops.backends import resolve
+from xattn_video.ops.blocks import lists_to_mask
+from xattn_video.ops.call_blocks import call_blocks
+from xattn_video.ops.xattention import Kept, attend_kept, select_kept
 
 LEDGER = RESULTS / "efficiency.jsonl"
 # The inputs at which the default shape keeps about 0.17 of its blocks.
@@ -349,7 +349,7 @@ def _measure(
 
 def _launch_configs(query: Tensor) -> dict[str, Any]:
     """What the kernels were launched with: a user's table, which `tune` writes, comes before the package's."""
-    from xattn_video.kernels.launch_tables import find_config, find_optional_config
+    from xattn_video.ops.triton.launch_tables import find_config, find_optional_config
 
     entry = (query.dtype, query.shape[3], query.device)
     found: dict[str, Any] = {kernel: find_config(kernel, *entry) for kernel in ("antidiagonal_scores", "block_sparse")}

@@ -17,8 +17,8 @@ from torch import Tensor
 from eval.block_scorers import EXACT, SCORERS, exact_block_mass
 from eval.ranking import recalled_mass, roc_auc, spearman
 from xattn_video import score_blocks, select_blocks
-from xattn_video.blocks import valid_blocks
-from xattn_video.reference import select, select_top
+from xattn_video.ops.blocks import valid_blocks
+from xattn_video.ops.reference import select, select_top
 
 # A smaller difference in recalled mass counts as none.
 SAME_RECALL = 0.001

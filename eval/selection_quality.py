@@ -31,7 +31,7 @@ from pipelines.environment import device_name
 from pipelines.errors import UserError
 from pipelines.program import Parser, run_program
 from xattn_video.config import check_geometry
-from xattn_video.synthetic import causal_text_like_qkv, video_like_qkv
+from xattn_video.testing.synthetic import causal_text_like_qkv, video_like_qkv
 
 LEDGER = RESULTS / "selection_quality.jsonl"
 INPUTS = ("demo", "video", "text")

@@ -34,9 +34,10 @@ from eval.ledger import provenance
 from pipelines.errors import UserError
 from pipelines.files import write_texts
 from pipelines.program import Parser, run_program
-from xattn_video.blocks import num_blocks
-from xattn_video.kernels import antidiagonal_scores, attention_choice, block_sparse, launch_tables
-from xattn_video.kernels.launch_tables import LaunchConfig
+from xattn_video.ops.blocks import num_blocks
+from xattn_video.ops.triton import attention, attention_choice, launch_tables
+from xattn_video.ops.triton import scores as antidiagonal_scores
+from xattn_video.ops.triton.launch_tables import LaunchConfig
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -125,11 +126,11 @@ class Case:
         tensors = (query, query, query, query, lse, indices, counts)
         if self.kernel == HOPPER:
             # needs a newer Triton than the others
-            from xattn_video.kernels import attention_hopper
+            from xattn_video.ops.triton import attention_hopper
 
             options |= {"kv_start": None, "kv_lens": None if self.causal else options["kv_lens"]}
             return attention_hopper._attend_hopper_kernel, attention_hopper.hopper_arguments(*tensors, **options)[1]
-        return block_sparse._block_sparse_kernel, block_sparse.block_sparse_arguments(*tensors, **options)[1]
+        return attention._block_sparse_kernel, attention.block_sparse_arguments(*tensors, **options)[1]
 
 
 def _meta(*shape: int, dtype: torch.dtype) -> torch.Tensor:

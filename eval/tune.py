@@ -33,9 +33,9 @@ from eval.tune_compile import compile_ahead, workers
 from eval.tune_problems import ATTEND, HOPPER, KERNELS, SCORES, Runner, large_runner, small_runner
 from pipelines.environment import device_name
 from pipelines.errors import UserError
-from xattn_video.checks import MAX_HEAD_DIM
-from xattn_video.kernels import launch_tables
-from xattn_video.kernels.launch_tables import LaunchConfig, Table
+from xattn_video.ops.checks import MAX_HEAD_DIM
+from xattn_video.ops.triton import launch_tables
+from xattn_video.ops.triton.launch_tables import LaunchConfig, Table
 
 EXAMPLE = f"""\
 example:
@@ -281,7 +281,7 @@ def refusal(kernel: str, dtype: torch.dtype, head_dim: int, device: torch.device
     """Why a kernel is not for this device, type and head dimension, or None."""
     if kernel != HOPPER:
         return None
-    from xattn_video.kernels.attention_choice import hopper_device_refusal
+    from xattn_video.ops.triton.attention_choice import hopper_device_refusal
 
     table = launch_tables.packaged_table(launch_tables.device_class(device))
     reason = hopper_device_refusal(device)

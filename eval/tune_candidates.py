@@ -18,7 +18,7 @@ stride 8 and 16 128x256x64 572 and 510 with 3 stages, 531 and 533 with 4, 128x12
 from __future__ import annotations
 
 from eval.tune_problems import ATTEND, HOPPER, KERNELS, SCORES
-from xattn_video.kernels.launch_tables import OPTIONAL, LaunchConfig
+from xattn_video.ops.triton.launch_tables import OPTIONAL, LaunchConfig
 
 # float32 accumulators a thread may hold; with more the compiler spills.
 MOST_ACCUMULATORS = 160

@@ -15,7 +15,7 @@ from concurrent.futures import Executor, ProcessPoolExecutor
 from typing import Any
 
 from eval.tune_problems import Runner, Shape
-from xattn_video.kernels.launch_tables import LaunchConfig
+from xattn_video.ops.triton.launch_tables import LaunchConfig
 
 
 def workers() -> ProcessPoolExecutor:

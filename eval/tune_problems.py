@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from eval.bench_cases import DTYPES, Case, make_inputs
-from xattn_video import reference, score_blocks, select_blocks
-from xattn_video.blocks import mask_to_lists, num_blocks, valid_blocks
-from xattn_video.kernels.launch_tables import LaunchConfig
-from xattn_video.synthetic import causal_text_like_qkv
+from xattn_video import score_blocks, select_blocks
+from xattn_video.ops import reference
+from xattn_video.ops.blocks import mask_to_lists, num_blocks, valid_blocks
+from xattn_video.ops.triton.launch_tables import LaunchConfig
+from xattn_video.testing.synthetic import causal_text_like_qkv
 
 SCORES, ATTEND, HOPPER = KERNELS = ("antidiagonal_scores", "block_sparse", "attention_hopper")
 BLOCK_SIZE, STRIDE = 128, 8
@@ -73,15 +74,15 @@ class Runner:
     def launch(self, config: LaunchConfig, output: Tensor, programs: int | None = None) -> None:
         """Fill what `empty` gave by one launch with that configuration; `programs` is for the scores."""
         if self.kernel == SCORES:
-            from xattn_video.kernels.antidiagonal_scores import launch_antidiagonal_scores
+            from xattn_video.ops.triton.scores import launch_antidiagonal_scores
 
             options = {**self._options, "config": config, "stride": STRIDE, "programs": programs}
             launch_antidiagonal_scores(self.query, self.key, output, **options)
             return
         if self.kernel == HOPPER:
-            from xattn_video.kernels.attention_hopper import launch_hopper as launch
+            from xattn_video.ops.triton.attention_hopper import launch_hopper as launch
         else:
-            from xattn_video.kernels.block_sparse import launch_block_sparse as launch
+            from xattn_video.ops.triton.attention import launch_block_sparse as launch
         inputs = (self.query, self.key, self.value)
         launch(*inputs, output, self._lse, *self._lists, **self._options, config=config)
 
@@ -89,7 +90,7 @@ class Runner:
         """The kernel and what `launch` gives it."""
         options = {**self._options, "config": config}
         if self.kernel == SCORES:
-            from xattn_video.kernels import antidiagonal_scores
+            from xattn_video.ops.triton import scores as antidiagonal_scores
 
             _, arguments = antidiagonal_scores.scores_arguments(
                 self.query, self.key, self.empty(), stride=STRIDE, **options
@@ -97,10 +98,10 @@ class Runner:
             return antidiagonal_scores._antidiagonal_scores_kernel, arguments
         tensors = (self.query, self.key, self.value, self.empty(), self._lse, *self._lists)
         if self.kernel == HOPPER:
-            from xattn_video.kernels import attention_hopper
+            from xattn_video.ops.triton import attention_hopper
 
             return attention_hopper._attend_hopper_kernel, attention_hopper.hopper_arguments(*tensors, **options)[1]
-        from xattn_video.kernels import block_sparse
+        from xattn_video.ops.triton import attention as block_sparse
 
         return block_sparse._block_sparse_kernel, block_sparse.block_sparse_arguments(*tensors, **options)[1]
 

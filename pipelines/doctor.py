@@ -157,8 +157,8 @@ def format_report(report: dict[str, Any]) -> str:
 def _device(name: str, description: str) -> dict[str, Any]:
     import torch
 
-    from xattn_video.backends import auto_name, unavailable_reason
     from xattn_video.config import BACKENDS
+    from xattn_video.ops.backends import auto_name, unavailable_reason
 
     device = torch.device(name)
     dtype = torch.float32 if device.type == "cpu" else torch.float16

@@ -22,7 +22,7 @@ import flash_attn.cute
 from flash_attn.cute import interface
 from flash_attn.cute.block_sparsity import BlockSparseTensorsTorch
 
-from xattn_video.backends import fa4
+from xattn_video.ops import fa4
 
 CAPABILITY = int(os.environ["FLASH_ATTENTION_ARCH"].removeprefix("sm_")) // 10
 FP16, BF16 = torch.float16, torch.bfloat16

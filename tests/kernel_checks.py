@@ -9,15 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from xattn_video import reference, xattention
-from xattn_video.blocks import mask_to_lists, num_blocks, valid_and_forced_blocks, valid_blocks
-from xattn_video.kernels import antidiagonal_scores as scores_kernel
-from xattn_video.kernels import block_lists as lists_kernel
-from xattn_video.kernels import block_selection as selection_kernel
-from xattn_video.kernels import block_sparse as attention_kernel
-from xattn_video.kernels import block_sparse_forward as attention_operator
-from xattn_video.kernels.descriptors import has_copy_engine
-from xattn_video.kernels.launch import launch_config, positive_scale, unit_inner_stride
+from xattn_video import xattention
+from xattn_video.ops import reference
+from xattn_video.ops.blocks import mask_to_lists, num_blocks, valid_and_forced_blocks, valid_blocks
+from xattn_video.ops.triton import attention as attention_kernel
+from xattn_video.ops.triton import attention_forward as attention_operator
+from xattn_video.ops.triton import block_lists as lists_kernel
+from xattn_video.ops.triton import scores as scores_kernel
+from xattn_video.ops.triton import selection as selection_kernel
+from xattn_video.ops.triton.descriptors import has_copy_engine
+from xattn_video.ops.triton.launch import launch_config, positive_scale, unit_inner_stride
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.functional import scaled_dot_product_attention
 
 from xattn_video import XAttnConfig, block_sparse_attention, score_blocks, select_blocks, xattention
-from xattn_video.attention import dense_attention
+from xattn_video.ops.xattention import dense_attention
 
 BACKENDS = ["reference", "cpu"]
 

@@ -18,9 +18,9 @@ from torch._subclasses import FakeTensorMode
 
 from tests.kernel_checks import Problem, check_listed_attention
 from xattn_video import XAttnConfig, block_sparse_attention, score_blocks, select_blocks, xattention
-from xattn_video.backends import unavailable_reason
-from xattn_video.kernels import attention_choice, launch_tables
-from xattn_video.kernels.attention_choice import HOPPER, PLAIN, choose_kernel, hopper_refusal
+from xattn_video.ops.backends import unavailable_reason
+from xattn_video.ops.triton import attention_choice, launch_tables
+from xattn_video.ops.triton.attention_choice import HOPPER, PLAIN, choose_kernel, hopper_refusal
 
 RULES: dict[str, Any] = {"block_size": 128, "causal": False, "kv_start": None, "kv_lens": None}
 BF16, FP16 = torch.bfloat16, torch.float16
@@ -187,7 +187,7 @@ def test_results_on_a_gpu(problem, stages):
     """Against float64, twice with the same bits. Values are new in each run; a failure shows their seed."""
     if torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("needs a GPU of compute capability 9.0")
-    from xattn_video.kernels.attention_hopper import launch_hopper
+    from xattn_video.ops.triton.attention_hopper import launch_hopper
 
     problem = dataclasses.replace(problem, seed=int.from_bytes(os.urandom(2)))
     config = {"num_stages": stages, "percent_of_plain": 101}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from xattn_video.blocks import (
+from xattn_video.ops.blocks import (
     count_valid_blocks,
     lists_to_mask,
     mask_to_lists,

@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from xattn_video import call_blocks as module
 from xattn_video import xattention
-from xattn_video.blocks import valid_and_forced_blocks, valid_blocks
-from xattn_video.call_blocks import call_blocks, head_thresholds
+from xattn_video.ops import call_blocks as module
+from xattn_video.ops.blocks import valid_and_forced_blocks, valid_blocks
+from xattn_video.ops.call_blocks import call_blocks, head_thresholds
 
 RULES = {"block_size": 32, "causal": False, "dense_tokens": None, "dense_last": 0}
 NO_BOUNDS = {"kv_start": None, "kv_lens": None}

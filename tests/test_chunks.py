@@ -18,9 +18,11 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from xattn_video import CallStats, XAttnConfig, attention, xattention
-from xattn_video.backends import SORT_BYTES, cpu, resolve
-from xattn_video.chunks import rows_per_chunk
+from xattn_video import CallStats, XAttnConfig, xattention
+from xattn_video.ops import xattention as attention
+from xattn_video.ops.backends import SORT_BYTES, resolve
+from xattn_video.ops.chunks import rows_per_chunk
+from xattn_video.ops.cpu import backend as cpu
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).resolve().parent.parent

@@ -11,10 +11,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from xattn_video import XAttnConfig, block_sparse_attention, reference, score_blocks, xattention
-from xattn_video.backends import cpu, cpu_workers
-from xattn_video.blocks import valid_blocks
-from xattn_video.synthetic import causal_text_like_qkv, video_like_qkv
+from xattn_video import XAttnConfig, block_sparse_attention, score_blocks, xattention
+from xattn_video.ops import reference
+from xattn_video.ops.blocks import valid_blocks
+from xattn_video.ops.cpu import backend as cpu
+from xattn_video.ops.cpu import workers
+from xattn_video.testing.synthetic import causal_text_like_qkv, video_like_qkv
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
@@ -184,26 +186,26 @@ def test_no_other_thread_loses_its_threads(two_threads: None) -> None:
 
 
 def test_operations_inside_a_task_are_serial_and_an_error_arrives(two_threads: None) -> None:
-    if cpu_workers._openmp_set_num_threads() is None:
+    if workers._openmp_set_num_threads() is None:
         pytest.skip("this torch has no OpenMP whose threads could be set")
     seen: dict[int, tuple[int, int]] = {}
     together = threading.Barrier(2, timeout=20)
 
-    def look(task: int, scratch: cpu_workers.Scratch) -> None:
+    def look(task: int, scratch: workers.Scratch) -> None:
         if task < 2:
             together.wait()
         seen[task] = (threading.get_ident(), torch.get_num_threads())
 
-    cpu_workers.for_each(look, range(10))
+    workers.for_each(look, range(10))
     assert sorted(seen) == list(range(10))
     assert seen[0][0] != seen[1][0]
     assert {threads for _, threads in seen.values()} == {1}
 
-    def fail(task: int, scratch: cpu_workers.Scratch) -> None:
+    def fail(task: int, scratch: workers.Scratch) -> None:
         raise KeyError(task)
 
     with pytest.raises(KeyError):
-        cpu_workers.for_each(fail, range(4))
+        workers.for_each(fail, range(4))
 
 
 @pytest.mark.parametrize("backend", ["cpu", "flex"])
@@ -234,13 +236,14 @@ def test_operators_and_their_fakes_agree() -> None:
 
 @pytest.mark.parametrize("causal", [False, True])
 def test_memory_slabs_do_not_change_the_result(causal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    from xattn_video.backends import cpu_scores, cpu_tensors
+    from xattn_video.ops.cpu import scores as cpu_scores
+    from xattn_video.ops.cpu import tensors
 
     query, key, value = video_like_qkv(1, 6, 2, 16, 20, 16, kv_heads=3)
     config = XAttnConfig(backend="cpu", min_tokens=0, block_size=64)
     expected = xattention(query, key, value, config, causal=causal)
     # One head at a time, three of the ten rows of blocks, and the shortest strips.
-    monkeypatch.setattr(cpu_tensors, "_COPY_BYTES", 1)
+    monkeypatch.setattr(tensors, "_COPY_BYTES", 1)
     monkeypatch.setattr(cpu, "_SELECT_ELEMENTS", 3 * 6 * 10)
     monkeypatch.setattr(cpu_scores, "_STRIP_ELEMENTS", 1)
     monkeypatch.setattr(cpu_scores, "_MIN_STRIP_ROWS", 1)
@@ -250,12 +253,13 @@ def test_memory_slabs_do_not_change_the_result(causal: bool, monkeypatch: pytest
 @pytest.fixture
 def short_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiles of one key block and pieces of two, as far as the rows of a strip allow: what long calls meet."""
-    from xattn_video.backends import cpu_attend, cpu_scores
+    from xattn_video.ops.cpu import attend
+    from xattn_video.ops.cpu import scores as cpu_scores
 
     monkeypatch.setattr(cpu_scores, "_MIN_STRIP_ROWS", 16)
     monkeypatch.setattr(cpu_scores, "_STRIP_ELEMENTS", 1)
     monkeypatch.setattr(cpu_scores, "_TILE_ELEMENTS", 1)
-    monkeypatch.setattr(cpu_attend, "_PIECE_ELEMENTS", 1)
+    monkeypatch.setattr(attend, "_PIECE_ELEMENTS", 1)
 
 
 def test_scores_in_tiles_are_the_references(short_pieces: None) -> None:
@@ -306,14 +310,14 @@ def test_keys_in_every_form_give_the_references_scores(layout: str) -> None:
 
 
 def test_plain_product_where_onednn_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    from xattn_video.backends import cpu_tensors
+    from xattn_video.ops.cpu import tensors
 
     generator = torch.Generator().manual_seed(0)
     for rows, columns, inner in itertools.product((1, 33), (5, 128), (1, 40)):
         left = torch.randn(rows, inner, generator=generator)
         right = torch.randn(columns, inner, generator=generator)
         with monkeypatch.context() as patch:
-            patch.setattr(cpu_tensors, "_has_onednn", lambda: False)
-            plain = cpu_tensors.product(left, right)
-        torch.testing.assert_close(cpu_tensors.product(left, right), plain)
-        torch.testing.assert_close(cpu_tensors.product(left, right.t().contiguous().t()), plain)
+            patch.setattr(tensors, "_has_onednn", lambda: False)
+            plain = tensors.product(left, right)
+        torch.testing.assert_close(tensors.product(left, right), plain)
+        torch.testing.assert_close(tensors.product(left, right.t().contiguous().t()), plain)

@@ -13,10 +13,11 @@ from torch import Tensor
 
 from eval.demo_tensors import DEMO_QKV, DemoTensors, load_demo_qkv
 from pipelines.models import find_model
-from xattn_video import XAttnConfig, reference, xattention
-from xattn_video.attention import dense_attention
-from xattn_video.backends import cpu
-from xattn_video.blocks import valid_and_forced_blocks
+from xattn_video import XAttnConfig, xattention
+from xattn_video.ops import reference
+from xattn_video.ops.blocks import valid_and_forced_blocks
+from xattn_video.ops.cpu import backend
+from xattn_video.ops.xattention import dense_attention
 
 THRESHOLD, BLOCK = 0.9, 128
 ENTRIES = range(4)
@@ -88,7 +89,7 @@ def test_the_chosen_blocks_hold_the_mass_that_was_asked_for(threshold: float, nu
     tokens, scale = query.shape[2], query.shape[3] ** -0.5
     geometry = {"block_size": BLOCK, "causal": False}
     where = {**geometry, "device": query.device}
-    scores = cpu.antidiagonal_scores(query, key, stride=8, scale=scale, **geometry, kv_start=None, kv_lens=None)
+    scores = backend.antidiagonal_scores(query, key, stride=8, scale=scale, **geometry, kv_start=None, kv_lens=None)
     valid, forced = valid_and_forced_blocks(1, tokens, tokens, **where)
     chosen = reference.select(scores, valid, forced, threshold=threshold)
     # the share of each query block's real attention that lies in each key block
@@ -126,7 +127,7 @@ def test_the_cpu_backends_scores_are_the_references(number: int) -> None:
         "kv_start": None, "kv_lens": None,
     }  # fmt: skip
     expected = reference.antidiagonal_scores(query, key, **arguments)
-    torch.testing.assert_close(cpu.antidiagonal_scores(query, key, **arguments), expected, rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(backend.antidiagonal_scores(query, key, **arguments), expected, rtol=1e-3, atol=1e-5)
     # as the model gives them: bfloat16 inputs lose nothing more
     short = query.bfloat16(), key.bfloat16()
-    torch.testing.assert_close(cpu.antidiagonal_scores(*short, **arguments), expected, rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(backend.antidiagonal_scores(*short, **arguments), expected, rtol=1e-3, atol=1e-5)

@@ -146,7 +146,7 @@ def test_the_kernel_for_hopper_is_there_or_says_why_not(capability, dtype, reaso
 OWN = """
 import torch
 from eval.dense_kernels import Problem, _OnLists, judge
-from xattn_video.kernels.block_sparse import launch_block_sparse
+from xattn_video.ops.triton.attention import launch_block_sparse
 
 parts = [torch.randn(1, heads, 300, 16, dtype=torch.bfloat16) for heads in (2, 1, 1)]
 block_mask = torch.eye(3, dtype=torch.bool).expand(1, 2, 3, 3).clone()

@@ -21,8 +21,8 @@ from eval.bench_cases import Case
 from eval.demo_tensors import DemoTensors
 from pipelines.cli import main
 from xattn_video import XAttnConfig
-from xattn_video.backends import ListStages, resolve
-from xattn_video.blocks import lists_to_mask, mask_to_lists
+from xattn_video.ops.backends import ListStages, resolve
+from xattn_video.ops.blocks import lists_to_mask, mask_to_lists
 
 ROOT = Path(__file__).resolve().parent.parent
 ARGUMENTS = ["bench", "--device", "cpu", "--tokens", "1100", "--heads", "2", "--rounds", "1"]

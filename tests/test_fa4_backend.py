@@ -14,13 +14,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from xattn_video import XAttnConfig, backends, block_sparse_attention, xattention
-from xattn_video.backends import unavailable_reason
-from xattn_video.blocks import lists_to_mask, mask_to_lists, query_key_range
+from xattn_video import XAttnConfig, block_sparse_attention, xattention
+from xattn_video.ops import backends
+from xattn_video.ops.backends import unavailable_reason
+from xattn_video.ops.blocks import lists_to_mask, mask_to_lists, query_key_range
 
 pytest.importorskip("triton", reason="Triton is for Linux only")
 
-from xattn_video.backends import fa4
+from xattn_video.ops import fa4
 
 CHILD = Path(__file__).with_name("fa4_compile_child.py")
 INSTALLED = any(importlib.metadata.distributions(name="flash-attn-4"))
@@ -168,8 +169,8 @@ def test_where_it_cannot_run_it_says_why(monkeypatch):
 
 def test_whether_it_is_installed_is_known_without_an_import():
     assert backends._HAS_FA4 is INSTALLED
-    code = "import sys, xattn_video; assert not {'xattn_video.backends.fa4', 'flash_attn'} & sys.modules.keys()"
-    code += "; import xattn_video.backends.fa4; assert 'flash_attn' not in sys.modules"
+    code = "import sys, xattn_video; assert not {'xattn_video.ops.fa4', 'flash_attn'} & sys.modules.keys()"
+    code += "; import xattn_video.ops.fa4; assert 'flash_attn' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
 

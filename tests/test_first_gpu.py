@@ -24,7 +24,7 @@ from eval.first_gpu.look import ROWS, Look, RowReader
 from eval.first_gpu.runner import ROOT, Step, run_steps
 from eval.first_gpu.verdict import all_well, judge, summary
 from tests import first_gpu_steps
-from xattn_video import reference
+from xattn_video.ops import reference
 
 
 def rehearsal_look(out: Path, seconds: float = 60) -> Look:

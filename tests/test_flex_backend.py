@@ -12,10 +12,12 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from xattn_video import XAttnConfig, block_sparse_attention, reference, xattention
-from xattn_video.backends import cpu, flex, resolve
-from xattn_video.blocks import query_key_range, valid_blocks
-from xattn_video.synthetic import causal_text_like_qkv, video_like_qkv
+from xattn_video import XAttnConfig, block_sparse_attention, xattention
+from xattn_video.ops import flex, reference
+from xattn_video.ops.backends import resolve
+from xattn_video.ops.blocks import query_key_range, valid_blocks
+from xattn_video.ops.cpu import backend as cpu
+from xattn_video.testing.synthetic import causal_text_like_qkv, video_like_qkv
 
 BLOCK_SIZE = 32
 
@@ -222,7 +224,7 @@ def test_a_device_without_it_says_so():
 
 
 def test_it_is_imported_only_when_it_is_used():
-    code = "import sys, xattn_video; assert 'xattn_video.backends.flex' not in sys.modules"
+    code = "import sys, xattn_video; assert 'xattn_video.ops.flex' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
 

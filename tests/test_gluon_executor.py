@@ -13,7 +13,7 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="Triton is for Linux only")
 
-import xattn_video.kernels
+import xattn_video.ops.triton
 from tests.gluon_executor import (
     BarrierError,
     Deadlock,
@@ -27,8 +27,8 @@ from tests.gluon_executor import (
 from tests.kernel_checks import Problem, check_listed_attention
 
 FP16, BF16 = torch.float16, torch.bfloat16
-NAME = "xattn_video.kernels.attention_hopper"
-SOURCE = (Path(xattn_video.kernels.__file__).parent / "attention_hopper.py").read_text()
+NAME = "xattn_video.ops.triton.attention_hopper"
+SOURCE = (Path(xattn_video.ops.triton.__file__).parent / "attention_hopper.py").read_text()
 
 # block_size 128 and head_dim 64 or 128 are what the kernel takes
 PROBLEMS = [

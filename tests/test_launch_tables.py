@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from xattn_video.kernels import launch_tables
+from xattn_video.ops.triton import launch_tables
 
 GPU = torch.device("cuda", 0)
 SCORES = {"BLOCK_R": 64, "BLOCK_C": 64, "BLOCK_K": 32, "num_warps": 2, "num_stages": 5}
@@ -174,7 +174,7 @@ def test_a_malformed_table_is_never_written(folder):
 
 
 def test_every_shipped_table_is_well_formed():
-    shipped = Path(launch_tables.__file__).parent / "launch_configs"
+    shipped = Path(launch_tables.__file__).parent / "configs"
     names = [path.stem for path in shipped.glob("*.json")]
     assert "default" in names
     for name in names:
@@ -183,7 +183,7 @@ def test_every_shipped_table_is_well_formed():
 
 def test_the_launchers_ask_for_the_device_of_their_tensors(monkeypatch):
     pytest.importorskip("triton", reason="Triton is for Linux only")
-    from xattn_video.kernels import antidiagonal_scores, block_sparse
+    from xattn_video.ops.triton import attention, scores
 
     asked = []
 
@@ -191,11 +191,11 @@ def test_the_launchers_ask_for_the_device_of_their_tensors(monkeypatch):
         asked.append((kernel, dtype, head_dim, device.type))
         return launch_tables.find_config(kernel, dtype, head_dim)
 
-    for module in (antidiagonal_scores, block_sparse):
+    for module in (scores, attention):
         monkeypatch.setattr(module, "launch_config", launch_config)
     query = torch.empty(1, 2, 256, 64, dtype=torch.float16, device="meta")
     options = {"block_size": 128, "causal": False, "scale": 0.125, "kv_start": None, "kv_lens": None}
     blocks = torch.empty(1, 2, 2, 2, device="meta")
-    antidiagonal_scores.scores_arguments(query, query, blocks, stride=8, **options)
-    block_sparse.block_sparse_arguments(query, query, query, query, blocks, blocks, blocks, **options)
+    scores.scores_arguments(query, query, blocks, stride=8, **options)
+    attention.block_sparse_arguments(query, query, query, query, blocks, blocks, blocks, **options)
     assert asked == [("antidiagonal_scores", torch.float16, 64, "meta"), ("block_sparse", torch.float16, 64, "meta")]

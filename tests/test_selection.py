@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from xattn_video import select_blocks
-from xattn_video.blocks import valid_and_forced_blocks, valid_blocks
+from xattn_video.ops.blocks import valid_and_forced_blocks, valid_blocks
 
 CPU = torch.device("cpu")
 

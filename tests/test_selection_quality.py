@@ -26,7 +26,7 @@ from eval.selection_measures import (
     measure_scorers,
     measure_thresholds,
 )
-from xattn_video.synthetic import causal_text_like_qkv, video_like_qkv
+from xattn_video.testing.synthetic import causal_text_like_qkv, video_like_qkv
 
 GUESSES = [name for name in SCORERS if name != EXACT]
 BLOCK = 16

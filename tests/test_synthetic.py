@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from xattn_video import block_sparse_attention, reference, score_blocks, select_blocks
-from xattn_video.blocks import valid_and_forced_blocks, valid_blocks
-from xattn_video.synthetic import causal_text_like_qkv, video_like_qkv
+from xattn_video import block_sparse_attention, score_blocks, select_blocks
+from xattn_video.ops import reference
+from xattn_video.ops.blocks import valid_and_forced_blocks, valid_blocks
+from xattn_video.testing.synthetic import causal_text_like_qkv, video_like_qkv
 
 BLOCK = 128
 # (make inputs, causal): 2,048 tokens in 16 blocks

@@ -18,7 +18,8 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 # after the skips: these import triton
 from eval import static_evidence  # noqa: E402
 from eval.static_evidence import Case  # noqa: E402
-from xattn_video.kernels import attention_choice, block_lists, block_selection, launch_tables  # noqa: E402
+from xattn_video.ops.triton import attention_choice, block_lists, launch_tables  # noqa: E402
+from xattn_video.ops.triton import selection as block_selection  # noqa: E402
 
 CASES = list(static_evidence.default_cases())
 COMPILED = [(case, target) for case in CASES for target in static_evidence.TARGETS if case.runs_on(target)]
@@ -47,7 +48,7 @@ def test_shipped_configuration_is_accepted(case, target):
 def test_every_table_entry_is_compiled():
     """Cases and targets together reach each entry of each shipped table, so none is committed unseen."""
     compiled = {id(case.config(target)) for case, target in COMPILED}
-    folder = resources.files(launch_tables.__package__).joinpath("launch_configs")
+    folder = resources.files(launch_tables.__package__).joinpath("configs")
     names = [file.name.removesuffix(".json") for file in folder.iterdir()]
     assert {"default", "gfx", "sm_90"} <= set(names)
     unseen = [

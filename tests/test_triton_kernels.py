@@ -20,7 +20,7 @@ pytest.importorskip("triton", reason="Triton is for Linux only")
 from tests import kernel_checks  # noqa: E402
 from tests.kernel_checks import Problem  # noqa: E402
 from tests.kernel_problems import HUGE, SMALL, gpu_problems  # noqa: E402
-from xattn_video.kernels.launch import launch_config  # noqa: E402
+from xattn_video.ops.triton.launch import launch_config  # noqa: E402
 
 
 @pytest.mark.parametrize("part", ["scores", "not scores"])

@@ -15,7 +15,7 @@ import torch
 from eval import tune, tune_candidates
 from eval.tune import Trial
 from pipelines.cli import main
-from xattn_video.kernels import launch_tables
+from xattn_video.ops.triton import launch_tables
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 2}
@@ -282,7 +282,7 @@ def test_what_processes_compile_is_found_by_this_one(tmp_path):
 CHECKS = """
 import torch
 from eval import tune
-from xattn_video.kernels import launch_tables
+from xattn_video.ops.triton import launch_tables
 
 for kernel in ("antidiagonal_scores", "block_sparse"):
     own = launch_tables.find_config(kernel, torch.bfloat16, 32)

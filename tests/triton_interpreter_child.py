@@ -22,12 +22,12 @@ from tests.kernel_checks import Problem
 from tests.kernel_problems import HUGE, SMALL, STRIPS, TILES, WIDE_TILES
 from tests.memory_check import checked_memory
 from xattn_video import xattention
-from xattn_video.kernels import antidiagonal_scores as scores_kernel
-from xattn_video.kernels import block_lists as lists_kernel
-from xattn_video.kernels import block_selection as selection_kernel
-from xattn_video.kernels import block_sparse_forward as attention_operator
-from xattn_video.kernels import descriptors, launch_tables
-from xattn_video.kernels.descriptors import describe
+from xattn_video.ops.triton import attention_forward as attention_operator
+from xattn_video.ops.triton import block_lists as lists_kernel
+from xattn_video.ops.triton import descriptors, launch_tables
+from xattn_video.ops.triton import scores as scores_kernel
+from xattn_video.ops.triton import selection as selection_kernel
+from xattn_video.ops.triton.descriptors import describe
 
 FP16, BF16 = torch.float16, torch.bfloat16
 

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from .attention import CallStats, xattention
 from .config import XAttnConfig
-from .scoring import score_blocks
-from .selection import select_blocks
-from .sparse import block_sparse_attention
+from .ops.scoring import score_blocks
+from .ops.selection import select_blocks
+from .ops.sparse import block_sparse_attention
+from .ops.xattention import CallStats, xattention
 from .version import __version__
 
 if TYPE_CHECKING:

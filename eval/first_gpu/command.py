@@ -33,7 +33,7 @@ from pipelines.environment import device_name
 from pipelines.errors import UserError
 from pipelines.files import make_writable
 from pipelines.program import Parser, run_program
-from xattn_video.kernels.launch_tables import device_class
+from xattn_video.ops.triton.launch_tables import device_class
 
 LEDGER = RESULTS / "first_gpu.jsonl"
 # For all steps together.

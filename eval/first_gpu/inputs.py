@@ -10,7 +10,7 @@ from eval.dense_kernels import Problem
 from eval.first_gpu.kernels import BLOCK_SIZE
 from eval.first_gpu.look import Look
 from eval.first_gpu.plan import Call
-from xattn_video.blocks import num_blocks
+from xattn_video.ops.blocks import num_blocks
 
 # Share of the blocks that attention is timed over.
 DENSITY = 0.35

@@ -10,8 +10,10 @@ from torch import Tensor
 
 from eval.bench_cases import DTYPES
 from eval.first_gpu.plan import Call, Variant
-from xattn_video.blocks import num_blocks
-from xattn_video.kernels import antidiagonal_scores, attention_hopper, block_sparse
+from xattn_video.ops.blocks import num_blocks
+from xattn_video.ops.triton import attention as block_sparse
+from xattn_video.ops.triton import attention_hopper
+from xattn_video.ops.triton import scores as antidiagonal_scores
 
 BLOCK_SIZE = 128
 # The interpreter cannot run a kernel that is written in Gluon.

@@ -19,12 +19,13 @@ from eval.first_gpu.kernels import ATTENTION, BLOCK_SIZE, GPU_ONLY, settings
 from eval.first_gpu.look import Look
 from eval.first_gpu.plan import Variant, strides, variants
 from eval.timing import median_seconds, peak_extra_mb
-from xattn_video import XAttnConfig, reference, score_blocks, select_blocks, xattention
-from xattn_video.backends import unavailable_reason
-from xattn_video.blocks import lists_to_mask, mask_to_lists, num_blocks
+from xattn_video import XAttnConfig, score_blocks, select_blocks, xattention
 from xattn_video.config import BACKENDS
-from xattn_video.kernels.antidiagonal_scores import launch_antidiagonal_scores
-from xattn_video.kernels.block_selection import select_lists
+from xattn_video.ops import reference
+from xattn_video.ops.backends import unavailable_reason
+from xattn_video.ops.blocks import lists_to_mask, mask_to_lists, num_blocks
+from xattn_video.ops.triton.scores import launch_antidiagonal_scores
+from xattn_video.ops.triton.selection import select_lists
 
 # Through torch's own choice of backends; on a CPU there is only one.
 DENSE_KERNELS = ("sdpa-cudnn", "sdpa-flash")

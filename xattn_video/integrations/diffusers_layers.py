@@ -13,9 +13,9 @@ from diffusers.models import attention_dispatch
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from torch import Tensor
 
-from ..attention import dense_reason, xattention
-from ..call_blocks import exact_type
 from ..config import XAttnConfig
+from ..ops.call_blocks import exact_type
+from ..ops.xattention import dense_reason, xattention
 from ..stats import LayerCounts
 
 

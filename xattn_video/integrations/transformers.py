@@ -20,9 +20,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..attention import dense_reason, xattention
-from ..checks import MAX_HEAD_DIM
 from ..config import XAttnConfig
+from ..ops.checks import MAX_HEAD_DIM
+from ..ops.xattention import dense_reason, xattention
 from ..schedule import dense_layers
 from ..stats import AttentionStats, LayerCounts
 from .transformers_masks import dense_mask, is_range, range_mask, without_plain

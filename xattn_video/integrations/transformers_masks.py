@@ -13,7 +13,7 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor
 
-from ..blocks import query_key_range
+from ..ops.blocks import query_key_range
 from .torchvision_mend import mend_torchvision
 
 # before transformers imports it

@@ -18,10 +18,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import reference
-from ..blocks import mask_to_lists, num_blocks, valid_blocks
-from ..kernels.block_lists import mask_to_lists as mask_to_lists_on_gpu
-from ..kernels.launch import device_guard, positive_scale
+from . import reference
+from .blocks import mask_to_lists, num_blocks, valid_blocks
+from .triton.block_lists import mask_to_lists as mask_to_lists_on_gpu
+from .triton.launch import device_guard, positive_scale
 
 Attend = Callable[..., tuple[Tensor, Tensor]]
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from ..blocks import num_blocks
-from .cpu_tensors import Geometry, fill, head_slabs, product
-from .cpu_workers import Scratch, for_each
+from .tensors import Geometry, fill, head_slabs, product
+from .workers import Scratch, for_each
 
 # Logits of one piece of a row: 4 MB in float32.
 _PIECE_ELEMENTS = 1 << 20

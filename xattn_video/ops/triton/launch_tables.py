@@ -121,10 +121,10 @@ def forget_tables() -> None:
 @functools.cache
 def shipped_table(name: str) -> Table | None:
     """The table of that name which comes with the package, or None."""
-    file = resources.files(__package__).joinpath("launch_configs", f"{name}.json")
+    file = resources.files(__package__).joinpath("configs", f"{name}.json")
     if not file.is_file():
         return None
-    return parse_table(file.read_text(encoding="utf-8"), f"launch_configs/{name}.json")
+    return parse_table(file.read_text(encoding="utf-8"), f"configs/{name}.json")
 
 
 def read_table(path: Path) -> Table | None:
@@ -157,7 +157,7 @@ def parse_table(text: str, where: str) -> Table:
         document = json.loads(text)
     except json.JSONDecodeError as error:
         raise ValueError(f"{where}: not JSON: {error}") from error
-    names = None if where == f"launch_configs/{DEFAULT}.json" else _known_names()
+    names = None if where == f"configs/{DEFAULT}.json" else _known_names()
     table: Table = {}
     for kernel, widths in _dictionary(document, where).items():
         if kernel == ABOUT:

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..config import check_geometry, check_selection
 from . import reference
 from .backends import auto_name, resolve
 from .blocks import num_blocks, valid_and_forced_blocks
 from .call_blocks import exact_type
 from .checks import check_dense_last, check_dense_tokens, check_key_bounds, check_threshold
-from .config import check_geometry, check_selection
 
 
 def select_blocks(

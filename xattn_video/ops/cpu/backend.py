@@ -12,9 +12,9 @@ from torch import Tensor
 from .. import reference
 from ..blocks import num_blocks, valid_blocks
 from ..reference import compute_dtype
-from .cpu_attend import attend_item
-from .cpu_scores import score_item
-from .cpu_tensors import geometries
+from .attend import attend_item
+from .scores import score_item
+from .tensors import geometries
 
 # Pairs of blocks that are sorted at once, for all heads together: 3 MB.
 _SELECT_ELEMENTS = 1 << 16

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
+from .attention import MIN_BLOCK_SIZE, launch_block_sparse
 from .attention_choice import HOPPER, choose_kernel
 from .block_lists import mask_to_lists
-from .block_sparse import MIN_BLOCK_SIZE, launch_block_sparse
 from .launch import check_supported, unit_inner_stride
 
 

@@ -11,20 +11,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from ..config import XAttnConfig
 from .autocast import autocasts, cast_as_autocast
 from .backends import SORT_BYTES, Backend, auto_name, resolve
 from .blocks import count_valid_blocks, key_range, num_blocks, query_key_range, valid_and_forced_blocks
 from .call_blocks import call_blocks, head_thresholds
-from .checks import (
-    check_dense_tokens,
-    check_key_bounds,
-    check_query_key,
-    check_threshold,
-    check_value,
-    default_scale,
-)
+from .checks import check_dense_tokens, check_key_bounds, check_query_key, check_threshold, check_value, default_scale
 from .chunks import Part, rows_per_chunk
-from .config import XAttnConfig
 from .selection import select_valid
 
 # A block mask, bool [B, H, Nq, Nk]; or lists of kept blocks, int32 of that shape, and their counts, int32 [B, H, Nq].

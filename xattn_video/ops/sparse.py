@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..config import check_geometry
 from .autocast import without_autocast
 from .backends import resolve
 from .blocks import num_blocks, valid_blocks
 from .checks import check_key_bounds, check_query_key, check_value, default_scale
-from .config import check_geometry
 
 
 def block_sparse_attention(

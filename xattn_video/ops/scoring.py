@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from ..config import check_geometry
 from .autocast import without_autocast
 from .backends import resolve
 from .checks import check_key_bounds, check_query_key, default_scale
-from .config import check_geometry
 
 
 def score_blocks(

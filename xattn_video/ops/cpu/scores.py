@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ..blocks import num_blocks
-from .cpu_tensors import Geometry, fill, head_slabs, product
-from .cpu_workers import Scratch, for_each
+from .tensors import Geometry, fill, head_slabs, product
+from .workers import Scratch, for_each
 
 # Logits of one strip of query groups: small enough to stay in a core's second-level cache.
 _STRIP_ELEMENTS = 1 << 18

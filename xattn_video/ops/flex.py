@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.nn.attention import flex_attention as torch_flex
 from torch.nn.attention.flex_attention import BlockMask
 
-from ..blocks import mask_to_lists, num_blocks, query_key_range
-from ..reference import compute_dtype
+from .blocks import mask_to_lists, num_blocks, query_key_range
+from .reference import compute_dtype
 
 _HAS_AUX = hasattr(torch_flex, "AuxRequest")
 _MIN_GPU_HEAD_DIM = 16

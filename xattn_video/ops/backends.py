@@ -81,7 +81,7 @@ def _triton_unavailable_reason(device: torch.device, dtype: torch.dtype) -> str 
 
 def _hopper_unavailable_reason(device: torch.device) -> str | None:
     # Not by dtype: scores, which this backend selects from, are float32.
-    from ..kernels.attention_choice import hopper_device_refusal
+    from .triton.attention_choice import hopper_device_refusal
 
     return hopper_device_refusal(device)
 
@@ -150,12 +150,12 @@ def _load(name: str, device: torch.device) -> Backend:
 
 
 def _import(name: str, device: torch.device) -> Backend:
-    from .. import reference
+    from . import reference
 
     if name == "reference":
         return Backend(name, reference.antidiagonal_scores, reference.select, reference.block_sparse_forward)
     if name == "cpu":
-        from . import cpu
+        from .cpu import backend as cpu
 
         # Scores and masks are 7 bytes; the rest is room for copies of keys and for what each thread holds.
         return Backend(name, cpu.antidiagonal_scores, cpu.select, cpu.block_sparse_forward, pair_bytes=16)
@@ -173,12 +173,12 @@ def _import(name: str, device: torch.device) -> Backend:
         assert triton.lists is not None
         lists = triton.lists._replace(block_sparse_forward=fa4.block_sparse_forward_lists)
         return triton._replace(name=name, block_sparse_forward=fa4.block_sparse_forward, lists=lists)
-    from ..kernels.antidiagonal_scores import antidiagonal_scores
-    from ..kernels.block_selection import select, select_lists
-    from ..kernels.block_sparse_forward import block_sparse_forward, block_sparse_forward_lists
+    from .triton.attention_forward import block_sparse_forward, block_sparse_forward_lists
+    from .triton.scores import antidiagonal_scores
+    from .triton.selection import select, select_lists
 
     if name == "triton-hopper":
-        from ..kernels.attention_choice import HOPPER
+        from .triton.attention_choice import HOPPER
 
         block_sparse_forward = partial(block_sparse_forward, force=HOPPER)
         block_sparse_forward_lists = partial(block_sparse_forward_lists, force=HOPPER)

@@ -1,0 +1,1 @@
+"""The CPU backend: plain PyTorch over several threads."""
