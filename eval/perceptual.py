@@ -128,10 +128,10 @@ class Lpips:
 
 def _load_lpips(net: str, weights: str | os.PathLike[str] | None) -> torch.nn.Module:
     """The network with its backbone's weights. Raises LpipsUnavailable."""
-    from xattn_video.integrations.torchvision_mend import mend_torchvision
+    from xattn_video.integrations.torchvision_ops import repair_torchvision
 
     try:
-        mend_torchvision()
+        repair_torchvision()
         import lpips
     # A torch, torchvision and lpips that do not fit each other fail in many ways, and each leaves LPIPS out.
     except Exception as error:

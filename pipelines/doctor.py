@@ -84,9 +84,9 @@ def devices() -> list[dict[str, Any]]:
 
 def check_torchvision() -> Check:
     """A torchvision built for another torch fails to import and takes diffusers down with it."""
-    from xattn_video.integrations.torchvision_mend import mend_torchvision
+    from xattn_video.integrations.torchvision_ops import repair_torchvision
 
-    message = mend_torchvision()
+    message = repair_torchvision()
     if message:
         return _check("torchvision", "mended", message)
     if versions(["torchvision"])["torchvision"] is None:

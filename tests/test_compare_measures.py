@@ -161,9 +161,9 @@ def test_lpips_options_reach_the_network(
 ) -> None:
     import warnings
 
-    from xattn_video.integrations.torchvision_mend import mend_torchvision
+    from xattn_video.integrations.torchvision_ops import repair_torchvision
 
-    mend_torchvision()
+    repair_torchvision()
     import lpips
 
     with warnings.catch_warnings():

@@ -20,9 +20,11 @@ from torch import Tensor, nn
 from tests.tiny.wan_family import TEXT_DIM, build_t2v, build_t2v_a14b, build_v2v, call_t2v, tiny_transformer
 from xattn_video import XAttnConfig, XAttnProcessor
 from xattn_video.integrations import diffusers as integration
-from xattn_video.integrations import diffusers_backend, torchvision_mend
+from xattn_video.integrations import torchvision_ops
 from xattn_video.integrations.diffusers import attached_processor
-from xattn_video.integrations.diffusers_models import REFUSED, find_self_attention
+from xattn_video.integrations.diffusers import dispatch as diffusers_backend
+from xattn_video.integrations.diffusers.layers import SparseSelfAttention
+from xattn_video.integrations.diffusers.models import MODELS, REFUSED, find_self_attention
 
 # after tests.tiny, which mends a torchvision that does not fit this torch
 from diffusers import (  # isort: skip
@@ -79,7 +81,7 @@ def forward(model: Any, timestep: float = 900.0, **changes: Any) -> Tensor:
 
 
 def is_wrapped(processor: Any) -> bool:
-    return isinstance(processor, integration.SparseSelfAttention)
+    return isinstance(processor, SparseSelfAttention)
 
 
 def test_self_attention_is_wrapped_and_cross_attention_is_not(model: Any) -> None:
@@ -468,7 +470,7 @@ class UnlistedTransformer(WanTransformer3DModel):
 
 
 def unlisted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(integration.MODELS, "WanTransformer3DModel")
+    monkeypatch.delitem(MODELS, "WanTransformer3DModel")
 
 
 def test_a_child_of_a_listed_class_is_attached_like_it() -> None:
@@ -518,7 +520,7 @@ def test_masks_of_unlisted_classes_are_looked_at(model: Any, monkeypatch: pytest
 
 
 def test_text_in_an_unlisted_joint_sequence_stays_dense(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(integration.MODELS, "LTXVideoTransformer3DModel")
+    monkeypatch.delitem(MODELS, "LTXVideoTransformer3DModel")
     model = LTXVideoTransformer3DModel(
         in_channels=8,
         out_channels=8,
@@ -692,13 +694,13 @@ try:
     healthy = True
 except RuntimeError:
     healthy = False
-from xattn_video.integrations.torchvision_mend import mend_torchvision
-first, second = mend_torchvision(), mend_torchvision()
+from xattn_video.integrations.torchvision_ops import repair_torchvision
+first, second = repair_torchvision(), repair_torchvision()
 assert (first is None) == healthy, first
 assert second is None
 import torchvision.transforms
 """
-    if torchvision_mend.importlib.util.find_spec("torchvision") is None:
+    if torchvision_ops.importlib.util.find_spec("torchvision") is None:
         pytest.skip("torchvision is not installed")
     in_a_fresh_process(program)
 

@@ -33,7 +33,7 @@ from tests.tiny.other_families import (
     call_ltx_2,
 )
 from xattn_video import XAttnConfig, XAttnProcessor, xattention
-from xattn_video.integrations import diffusers_layers
+from xattn_video.integrations.diffusers import layers as diffusers_layers
 
 # after tests.tiny, which mends a torchvision that does not fit this torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler  # isort: skip

@@ -30,9 +30,9 @@ def frames(height: int = 64, width: int = 80, seed: int = 0) -> tuple[np.ndarray
 @pytest.fixture(scope="module")
 def networks() -> dict[str, torch.nn.Module]:
     """The real networks with the real heads; only the backbones' weights are random (they are not shipped)."""
-    from xattn_video.integrations.torchvision_mend import mend_torchvision
+    from xattn_video.integrations.torchvision_ops import repair_torchvision
 
-    mend_torchvision()
+    repair_torchvision()
     import lpips
 
     built = {}

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from xattn_video.schedule import StepTracker, WeakLink, dense_layers
+from xattn_video.integrations.diffusers.steps import StepTracker, WeakLink, dense_layers
 
 
 class Loop:

@@ -21,7 +21,7 @@ from xattn_video.integrations.transformers import (
     use_xattention,
     xattention_forward,
 )
-from xattn_video.integrations.transformers_masks import dense_mask, is_range, range_mask, without_plain
+from xattn_video.integrations.transformers.masks import dense_mask, is_range, range_mask, without_plain
 
 import transformers  # isort: skip
 from transformers.masking_utils import sdpa_mask  # isort: skip

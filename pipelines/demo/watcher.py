@@ -11,7 +11,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-import xattn_video.integrations.transformers  # noqa: F401  (mends torchvision before transformers needs it)
+import xattn_video.integrations.transformers.attention  # noqa: F401  (mends torchvision before transformers needs it)
 from pipelines.demo import stories, world
 from pipelines.files import edit_json, whole_folder
 

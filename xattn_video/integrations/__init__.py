@@ -1,1 +1,1 @@
-"""Attach XAttention to real models. Each module here loads its framework when it is imported, not before."""
+"""Attach the method to the models of other libraries. Each package here loads its library when it is imported."""

@@ -1,4 +1,4 @@
-"""Mend a torchvision whose compiled operators do not fit the installed torch.
+"""Repair a torchvision whose compiled operators do not fit the installed torch.
 
 A CUDA build of torchvision beside a CPU build of torch fails to import with `operator torchvision::nms does not
 exist`, and takes transformers and diffusers down with it. Neither needs those operators to make a video, so
@@ -22,11 +22,11 @@ _SCHEMAS = {
 }
 
 
-def mend_torchvision() -> str | None:
+def repair_torchvision() -> str | None:
     """Import torchvision, declaring its missing operators where its build does not fit this torch.
 
     Returns:
-        What was wrong and mended, in one line, or None where nothing was: torchvision is healthy, absent, or
+        What was wrong and repaired, in one line, or None where nothing was: torchvision is healthy, absent, or
         broken in another way, which the library that needs it will then report.
     """
     if importlib.util.find_spec("torchvision") is None:

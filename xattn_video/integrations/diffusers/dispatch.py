@@ -16,7 +16,7 @@ from diffusers.models import attention_dispatch
 from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
 from torch import Tensor
 
-from .diffusers_layers import SparseSelfAttention
+from .layers import SparseSelfAttention
 
 logger = logging.getLogger(__name__)
 

@@ -13,10 +13,10 @@ from diffusers.models import attention_dispatch
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from torch import Tensor
 
-from ..config import XAttnConfig
-from ..ops.call_blocks import exact_type
-from ..ops.xattention import dense_reason, xattention
-from ..stats import LayerCounts
+from ...config import XAttnConfig
+from ...ops.call_blocks import exact_type
+from ...ops.xattention import dense_reason, xattention
+from ...stats import LayerCounts
 
 
 class ForwardState:

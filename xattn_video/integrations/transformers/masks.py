@@ -12,14 +12,9 @@ from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
+from transformers.masking_utils import sdpa_mask
 
-from ..ops.blocks import query_key_range
-from .torchvision_mend import mend_torchvision
-
-# before transformers imports it
-mend_torchvision()
-
-from transformers.masking_utils import sdpa_mask  # noqa: E402
+from ...ops.blocks import query_key_range
 
 # The most queries x keys of a mask that is kept for the other layers of a forward.
 _KEPT = 1 << 24

@@ -13,23 +13,17 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+from diffusers import DiffusionPipeline, ModelMixin
+from diffusers.models.attention import AttentionMixin
 from torch import nn
 
-from ..config import XAttnConfig
-from ..schedule import StepTracker, WeakLink
-from ..stats import AttentionStats
-from .torchvision_mend import mend_torchvision
-
-# before anything imports diffusers, which a torchvision of another torch would break
-mend_torchvision()
-
-from diffusers import DiffusionPipeline, ModelMixin  # noqa: E402
-from diffusers.models.attention import AttentionMixin  # noqa: E402
-
-from .diffusers_attach import Attachment, attachment_of, check_settings, detach  # noqa: E402
-from .diffusers_backend import register  # noqa: E402
-from .diffusers_layers import SparseSelfAttention  # noqa: E402
-from .diffusers_models import MODELS, find_self_attention  # noqa: E402
+from ...config import XAttnConfig
+from ...stats import AttentionStats
+from .attach import Attachment, attachment_of, check_settings, detach
+from .dispatch import register
+from .layers import SparseSelfAttention
+from .models import MODELS, find_self_attention
+from .steps import StepTracker, WeakLink
 
 
 class XAttnProcessor:
@@ -275,6 +269,3 @@ def _pipeline_method(cls: type, original: Callable[..., None] | None) -> Any:
                 model.set_attn_processor(processor)
 
     return set_attn_processor
-
-
-install()

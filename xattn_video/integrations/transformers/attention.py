@@ -1,16 +1,4 @@
-"""Sparse prefill for the language models of transformers, text and video.
-
-    import xattn_video.integrations.transformers                       # registers "xattention"
-    model = Qwen2VLForConditionalGeneration.from_pretrained(name, attn_implementation={"text_config": "xattention"})
-
-    stats = use_xattention(model, stride=16, threshold=0.9)            # the same, with settings and statistics
-    model.generate(**inputs); stats.summary()["sparse_density"]
-    stop_xattention(model)                                             # as it was
-
-Prefill is sparse: prompts in one piece or in chunks, padded on either side, with any cache. Decoding is dense, and so
-is every call that `AttentionStats.summary()["dense_calls"]` names. Dense calls are transformers' own SDPA. With
-transformers 4 a static cache is dense too (`mask`): it then asks for whole masks and reads positions off them.
-"""
+"""The attention function that transformers calls, and how a model is given it and loses it again."""
 
 from __future__ import annotations
 
@@ -19,17 +7,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from ..config import XAttnConfig
-from ..ops.checks import MAX_HEAD_DIM
-from ..ops.xattention import dense_reason, xattention
-from ..schedule import dense_layers
-from ..stats import AttentionStats, LayerCounts
-from .transformers_masks import dense_mask, is_range, range_mask, without_plain
-
-# After the line above, which mends torchvision first.
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel  # isort: skip
-from transformers.integrations.sdpa_attention import sdpa_attention_forward  # isort: skip
+from ...config import XAttnConfig
+from ...ops.checks import MAX_HEAD_DIM
+from ...ops.xattention import dense_reason, xattention
+from ...stats import AttentionStats, LayerCounts
+from ..dense_layers import dense_layers
+from .masks import dense_mask, is_range, range_mask, without_plain
 
 NAME = "xattention"
 # What `use_xattention` sets. Another model that was built from the same configuration object then has this name too,

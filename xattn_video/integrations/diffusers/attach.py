@@ -12,12 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..config import XAttnConfig
-from ..schedule import StepTracker, WeakLink, dense_layers
-from ..stats import AttentionStats
-from .diffusers_backend import register
-from .diffusers_layers import ForwardState, SparseSelfAttention, wrap
-from .diffusers_models import REPLACEMENTS, spec_of
+from ...config import XAttnConfig
+from ...stats import AttentionStats
+from ..dense_layers import dense_layers
+from .dispatch import register
+from .layers import ForwardState, SparseSelfAttention, wrap
+from .models import REPLACEMENTS, spec_of
+from .steps import StepTracker, WeakLink
 
 _ATTRIBUTE = "_xattn_video"
 

@@ -12,8 +12,8 @@ from typing import Any
 
 from torch import nn
 
-from .cosmos import CosmosSelfAttention
-from .hunyuan15 import HunyuanVideo15JointAttention
+from .families.cosmos import CosmosSelfAttention
+from .families.hunyuan15 import HunyuanVideo15JointAttention
 
 
 @dataclass(frozen=True)

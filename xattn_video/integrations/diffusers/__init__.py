@@ -1,0 +1,17 @@
+"""Sparse attention for diffusers. Importing this package gives diffusers' classes `set_attn_processor`.
+
+pipe.set_attn_processor(XAttnProcessor(stride=8, threshold=0.9, warmup_steps=5))   # all its transformers
+pipe.transformer.set_attn_processor(XAttnProcessor(XAttnConfig(...)))              # one transformer
+pipe.set_attn_processor(None)                                                      # as it was
+"""
+
+from ..torchvision_ops import repair_torchvision
+
+# A torchvision built for another torch breaks the import of diffusers, so this comes first.
+repair_torchvision()
+
+from .processor import XAttnProcessor, attached_processor, install, pipeline_transformers  # noqa: E402
+
+install()
+
+__all__ = ["XAttnProcessor", "attached_processor", "install", "pipeline_transformers"]

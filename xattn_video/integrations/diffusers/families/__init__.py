@@ -1,0 +1,1 @@
+"""Model families whose attention processor is replaced instead of wrapped."""
