@@ -99,18 +99,18 @@ bench: $(READY)
 	$(BIN)/xattn-video bench
 
 bench-gpu: gpu
-	$(BIN)/python -m pipelines.cli bench --device cuda --full --record --plot $(BENCH_OUT)
+	$(BIN)/python -m xattn_video_pipelines.cli bench --device cuda --full --record --plot $(BENCH_OUT)
 
 # Without the venv, from a checkout that is not installed: make READY= BIN=/path/to/bin first-gpu
 first-gpu: gpu
-	$(BIN)/python -m eval.first_gpu --out $(FIRST_GPU_OUT)
+	$(BIN)/python -m xattn_video_eval.first_gpu --out $(FIRST_GPU_OUT)
 
 # Under 5 minutes on an H200.
 goals-gpu: gpu
-	$(BIN)/python -m pipelines.cli bench --device cuda --goals --rounds 3 --record --out $(GOALS_OUT)
+	$(BIN)/python -m xattn_video_pipelines.cli bench --device cuda --goals --rounds 3 --record --out $(GOALS_OUT)
 
 bench-static: $(READY)
-	$(BIN)/python -m eval.static_evidence
+	$(BIN)/python -m xattn_video_eval.bench.static_evidence
 
 clean:
 	rm -rf $(VENV) $(LOWEST) $(DEMO_OUT) $(BENCH_OUT) $(GOALS_OUT) $(FIRST_GPU_OUT) .mypy_cache .pytest_cache .ruff_cache

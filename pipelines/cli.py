@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pipelines.program import Parser, run_program
+from xattn_video_pipelines.common.program import Parser, run_program
 
 
 @dataclass(frozen=True)
@@ -25,20 +25,28 @@ class Command:
 
 # eval is loaded from here and only here: pipelines otherwise knows nothing of it.
 COMMANDS = {
-    "generate": Command("pipelines.generate", "make videos from a prompt file, dense, sparse or both"),
+    "generate": Command("xattn_video_pipelines.video.command", "make videos from a prompt file, dense, sparse or both"),
     "compare": Command(
-        "eval.compare", "compare sparse videos with dense ones: PSNR, SSIM, LPIPS, flicker, worst regions"
+        "xattn_video_eval.compare.command",
+        "compare sparse videos with dense ones: PSNR, SSIM, LPIPS, flicker, worst regions",
     ),
-    "report": Command("eval.report", "one page about a run: tables, noise floor, players side by side, density"),
-    "sweep": Command("eval.sweep", "quality and speed over thresholds, strides and warm-up steps"),
-    "qa": Command("pipelines.video_qa", "ask a video-understanding model about videos, with sparse prefill"),
-    "demo": Command("pipelines.demo.command", "the whole path on a small model, in minutes on a CPU"),
+    "report": Command(
+        "xattn_video_eval.report.command", "one page about a run: tables, noise floor, players side by side, density"
+    ),
+    "sweep": Command("xattn_video_eval.sweep.command", "quality and speed over thresholds, strides and warm-up steps"),
+    "qa": Command(
+        "xattn_video_pipelines.qa.command", "ask a video-understanding model about videos, with sparse prefill"
+    ),
+    "demo": Command("xattn_video_pipelines.demo.command", "the whole path on a small model, in minutes on a CPU"),
     "judge": Command(
-        "pipelines.demo.judging", "read colour, shape, motion and background back from videos of the shapes world"
+        "xattn_video_pipelines.demo.judging",
+        "read colour, shape, motion and background back from videos of the shapes world",
     ),
-    "doctor": Command("pipelines.doctor", "what works on this machine, and why not"),
-    "bench": Command("eval.efficiency", "time sparse attention against dense, after a correctness gate"),
-    "tune": Command("eval.tune", "measure the kernels' launch configurations on this GPU and keep the best"),
+    "doctor": Command("xattn_video_pipelines.doctor", "what works on this machine, and why not"),
+    "bench": Command("xattn_video_eval.bench.command", "time sparse attention against dense, after a correctness gate"),
+    "tune": Command(
+        "xattn_video_eval.tune.command", "measure the kernels' launch configurations on this GPU and keep the best"
+    ),
 }
 
 EXAMPLE = """\

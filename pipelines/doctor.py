@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from pipelines.environment import cpu_name, versions
+from xattn_video_pipelines.common.environment import cpu_name, versions
 
 EXAMPLE = """\
 example:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from pipelines.cli import main
+from xattn_video_pipelines.cli import main
 
 # 3 latent frames of 4 x 4 patches: 48 tokens, three blocks of 16
 SIZE = ("--height", "64", "--width", "64", "--num-frames", "9", "--steps", "2")

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 
-from eval.first_gpu.look import Look
+from xattn_video_eval.first_gpu.look import Look
 
 
 def good(look: Look) -> None:

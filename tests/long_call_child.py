@@ -21,11 +21,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pipelines.memory import peak_bytes, reset_peak
 from xattn_video import XAttnConfig, xattention
 from xattn_video.ops import reference
 from xattn_video.ops.blocks import num_blocks, valid_and_forced_blocks
 from xattn_video.testing.synthetic import video_like_qkv
+from xattn_video_pipelines.common.memory import peak_bytes, reset_peak
 
 CPU = torch.device("cpu")
 HEAD_DIM = 32

@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipelines.demo import asking, stories, world
-from pipelines.demo.judge import judge
-from pipelines.manifest import append_record
-from pipelines.qa_items import read_questions
-from pipelines.video_io import read_video, write_video
 from tests.test_stories import answered
+from xattn_video_pipelines.demo import asking, stories, world
+from xattn_video_pipelines.demo.judge import judge
+from xattn_video_pipelines.qa.questions import read_questions
+from xattn_video_pipelines.video.io import read_video, write_video
+from xattn_video_pipelines.video.manifest import append_record
 
 SCENES = (
     world.Scene("red", "circle", "left", "white", "large"),

@@ -15,16 +15,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from eval import bench_cases, bench_goals, dense_kernels, efficiency
-from eval.bench_cases import DISTINCT_HEADS, Case, make_inputs
-from eval.bench_goals import Verdict, verdicts
-from pipelines.cli import main
 from xattn_video import XAttnConfig, block_sparse_attention
+from xattn_video_eval.bench import cases as bench_cases
+from xattn_video_eval.bench import command, dense_kernels
+from xattn_video_eval.bench import goals as bench_goals
+from xattn_video_eval.bench.cases import DISTINCT_HEADS, Case, make_inputs
+from xattn_video_eval.bench.goals import Verdict, verdicts
+from xattn_video_pipelines.cli import main
 
 
 def cases_of_a_gpu() -> list[Case]:
     parser = argparse.ArgumentParser()
-    efficiency.add_arguments(parser)
+    command.add_arguments(parser)
     return bench_cases.chosen_cases(parser.parse_args(["--goals"]), torch.device("cuda"))
 
 
@@ -40,7 +42,7 @@ def row(case: Case, density: float = 0.35, extra_mib: float = 100.0, **ms: float
     times |= {name.replace("_", "-"): value for name, value in ms.items()}
     seconds = {name: [value / 1e3] for name, value in times.items()}
     output = case.heads * case.tokens * case.head_dim * 2 / 1e6
-    summary = efficiency.summarize(case, XAttnConfig(stride=case.stride), density, seconds, ("sdpa", "sdpa-cudnn"))
+    summary = command.summarize(case, XAttnConfig(stride=case.stride), density, seconds, ("sdpa", "sdpa-cudnn"))
     return {
         **vars(case),
         "tokens": case.tokens,
@@ -130,7 +132,7 @@ def test_the_bench_measures_what_the_goals_need(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     other = replace(SMALL, stride=4, locality=0.2)
-    monkeypatch.setattr(efficiency, "chosen_cases", lambda args, device: [SMALL, other])
+    monkeypatch.setattr(command, "chosen_cases", lambda args, device: [SMALL, other])
     assert main(["bench", "--device", "cpu", "--goals", "--rounds", "1"]) == 0
     lines = capsys.readouterr().out.splitlines()
     report = json.loads(lines[-1])
@@ -154,9 +156,9 @@ def test_a_failed_gate_leaves_out_its_case_alone(
 ) -> None:
     """One case is wrong and one raises; both are said with their reasons, and the cases after them are timed."""
     cases = [replace(SMALL, stride=stride) for stride in (4, 8, 16)]
-    monkeypatch.setattr(efficiency, "chosen_cases", lambda args, device: cases)
-    monkeypatch.setattr(efficiency, "LEDGER", tmp_path / "efficiency.jsonl")
-    select = efficiency.select_kept
+    monkeypatch.setattr(command, "chosen_cases", lambda args, device: cases)
+    monkeypatch.setattr(command, "LEDGER", tmp_path / "efficiency.jsonl")
+    select = command.select_kept
 
     def select_kept(
         backend: Any, scores: Tensor, valid: Tensor, forced: Tensor, config: XAttnConfig, share: Any
@@ -166,7 +168,7 @@ def test_a_failed_gate_leaves_out_its_case_alone(
         kept = select(backend, scores, valid, forced, config, share)
         return kept & (torch.arange(kept.shape[-1]) > 2) if config.stride == 4 else kept
 
-    monkeypatch.setattr(efficiency, "select_kept", select_kept)
+    monkeypatch.setattr(command, "select_kept", select_kept)
     out = tmp_path / "new" / "out"
     assert main(["bench", "--device", "cpu", "--goals", "--rounds", "1", "--record", "--out", str(out)]) == 1
     captured = capsys.readouterr()
@@ -182,7 +184,7 @@ def test_a_failed_gate_leaves_out_its_case_alone(
     ]  # fmt: skip
     assert missed[-1]["reached"] == "RuntimeError: out of registers in ptxas"
     # What was timed is in both places, what was not only where the user wants it.
-    assert [json.loads(line)["stride"] for line in efficiency.LEDGER.read_text().splitlines()] == [16]
+    assert [json.loads(line)["stride"] for line in command.LEDGER.read_text().splitlines()] == [16]
     carried = [json.loads(line) for line in (out / "efficiency.jsonl").read_text().splitlines()]
     assert [row["stride"] for row in carried] == [4, 8, 16]
     assert ["best_ms" in row for row in carried] == [False, False, True]
@@ -194,8 +196,8 @@ def test_cases_that_differ_in_stride_share_inputs_and_what_was_found_of_dense_ke
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cases = [replace(SMALL, name=name, stride=stride) for name in ("one", "two") for stride in (8, 16)]
-    monkeypatch.setattr(efficiency, "chosen_cases", lambda args, device: cases)
-    made, asked, make, candidates = [], [], efficiency.make_inputs, efficiency.dense_candidates
+    monkeypatch.setattr(command, "chosen_cases", lambda args, device: cases)
+    made, asked, make, candidates = [], [], command.make_inputs, command.dense_candidates
 
     def make_inputs(case: Case, locality: float, device: torch.device) -> Any:
         made.append(case.name)
@@ -210,8 +212,8 @@ def test_cases_that_differ_in_stride_share_inputs_and_what_was_found_of_dense_ke
         found = candidates(problem)
         return {"slow": wait, "flex": lambda: pytest.fail("compiled"), **found}
 
-    monkeypatch.setattr(efficiency, "make_inputs", make_inputs)
-    monkeypatch.setattr(efficiency, "dense_candidates", slow_one)
+    monkeypatch.setattr(command, "make_inputs", make_inputs)
+    monkeypatch.setattr(command, "dense_candidates", slow_one)
     assert main(["bench", "--device", "cpu", "--goals", "--rounds", "1"]) == 0
     rows = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
     assert [(row["name"], row["stride"]) for row in rows] == [("one", 8), ("one", 16), ("two", 8), ("two", 16)]
@@ -226,14 +228,14 @@ def test_cases_that_differ_in_stride_share_inputs_and_what_was_found_of_dense_ke
 def test_an_attention_kernel_that_is_wrong_is_a_failure_and_the_others_are_timed(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(efficiency, "chosen_cases", lambda args, device: [SMALL])
+    monkeypatch.setattr(command, "chosen_cases", lambda args, device: [SMALL])
 
     def named(problem: dense_kernels.Problem) -> dense_kernels.Judged:
         right = partial(block_sparse_attention, problem.query, problem.key, problem.value, problem.block_mask)
         kernels = {"attend-plain": right, "attend-hopper": lambda: right() * 1.01}
         return dense_kernels.Judged(kernels, {"attend-other": "it needs another GPU"})
 
-    monkeypatch.setattr(efficiency, "attention_candidates", named)
+    monkeypatch.setattr(command, "attention_candidates", named)
     assert main(["bench", "--device", "cpu", "--goals", "--rounds", "1"]) == 1
     report = json.loads(capsys.readouterr().out.splitlines()[-1])
     (failure,) = report["failures"]

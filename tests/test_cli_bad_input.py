@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.cli import COMMANDS
 from tests.cli_tools import SIZE, Run, save_tiny_cogvideox, save_tiny_wan, tool
+from xattn_video_pipelines.cli import COMMANDS
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -205,7 +205,7 @@ def test_version(xattn):
 @pytest.mark.parametrize("arguments", [["--help"], ["generate", "--help"], ["demo", "--help"], ["doctor", "--help"]])
 def test_help_loads_neither_torch_nor_diffusers(arguments):
     code = (
-        "import sys\nfrom pipelines.cli import main\n"
+        "import sys\nfrom xattn_video_pipelines.cli import main\n"
         "try:\n    main(sys.argv[1:])\nexcept SystemExit:\n    pass\n"
         "assert not {'torch', 'diffusers', 'transformers', 'xattn_video'} & set(sys.modules)"
     )
@@ -220,7 +220,7 @@ def test_runs_from_a_folder_with_its_own_eval_and_pipelines(tmp_path):
         (tmp_path / "work" / package / "__init__.py").write_text("raise RuntimeError('the wrong package')\n")
     script = tmp_path / "bin" / "xattn-video"
     script.parent.mkdir()
-    script.write_text("import sys\nfrom pipelines.cli import main\nsys.exit(main())\n")
+    script.write_text("import sys\nfrom xattn_video_pipelines.cli import main\nsys.exit(main())\n")
     for arguments in (["--help"], ["compare", "--help"]):
         done = subprocess.run(
             [sys.executable, str(script), *arguments],

@@ -17,14 +17,6 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file, save_file
 
-from pipelines import files, models, runner
-from pipelines.cli import main
-from pipelines.errors import UserError
-from pipelines.files import claimed
-from pipelines.manifest import NAME as MANIFEST
-from pipelines.manifest import read_manifest
-from pipelines.models import KNOWN_MODELS, find_model
-from pipelines.video_io import read_video
 from tests.cli_tools import (
     SIZE,
     SPARSE,
@@ -37,6 +29,16 @@ from tests.cli_tools import (
     tiny_tokenizer,
     tool,
 )
+from xattn_video_pipelines.cli import main
+from xattn_video_pipelines.common import files
+from xattn_video_pipelines.common.errors import UserError
+from xattn_video_pipelines.common.files import claimed
+from xattn_video_pipelines.video import make as runner
+from xattn_video_pipelines.video import models
+from xattn_video_pipelines.video.io import read_video
+from xattn_video_pipelines.video.manifest import NAME as MANIFEST
+from xattn_video_pipelines.video.manifest import read_manifest
+from xattn_video_pipelines.video.models import KNOWN_MODELS, find_model
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -463,7 +465,7 @@ def stopped_after(number: signal.Signals, folder: Path, videos: int, *command: s
     """Run the command in a process of its own, signal it once `videos` are finished; exit code and stderr."""
     # a process started from a shell's background job ignores Ctrl-C unless it is told not to
     listen = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
-    code = f"{listen}; import sys; from pipelines.cli import main; sys.exit(main(sys.argv[1:]))"
+    code = f"{listen}; import sys; from xattn_video_pipelines.cli import main; sys.exit(main(sys.argv[1:]))"
     log = folder.parent.with_suffix(f".{number.name}")
     with log.open("w") as stderr:
         process = subprocess.Popen(
@@ -517,8 +519,8 @@ def test_guidance_and_flow_shift_reach_a_pipeline_that_keeps_them_in_components(
     """HunyuanVideo 1.5: guidance is in its guider, the shift in its scheduler; geometry and tiling from its files."""
     import torch
 
-    from pipelines import runner
     from tests.tiny.hunyuan_families import build_hunyuan_15
+    from xattn_video_pipelines.video import make as runner
 
     pipe = build_hunyuan_15(0)
     for number in ("", "_2"):
@@ -540,7 +542,7 @@ def test_guidance_and_flow_shift_reach_a_pipeline_that_keeps_them_in_components(
 def test_wan_keeps_its_vae_in_float32_in_a_half_precision_run(model, prompts, tmp_path, xattn):
     import torch
 
-    from pipelines import runner
+    from xattn_video_pipelines.video import make as runner
 
     found = find_model(str(model))
     settings = runner.Settings(64, 64, 9, 8, 2, guidance_scale=5.0, guidance_scale_2=None, flow_shift=2.5)

@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from eval.compare import add_arguments, compare, run
-from eval.metrics import Lpips, LpipsUnavailable, psnr, video_psnr, video_ssim
-from pipelines.cli import main
-from pipelines.errors import UserError
-from pipelines.manifest import append_record
-from pipelines.video_io import lossless_path, read_video, write_video
+from xattn_video_eval.compare.command import add_arguments, compare, run
+from xattn_video_eval.compare.metrics.psnr_ssim import Lpips, LpipsUnavailable, psnr, video_psnr, video_ssim
+from xattn_video_pipelines.cli import main
+from xattn_video_pipelines.common.errors import UserError
+from xattn_video_pipelines.video.io import lossless_path, read_video, write_video
+from xattn_video_pipelines.video.manifest import append_record
 
 OUTPUTS = {"metrics.csv", "metrics_frames.csv", "summary.json"}
 
@@ -220,7 +220,7 @@ def test_lpips_where_its_weights_load(runs: tuple[Path, Path], monkeypatch: pyte
 
             super().__init__(device, net, network=Network())
 
-    monkeypatch.setattr("eval.compare.Lpips", Distance)
+    monkeypatch.setattr("xattn_video_eval.compare.command.Lpips", Distance)
     summary = compare(*runs, progress=False, device="cpu")
     expected = np.abs(clip(0).astype(float) - noisy(clip(0), 4)).mean() / 127.5
     assert summary["videos"][0]["lpips"] == pytest.approx(expected, rel=1e-5)
@@ -235,7 +235,7 @@ def test_lpips_without_weights_says_unavailable_and_why(
     def no_weights(net: str, weights: Any) -> None:
         raise LpipsUnavailable("AlexNet's weights are not here")
 
-    monkeypatch.setattr("eval.perceptual._load_lpips", no_weights)
+    monkeypatch.setattr("xattn_video_eval.compare.metrics.lpips._load_lpips", no_weights)
     assert run_compare(*runs, "--device", "cpu") == 0
     assert "LPIPS: unavailable (AlexNet's weights are not here)" in capsys.readouterr().out
     assert json.loads((runs[1] / "summary.json").read_text())["lpips_unavailable"] == "AlexNet's weights are not here"

@@ -14,14 +14,14 @@ import numpy as np
 import pytest
 import torch
 
-from eval import measure as measuring
-from eval.compare import compare
-from eval.metrics import psnr
-from eval.pairs import Pair
-from eval.temporal import flicker, flicker_db, region_errors, worst_cell
-from pipelines.cli import main
-from pipelines.errors import UserError
 from tests.test_compare import add, clip, noisy, rows, run_compare
+from xattn_video_eval.compare import measure as measuring
+from xattn_video_eval.compare.command import compare
+from xattn_video_eval.compare.metrics.flicker import flicker, flicker_db, region_errors, worst_cell
+from xattn_video_eval.compare.metrics.psnr_ssim import psnr
+from xattn_video_eval.compare.pairs import Pair
+from xattn_video_pipelines.cli import main
+from xattn_video_pipelines.common.errors import UserError
 
 NEW_COLUMNS = ["border_psnr", "centre_psnr", "border_excess_db", "worst_region", "worst_region_share"]
 

@@ -11,10 +11,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from eval.contact_sheet import COLUMN_GAP, GAP, LABEL_WIDTH, MARGIN, TITLE_HEIGHT, contact_sheet, main
-from pipelines.errors import UserError
-from pipelines.manifest import append_record
-from pipelines.video_io import lossless_path, read_video, write_video
+from xattn_video_eval.compare.contact_sheet import (
+    COLUMN_GAP,
+    GAP,
+    LABEL_WIDTH,
+    MARGIN,
+    TITLE_HEIGHT,
+    contact_sheet,
+    main,
+)
+from xattn_video_pipelines.common.errors import UserError
+from xattn_video_pipelines.video.io import lossless_path, read_video, write_video
+from xattn_video_pipelines.video.manifest import append_record
 
 ROOT = Path(__file__).resolve().parent.parent
 HEIGHT, WIDTH, FRAMES = 48, 40, 9
@@ -126,7 +134,16 @@ def test_videos_without_a_partner_are_left_out(tmp_path: Path) -> None:
 def test_the_program_writes_the_png(tmp_path: Path) -> None:
     folders = runs(tmp_path, 2)
     out = tmp_path / "new" / "sheet.png"
-    command = [sys.executable, "-m", "eval.contact_sheet", *map(str, folders), "--out", str(out), "--frames", "2"]
+    command = [
+        sys.executable,
+        "-m",
+        "xattn_video_eval.compare.contact_sheet",
+        *map(str, folders),
+        "--out",
+        str(out),
+        "--frames",
+        "2",
+    ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
     # A PNG is lossless, and ffmpeg reads pictures too.

@@ -11,13 +11,14 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from eval.demo_tensors import DEMO_QKV, DemoTensors, load_demo_qkv
-from pipelines.models import find_model
 from xattn_video import XAttnConfig, xattention
 from xattn_video.ops import reference
 from xattn_video.ops.blocks import valid_and_forced_blocks
 from xattn_video.ops.cpu import backend
 from xattn_video.ops.xattention import dense_attention
+from xattn_video_eval.bench.demo_tensors import DemoTensors, load_demo_qkv
+from xattn_video_pipelines.demo.files import DEMO_QKV
+from xattn_video_pipelines.video.models import find_model
 
 THRESHOLD, BLOCK = 0.9, 128
 ENTRIES = range(4)

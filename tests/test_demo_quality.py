@@ -7,9 +7,9 @@ import json
 import numpy as np
 import pytest
 
-from eval import demo_quality
-from eval.demo_quality import ATTRIBUTES, main, paired_difference
-from pipelines.manifest import read_manifest
+from xattn_video_eval.studies import demo_quality
+from xattn_video_eval.studies.demo_quality import ATTRIBUTES, main, paired_difference
+from xattn_video_pipelines.video.manifest import read_manifest
 
 
 def test_no_difference_has_no_width():

@@ -15,13 +15,14 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from eval.demo_tensors import load_demo_qkv
-from pipelines.demo import capture, text, train_vae, world
-from pipelines.demo.capture import Entry, check_entries, default_entries
-from pipelines.demo.train import assemble, save_pipeline
-from pipelines.demo.train_latents import ClipSize
-from pipelines.errors import UserError
-from pipelines.models import import_diffusers
+from xattn_video_eval.bench.demo_tensors import load_demo_qkv
+from xattn_video_pipelines.common.errors import UserError
+from xattn_video_pipelines.demo import text, world
+from xattn_video_pipelines.demo.training import capture, vae
+from xattn_video_pipelines.demo.training.capture import Entry, check_entries, default_entries
+from xattn_video_pipelines.demo.training.latents import ClipSize
+from xattn_video_pipelines.demo.training.train import assemble, save_pipeline
+from xattn_video_pipelines.video.models import import_diffusers
 
 LAYERS, HEADS, HEAD_DIM, STEPS = 3, 2, 12, 4
 SIZE, GRID = ClipSize(5, 80), (3, 10, 10)
@@ -39,7 +40,7 @@ def pipeline() -> Any:
     for block in transformer.blocks:
         # Random weights attend to everything alike, and then any query would do.
         torch.nn.init.constant_(block.attn1.norm_q.weight, 4.0)
-    pipe = assemble(train_vae.build_vae().eval(), transformer.eval())
+    pipe = assemble(vae.build_vae().eval(), transformer.eval())
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -192,7 +193,7 @@ def test_the_command_writes_a_file_that_tells_where_it_came_from(
     assert str(tmp_path) not in str(metadata)
     assert str(folder.parent) not in str(metadata)
     arguments = shlex.split(metadata["command"])
-    assert arguments[:5] == ["python", "-m", "pipelines.demo.capture", "--model", "shapes"]
+    assert arguments[:5] == ["python", "-m", "xattn_video_pipelines.demo.training.capture", "--model", "shapes"]
     assert arguments[arguments.index("--prompt") + 1] == capture.PROMPT
     assert arguments[-2:] == entries
 

@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from pipelines.dense_alt import reversed_keys
-from pipelines.errors import UserError
-from pipelines.manifest import read_manifest
 from tests.cli_tools import SIZE, SPARSE, SPARSE_LABEL, save_tiny_wan, tool
+from xattn_video_pipelines.common.errors import UserError
+from xattn_video_pipelines.video.manifest import read_manifest
+from xattn_video_pipelines.video.noise_floor import reversed_keys
 
 
 class Attention(torch.nn.Module):

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from eval import dense_kernels
-from eval.dense_kernels import Problem
 from xattn_video import block_sparse_attention
+from xattn_video_eval.bench import dense_kernels
+from xattn_video_eval.bench.dense_kernels import Problem
 
 ROOT = Path(__file__).resolve().parent.parent
 NAMES = {"flash-attn-2": "flash_attn", "flash-attn-3": "flash_attn_interface", "flash-attn-4": "flash_attn.cute"}
@@ -145,7 +145,7 @@ def test_the_kernel_for_hopper_is_there_or_says_why_not(capability, dtype, reaso
 
 OWN = """
 import torch
-from eval.dense_kernels import Problem, _OnLists, judge
+from xattn_video_eval.bench.dense_kernels import Problem, _OnLists, judge
 from xattn_video.ops.triton.attention import launch_block_sparse
 
 parts = [torch.randn(1, heads, 300, 16, dtype=torch.bfloat16) for heads in (2, 1, 1)]

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipelines import doctor, environment
 from tests.cli_tools import Run, tool
+from xattn_video_pipelines import doctor
+from xattn_video_pipelines.common import environment
 
 ROOT = Path(__file__).resolve().parent.parent
 

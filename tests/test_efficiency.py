@@ -16,13 +16,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from eval import bench_cases, bench_gates, bench_plots, demo_tensors, efficiency
-from eval.bench_cases import Case
-from eval.demo_tensors import DemoTensors
-from pipelines.cli import main
 from xattn_video import XAttnConfig
 from xattn_video.ops.backends import ListStages, resolve
 from xattn_video.ops.blocks import lists_to_mask, mask_to_lists
+from xattn_video_eval.bench import cases as bench_cases
+from xattn_video_eval.bench import command, demo_tensors, gates
+from xattn_video_eval.bench import plots as bench_plots
+from xattn_video_eval.bench.cases import Case
+from xattn_video_eval.bench.demo_tensors import DemoTensors
+from xattn_video_pipelines.cli import main
 
 ROOT = Path(__file__).resolve().parent.parent
 ARGUMENTS = ["bench", "--device", "cpu", "--tokens", "1100", "--heads", "2", "--rounds", "1"]
@@ -31,9 +33,9 @@ ARGUMENTS = ["bench", "--device", "cpu", "--tokens", "1100", "--heads", "2", "--
 def test_bench_prints_a_table_and_ends_in_json(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(efficiency, "LEDGER", tmp_path / "ledger.jsonl")
+    monkeypatch.setattr(command, "LEDGER", tmp_path / "ledger.jsonl")
     assert main([*ARGUMENTS, "--dtype", "fp32", "bf16"]) == 0
-    assert not efficiency.LEDGER.exists()
+    assert not command.LEDGER.exists()
     lines = capsys.readouterr().out.splitlines()
     report = json.loads(lines[-1])
     assert report["ok"] is True
@@ -53,14 +55,14 @@ def test_bench_prints_a_table_and_ends_in_json(
     assert main([*ARGUMENTS, "--causal", "--record"]) == 0
     capsys.readouterr()
     assert main([*ARGUMENTS, "--record"]) == 0
-    recorded = [json.loads(line) for line in efficiency.LEDGER.read_text().splitlines()]
+    recorded = [json.loads(line) for line in command.LEDGER.read_text().splitlines()]
     assert [row["name"] for row in recorded] == ["causal-1100", "video-1100"]
 
 
 def test_a_case_that_does_not_fit_is_left_out_and_the_others_are_recorded_as_they_come(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    make, ledger = efficiency.make_inputs, tmp_path / "ledger.jsonl"
+    make, ledger = command.make_inputs, tmp_path / "ledger.jsonl"
 
     def cases(args: object, device: object) -> list[Case]:
         return [Case(name, 1, 32, 35, 0, 1, 16, "fp32") for name in ("first", "large", "second", "killed")]
@@ -73,9 +75,9 @@ def test_a_case_that_does_not_fit_is_left_out_and_the_others_are_recorded_as_the
             raise KeyboardInterrupt
         return make(case, locality, device)
 
-    monkeypatch.setattr(efficiency, "chosen_cases", cases)
-    monkeypatch.setattr(efficiency, "make_inputs", inputs)
-    monkeypatch.setattr(efficiency, "LEDGER", ledger)
+    monkeypatch.setattr(command, "chosen_cases", cases)
+    monkeypatch.setattr(command, "make_inputs", inputs)
+    monkeypatch.setattr(command, "LEDGER", ledger)
     assert main([*ARGUMENTS, "--record"]) == 130
     assert "large: left out" in capsys.readouterr().err
     assert [json.loads(line)["name"] for line in ledger.read_text().splitlines()] == ["first", "second"]
@@ -86,7 +88,7 @@ def test_torch_and_triton_are_all_that_the_bench_needs(tmp_path: Path) -> None:
     absent = ("diffusers", "transformers", "accelerate", "imageio", "lpips", "torchvision", "av", "PIL", "matplotlib")
     code = f"""import sys
 sys.modules.update(dict.fromkeys({absent}))
-from pipelines.cli import main
+from xattn_video_pipelines.cli import main
 sys.exit(main({[*ARGUMENTS, "--out", str(tmp_path)]}))"""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=1000)
     assert done.returncode == 0, done.stderr
@@ -98,7 +100,7 @@ def test_nothing_that_fits_is_no_success(capsys: pytest.CaptureFixture[str], mon
     def inputs(*args: object) -> object:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(efficiency, "make_inputs", inputs)
+    monkeypatch.setattr(command, "make_inputs", inputs)
     assert main(ARGUMENTS) == 1
     report = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert (report["ok"], report["too_large"], report["rows"]) == (False, ["video-1100"], [])
@@ -107,20 +109,20 @@ def test_nothing_that_fits_is_no_success(capsys: pytest.CaptureFixture[str], mon
 def test_nothing_is_timed_or_recorded_when_the_result_is_wrong(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    right = bench_gates.block_sparse_attention
+    right = gates.block_sparse_attention
 
     def wrong(*args: object, backend: str = "auto", **kwargs: object) -> object:
         output = right(*args, backend=backend, **kwargs)
         return output if backend == "reference" else output * 1.01
 
-    monkeypatch.setattr(bench_gates, "block_sparse_attention", wrong)
-    monkeypatch.setattr(efficiency, "LEDGER", tmp_path / "ledger.jsonl")
+    monkeypatch.setattr(gates, "block_sparse_attention", wrong)
+    monkeypatch.setattr(command, "LEDGER", tmp_path / "ledger.jsonl")
     assert main([*ARGUMENTS, "--record"]) == 1
     report = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert report["ok"] is False
     assert report["rows"] == []
     assert "sparse output" in report["failures"][0]
-    assert not efficiency.LEDGER.exists()
+    assert not command.LEDGER.exists()
 
 
 @pytest.mark.parametrize(
@@ -158,7 +160,7 @@ def test_the_numbers_of_a_row_follow_from_its_times() -> None:
         "attend": [0.08, 0.09, 0.1],
         "total": [0.1, 0.11, 0.2],
     }
-    row = efficiency.summarize(case, config, 0.25, seconds, ("sdpa", "flex"))
+    row = command.summarize(case, config, 0.25, seconds, ("sdpa", "flex"))
     # A sparse kernel is no dense one, however fast it is.
     assert row["dense_kernel"] == "flex"
     assert row["speedup"] == pytest.approx(row["best_ms"]["flex"] / row["best_ms"]["total"]) == pytest.approx(3.0)
@@ -175,7 +177,7 @@ def test_the_numbers_of_a_row_follow_from_its_times() -> None:
         "total": (0.25 + 1 / 32) * operations / 0.1,
     }
     assert row["tflops"] == pytest.approx({name: value / 1e12 for name, value in expected.items()})
-    causal = efficiency.summarize(dataclasses.replace(case, causal=True), config, 0.25, seconds, ("sdpa", "flex"))
+    causal = command.summarize(dataclasses.replace(case, causal=True), config, 0.25, seconds, ("sdpa", "flex"))
     assert causal["tflops"]["sdpa"] == pytest.approx(row["tflops"]["sdpa"] / 2)
 
 
@@ -183,9 +185,9 @@ def test_a_kernel_that_is_wrong_or_raises_is_listed_and_not_timed(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls = {"wrong": 0, "nan": 0}
-    right = efficiency.dense_candidates
+    right = command.dense_candidates
 
-    def with_bad_ones(problem: efficiency.Problem) -> dict[str, Callable[[], Tensor]]:
+    def with_bad_ones(problem: command.Problem) -> dict[str, Callable[[], Tensor]]:
         found = right(problem)
 
         def off(name: str, factor: float) -> Tensor:
@@ -201,7 +203,7 @@ def test_a_kernel_that_is_wrong_or_raises_is_listed_and_not_timed(
         bad = {"wrong": partial(off, "wrong", 1.01), "nan": partial(off, "nan", float("nan"))}
         return found | bad | {"raising": raising, "missing": missing}
 
-    monkeypatch.setattr(efficiency, "dense_candidates", with_bad_ones)
+    monkeypatch.setattr(command, "dense_candidates", with_bad_ones)
     assert main(ARGUMENTS) == 0
     lines = capsys.readouterr().out.splitlines()
     (row,) = json.loads(lines[-1])["rows"]
@@ -218,8 +220,8 @@ def test_a_kernel_that_is_wrong_or_raises_is_listed_and_not_timed(
 def test_attention_that_is_wrong_on_the_timed_problem_ends_the_bench(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    right = efficiency.attend_kept
-    monkeypatch.setattr(efficiency, "attend_kept", lambda *parts, **settings: right(*parts, **settings) * 1.001)
+    right = command.attend_kept
+    monkeypatch.setattr(command, "attend_kept", lambda *parts, **settings: right(*parts, **settings) * 1.001)
     assert main(ARGUMENTS) == 1
     report = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert report["rows"] == []
@@ -244,7 +246,7 @@ def test_scores_and_choice_are_judged_on_the_timed_problem(
             result[:, 1:, 8:] = result[:, 1:, 8:].flip(-1)
         return result
 
-    monkeypatch.setattr(efficiency, "resolve", lambda *_: own._replace(**{stage: wrong}))
+    monkeypatch.setattr(command, "resolve", lambda *_: own._replace(**{stage: wrong}))
     assert main([*ARGUMENTS, "--causal"] if causal else ARGUMENTS) == 1
     report = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert report["rows"] == []
@@ -266,7 +268,7 @@ def test_stages_are_those_of_the_call_also_where_lists_take_the_place_of_a_mask(
         return own.block_sparse_forward(query, key, value, lists_to_mask(*lists), **settings)
 
     with_lists = own._replace(lists=ListStages(select, attend))
-    monkeypatch.setattr(efficiency, "resolve", lambda *_: with_lists)
+    monkeypatch.setattr(command, "resolve", lambda *_: with_lists)
     assert main(ARGUMENTS) == 0
     (listed,) = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
     # Once to know what is kept and what is right, once unmeasured, and once a round.
@@ -305,7 +307,7 @@ def test_plots_and_rows_that_cannot_be_written_are_refused_before_anything_is_ti
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     (tmp_path / "file").write_text("")
-    monkeypatch.setattr(efficiency, "_measure", lambda *_: pytest.fail("timed"))
+    monkeypatch.setattr(command, "_measure", lambda *_: pytest.fail("timed"))
     assert main([*ARGUMENTS, "--out", str(tmp_path / "file")]) == 2
     assert "cannot write here" in capsys.readouterr().err
     monkeypatch.setattr(bench_plots.importlib.util, "find_spec", lambda name: None)

@@ -18,13 +18,13 @@ import torch
 
 pytest.importorskip("triton", minversion="3.6", reason="the kernel for Hopper needs it")
 
-from eval.dense_kernels import Problem
-from eval.first_gpu import checking, command, compiling, plan, testing, times
-from eval.first_gpu.look import ROWS, Look, RowReader
-from eval.first_gpu.runner import ROOT, Step, run_steps
-from eval.first_gpu.verdict import all_well, judge, summary
 from tests import first_gpu_steps
 from xattn_video.ops import reference
+from xattn_video_eval.bench.dense_kernels import Problem
+from xattn_video_eval.first_gpu import checking, command, compiling, plan, testing, times
+from xattn_video_eval.first_gpu.look import ROWS, Look, RowReader
+from xattn_video_eval.first_gpu.runner import ROOT, Step, run_steps
+from xattn_video_eval.first_gpu.verdict import all_well, judge, summary
 
 
 def rehearsal_look(out: Path, seconds: float = 60) -> Look:
@@ -144,7 +144,7 @@ def rehearsal(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[list[d
     environment = {**os.environ, "TRITON_CACHE_DIR": str(cache), "OMP_NUM_THREADS": "1"}
     environment.pop("TRITON_INTERPRET", None)
     finished = subprocess.run(
-        [sys.executable, "-m", "eval.first_gpu", "--rehearse", "--out", str(out)],
+        [sys.executable, "-m", "xattn_video_eval.first_gpu", "--rehearse", "--out", str(out)],
         capture_output=True, text=True, env=environment, cwd=ROOT,
     )  # fmt: skip
     assert finished.returncode == 0, finished.stdout + finished.stderr

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from eval import first_token
-from pipelines.cli import main
 from tests.language_families import save_language_model
+from xattn_video_eval.bench import first_token
+from xattn_video_pipelines.cli import main
 
 
 @pytest.fixture(scope="module")

@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
-from eval.harness import _sides, main, table
-from pipelines.demo import world
-from pipelines.video_io import write_video
 from tests.language_families import LAYERS, build, save_language_model, save_video_model
 from xattn_video import XAttnConfig
+from xattn_video_eval.benchmarks.harness import _sides, main, table
+from xattn_video_pipelines.demo import world
+from xattn_video_pipelines.video.io import write_video
 
 import transformers  # isort: skip
 

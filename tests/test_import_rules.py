@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = ("xattn_video", "pipelines", "eval")
-MODULES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
+# Importable name -> folder.
+PACKAGES = {"xattn_video": "xattn_video", "xattn_video_pipelines": "pipelines", "xattn_video_eval": "eval"}
+MODULES = sorted(path for folder in PACKAGES.values() for path in (ROOT / folder).rglob("*.py"))
 
 
 def imported(tree: ast.AST) -> Iterator[str]:
@@ -33,16 +34,19 @@ def relative_name(path: Path) -> str:
 
 
 def test_there_are_modules_to_check() -> None:
-    assert {path.relative_to(ROOT).parts[0] for path in MODULES} == set(PACKAGES)
+    assert {path.relative_to(ROOT).parts[0] for path in MODULES} == set(PACKAGES.values())
 
 
 @pytest.mark.parametrize(
     ("code", "expected"),
     [
-        ("import eval.metrics as m", {"eval"}),
-        ("def f():\n    from pipelines.cli import main", {"pipelines"}),
+        ("import xattn_video_eval.compare.metrics.psnr_ssim as m", {"xattn_video_eval"}),
+        ("def f():\n    from xattn_video_pipelines.cli import main", {"xattn_video_pipelines"}),
         ("from . import eval", set()),
-        ("import importlib\nimportlib.import_module('eval.compare')", {"importlib", "eval"}),
+        (
+            "import importlib\nimportlib.import_module('xattn_video_eval.compare.command')",
+            {"importlib", "xattn_video_eval"},
+        ),
         ("eval('1 + 1')", set()),
     ],
 )
@@ -54,7 +58,11 @@ def test_imports_are_found(code: str, expected: set[str]) -> None:
 def test_imports_follow_the_arrows(path: Path) -> None:
     package = path.relative_to(ROOT).parts[0]
     tree = ast.parse(path.read_text(encoding="utf-8"))
-    forbidden = {"xattn_video": {"pipelines", "eval"}, "pipelines": {"eval"}, "eval": set()}[package]
+    forbidden = {
+        "xattn_video": {"xattn_video_pipelines", "xattn_video_eval"},
+        "pipelines": {"xattn_video_eval"},
+        "eval": set(),
+    }[package] | {"pipelines", "eval"}
     if relative_name(path) == "pipelines/cli.py":
         # The command line loads eval's programs, but only the one that is asked for: inside a function.
         tree.body = [node for node in tree.body if not isinstance(node, ast.FunctionDef)]
@@ -72,8 +80,22 @@ def loaded_by(statement: str) -> set[str]:
 def test_importing_the_library_loads_no_framework() -> None:
     loaded = loaded_by("import xattn_video")
     assert "torch" in loaded
-    assert not loaded & {"diffusers", "transformers", "lpips", "torchvision", "triton", "pipelines", "eval"}
+    assert not loaded & {
+        "diffusers",
+        "transformers",
+        "lpips",
+        "torchvision",
+        "triton",
+        "xattn_video_pipelines",
+        "xattn_video_eval",
+    }
 
 
 def test_importing_compare_loads_no_network() -> None:
-    assert not loaded_by("import eval.compare") & {"torch", "lpips", "torchvision", "diffusers", "transformers"}
+    assert not loaded_by("import xattn_video_eval.compare.command") & {
+        "torch",
+        "lpips",
+        "torchvision",
+        "diffusers",
+        "transformers",
+    }

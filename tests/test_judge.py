@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipelines.demo.judge import Verdict, judge
-from pipelines.demo.world import COLOURS, MOTIONS, SHAPES, Scene, all_scenes, render
-from pipelines.video_io import read_video, write_video
+from xattn_video_pipelines.demo.judge import Verdict, judge
+from xattn_video_pipelines.demo.world import COLOURS, MOTIONS, SHAPES, Scene, all_scenes, render
+from xattn_video_pipelines.video.io import read_video, write_video
 
 SCENES = all_scenes()
 

@@ -13,13 +13,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipelines.demo.judge import Verdict
-from pipelines.demo.judging import judge_folder, saw
-from pipelines.demo.world import Scene, all_scenes, asked, caption, render
-from pipelines.errors import UserError
-from pipelines.manifest import append_record
-from pipelines.video_io import lossless_path, write_video
 from tests.cli_tools import Run, tool
+from xattn_video_pipelines.common.errors import UserError
+from xattn_video_pipelines.demo.judge import Verdict
+from xattn_video_pipelines.demo.judging import judge_folder, saw
+from xattn_video_pipelines.demo.world import Scene, all_scenes, asked, caption, render
+from xattn_video_pipelines.video.io import lossless_path, write_video
+from xattn_video_pipelines.video.manifest import append_record
 
 RED = Scene("red", "circle", "left", "white", "large")
 BLUE = Scene("blue", "square", "up", "black", "small")

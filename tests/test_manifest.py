@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.errors import UserError
-from pipelines.manifest import NAME, append_record, differences, read_manifest, remove_records
+from xattn_video_pipelines.common.errors import UserError
+from xattn_video_pipelines.video.manifest import NAME, append_record, differences, read_manifest, remove_records
 
 ROOT = Path(__file__).parent.parent
 
@@ -90,7 +90,7 @@ def test_processes_that_write_at_once_lose_nothing(tmp_path):
     code = """
 import sys
 from pathlib import Path
-from pipelines.manifest import append_record, remove_records
+from xattn_video_pipelines.video.manifest import append_record, remove_records
 folder, name = Path(sys.argv[1]), sys.argv[2]
 for number in range(60):
     append_record(folder, {"id": f"{name}{number}", "seed": 0, "long": "x" * 40_000})

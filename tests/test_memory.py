@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from pipelines.memory import peak_bytes, reset_peak
+from xattn_video_pipelines.common.memory import peak_bytes, reset_peak
 
 CPU = torch.device("cpu")
 SIZE = 400 * 2**20

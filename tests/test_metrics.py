@@ -10,8 +10,8 @@ import pytest
 import torch
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
-from eval import metrics
-from eval.metrics import definitions, mean_psnr, psnr, ssim, video_psnr, video_ssim
+from xattn_video_eval.compare.metrics import psnr_ssim
+from xattn_video_eval.compare.metrics.psnr_ssim import definitions, mean_psnr, psnr, ssim, video_psnr, video_ssim
 
 
 def frames(height: int = 37, width: int = 53, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -80,7 +80,7 @@ def test_identical_frames_and_videos() -> None:
     assert psnr(reference, reference) == math.inf
     assert ssim(reference, reference) == pytest.approx(1.0)
     video = np.stack([reference] * 3)
-    assert video_psnr(video, video) == metrics.PSNR_CAP_DB == 100.0
+    assert video_psnr(video, video) == psnr_ssim.PSNR_CAP_DB == 100.0
     assert video_ssim(video, video) == pytest.approx(1.0)
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from eval.metrics import LPIPS_NETS, Lpips, LpipsUnavailable, video_lpips
+from xattn_video_eval.compare.metrics.psnr_ssim import LPIPS_NETS, Lpips, LpipsUnavailable, video_lpips
 
 FILES = {"alex": "alexnet-owt-7be5be79.pth", "vgg": "vgg16-397923af.pth", "squeeze": "squeezenet1_1-b8a52dc0.pth"}
 SMALLEST = {"alex": 31, "vgg": 16, "squeeze": 17}

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from eval.needle import main
-from eval.needle_items import TASKS, Item, make_item, score
-from pipelines.answering import first_token_divergence
 from tests.language_families import LAYERS, save_language_model
+from xattn_video_eval.benchmarks.needle.command import main
+from xattn_video_eval.benchmarks.needle.items import TASKS, Item, make_item, score
+from xattn_video_pipelines.qa.answers import first_token_divergence
 
 
 def words(text: str) -> int:

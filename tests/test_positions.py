@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from pipelines.demo import stories, watcher
-from pipelines.demo.train_watcher import Batch, tokenise
-from pipelines.positions import apart, mend_positions
 from tests.language_families import build
 from tests.test_watcher import single
+from xattn_video_pipelines.demo import stories, watcher
+from xattn_video_pipelines.demo.training.train_watcher import Batch, tokenise
+from xattn_video_pipelines.qa.qwen_positions import apart, mend_positions
 
 
 @pytest.fixture(scope="module")

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.program import Parser, run_program
+from xattn_video_pipelines.common.program import Parser, run_program
 
 ROOT = Path(__file__).parent.parent
 PRINTING = """
 import argparse, sys
-from pipelines.program import Parser, run_program
+from xattn_video_pipelines.common.program import Parser, run_program
 sys.exit(run_program(Parser(prog="shout"), lambda arguments: print("h\\xf6r \\ud800 zu") or 0, []))
 """
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.errors import UserError
-from pipelines.prompts import evenly_spaced, read_prompts
+from xattn_video_pipelines.common.errors import UserError
+from xattn_video_pipelines.video.prompts import evenly_spaced, read_prompts
 
 
 def write(folder: Path, name: str, content: str | bytes) -> Path:

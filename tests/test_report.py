@@ -13,15 +13,16 @@ from pathlib import Path
 
 import pytest
 
-from eval import report_charts, report_data
-from eval.compare import compare
-from eval.paper_tables import load_paper_tables
-from eval.report import write_report
-from eval.report_charts import Point, heat_picture, scatter
-from pipelines.errors import UserError
-from pipelines.manifest import read_manifest
 from tests.browser_tools import browser_page, find_chromium
 from tests.cli_tools import SPARSE_LABEL, Run, run_command, save_tiny_wan, tool
+from xattn_video_eval.compare.command import compare
+from xattn_video_eval.report import charts
+from xattn_video_eval.report import data as report_data
+from xattn_video_eval.report.charts import Point, heat_picture, scatter
+from xattn_video_eval.report.command import write_report
+from xattn_video_eval.report.paper_tables import load_paper_tables
+from xattn_video_pipelines.common.errors import UserError
+from xattn_video_pipelines.video.manifest import read_manifest
 
 HOSTILE = '</script><script>alert(1)</script> <img src=x onerror=alert(2)> & "quotes" \' ${title} $title'
 SECOND = "xattn-s8-t0.30-w1-b16-m0"
@@ -33,7 +34,7 @@ SPARSE = ("--min-tokens", 0, "--block-size", 16, "--warmup-steps", 1)
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run with two sparse configurations and the floor, of two prompts, one of them hostile."""
-    from pipelines.cli import main
+    from xattn_video_pipelines.cli import main
 
     folder = tmp_path_factory.mktemp("run")
     model, prompts, out = save_tiny_wan(folder / "model"), folder / "prompts.txt", folder / "out"
@@ -482,6 +483,6 @@ def test_the_page_is_no_wider_than_the_window(run, tmp_path, width):
 @pytest.mark.parametrize(("low", "high"), [(0.7692307692307692, 0.7692307692307693), (1e9, 1e9), (0.0, 1e-12), (-3, 4)])
 def test_a_scale_holds_its_values_between_different_ticks(low: float, high: float) -> None:
     """Two means may differ by the rounding of a sum alone."""
-    first, last, ticks = report_charts._scale(low, high)
+    first, last, ticks = charts._scale(low, high)
     assert first <= low <= high <= last
     assert len(set(ticks)) == len(ticks) >= 2

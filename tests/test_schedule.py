@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from xattn_video.integrations.diffusers.steps import StepTracker, WeakLink, dense_layers
+from xattn_video.integrations.dense_layers import dense_layers
+from xattn_video.integrations.diffusers.steps import StepTracker, WeakLink
 
 
 class Loop:

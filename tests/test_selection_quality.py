@@ -15,18 +15,19 @@ from scipy import stats
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from eval import block_scorers, demo_tensors, selection_quality
-from eval.block_scorers import EXACT, SCORERS, exact_block_mass, tile_permutation
-from eval.paper_tables import broken_order, compare_orders, load_paper_tables
-from eval.ranking import recalled_mass, roc_auc, spearman
-from eval.selection_measures import (
+from xattn_video.testing.synthetic import causal_text_like_qkv, video_like_qkv
+from xattn_video_eval.bench import demo_tensors
+from xattn_video_eval.report.paper_tables import broken_order, compare_orders, load_paper_tables
+from xattn_video_eval.studies import block_scorers, selection_quality
+from xattn_video_eval.studies.block_scorers import EXACT, SCORERS, exact_block_mass, tile_permutation
+from xattn_video_eval.studies.ranking import recalled_mass, roc_auc, spearman
+from xattn_video_eval.studies.selection_measures import (
     Problem,
     as_good_for_less,
     measure_rules,
     measure_scorers,
     measure_thresholds,
 )
-from xattn_video.testing.synthetic import causal_text_like_qkv, video_like_qkv
 
 GUESSES = [name for name in SCORERS if name != EXACT]
 BLOCK = 16
@@ -515,7 +516,10 @@ def test_without_matplotlib_the_plot_is_an_error_before_anything_is_measured(
     ("arguments", "message"),
     [
         (["--inputs", "demo"], "--inputs demo: "),
-        (["--inputs", "text", "demo"], "no such file; make one with: python -m pipelines.demo.capture"),
+        (
+            ["--inputs", "text", "demo"],
+            "no such file; make one with: python -m xattn_video_pipelines.demo.training.capture",
+        ),
         (["--inputs", "film"], "invalid choice: 'film'"),
         (["--tokens", "31", "--block-size", "16"], "--tokens must be 32, two blocks, or more, got 31"),
         (["--tokens", "many"], "argument --tokens: invalid int value: 'many'"),
@@ -575,4 +579,4 @@ def test_help_has_an_example(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         selection_quality.main(["--help"])
     assert stop.value.code == 0
-    assert "example:\n  python -m eval.selection_quality\n" in capsys.readouterr().out
+    assert "example:\n  python -m xattn_video_eval.studies.selection_quality\n" in capsys.readouterr().out

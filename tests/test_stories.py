@@ -8,9 +8,9 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from pipelines.demo import stories, world
-from pipelines.demo.judge import judge
-from pipelines.demo.stories import KINDS, ORDINALS, Story, draw_question, draw_story, look
+from xattn_video_pipelines.demo import stories, world
+from xattn_video_pipelines.demo.judge import judge
+from xattn_video_pipelines.demo.stories import KINDS, ORDINALS, Story, draw_question, draw_story, look
 
 RED = world.Scene("red", "circle", "left", "white", "small")
 BLUE = world.Scene("blue", "star", "up", "black", "large")

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from eval.story_plot import draw, latest, main
+from xattn_video_eval.studies.story_plot import draw, latest, main
 
 
 def row(scenes: int, sparse: float, model: str = "demo", stride: int = 16, **config: int) -> dict[str, Any]:
@@ -57,8 +57,8 @@ def test_it_is_drawn_from_a_file_of_rows(tmp_path: Path, capfd: Any) -> None:
     ("lines", "message"),
     [
         (None, "rows.jsonl: cannot be read: No such file"),
-        ("{}", "rows.jsonl: has a line that is no row of eval.story_quality"),
-        ("[", "rows.jsonl: has a line that is no row of eval.story_quality"),
+        ("{}", "rows.jsonl: has a line that is no row of xattn_video_eval.studies.story_quality"),
+        ("[", "rows.jsonl: has a line that is no row of xattn_video_eval.studies.story_quality"),
         ("", "rows.jsonl: no row of --model demo"),
     ],
 )

@@ -9,14 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from eval import story_quality
-from eval.story_quality import main, table, write_stories
-from pipelines.demo import stories, watcher, world
-from pipelines.demo.judge import judge
-from pipelines.qa_items import read_questions
-from pipelines.video_frames import sample_video
-from pipelines.video_io import read_video
 from tests.test_stories import answered
+from xattn_video_eval.studies import story_quality
+from xattn_video_eval.studies.story_quality import main, table, write_stories
+from xattn_video_pipelines.demo import stories, watcher, world
+from xattn_video_pipelines.demo.judge import judge
+from xattn_video_pipelines.qa.frames import sample_video
+from xattn_video_pipelines.qa.questions import read_questions
+from xattn_video_pipelines.video.io import read_video
 
 
 @pytest.fixture(scope="module")

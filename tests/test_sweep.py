@@ -11,12 +11,13 @@ from typing import Any
 
 import pytest
 
-from eval import sweep, sweep_plot
-from pipelines import runner
-from pipelines.errors import UserError
-from pipelines.manifest import read_manifest
 from tests.cli_tools import Run, save_tiny_wan, tool
 from xattn_video import XAttnConfig
+from xattn_video_eval.sweep import command as sweep
+from xattn_video_eval.sweep import plot as sweep_plot
+from xattn_video_pipelines.common.errors import UserError
+from xattn_video_pipelines.video import make as runner
+from xattn_video_pipelines.video.manifest import read_manifest
 
 AXES = ("--thresholds", 0.3, 0.9, "--strides", 8, "--warmup-steps", 1, 5)
 TINY = ("--height", 64, "--width", 64, "--num-frames", 9, "--steps", 6, "--min-tokens", 0, "--block-size", 16)

@@ -8,8 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from eval.metrics import psnr, video_psnr
-from eval.temporal import (
+from xattn_video_eval.compare.metrics.flicker import (
     DEFINITIONS,
     flicker,
     flicker_db,
@@ -19,6 +18,7 @@ from eval.temporal import (
     region_errors,
     worst_cell,
 )
+from xattn_video_eval.compare.metrics.psnr_ssim import psnr, video_psnr
 
 
 def moving(frames: int = 9, height: int = 37, width: int = 53) -> np.ndarray:

@@ -15,16 +15,24 @@ import numpy as np
 import pytest
 import torch
 
-from pipelines.demo import text, train_latents, train_vae, world
-from pipelines.demo.train import assemble, main, run, save_pipeline, save_samples
-from pipelines.demo.train_attention import TrainingAttention, padding_bias
-from pipelines.demo.train_curve import draw_curve
-from pipelines.demo.train_latents import ClipSize, clip_scene
-from pipelines.demo.train_loop import Plan, schedule_at, train
-from pipelines.demo.train_phases import CONTINUED_PHASES, FULL, PHASES, Anchor, Phase, draw_batch
-from pipelines.demo.train_transformer import build_transformer, cut_out, noise_levels, rotary_of, train_transformer
-from pipelines.errors import UserError
-from pipelines.models import import_diffusers
+from xattn_video_pipelines.common.errors import UserError
+from xattn_video_pipelines.demo import text, world
+from xattn_video_pipelines.demo.training import latents as train_latents
+from xattn_video_pipelines.demo.training import vae as train_vae
+from xattn_video_pipelines.demo.training.attention import TrainingAttention, padding_bias
+from xattn_video_pipelines.demo.training.curve import draw_curve
+from xattn_video_pipelines.demo.training.latents import ClipSize, clip_scene
+from xattn_video_pipelines.demo.training.loop import Plan, schedule_at, train
+from xattn_video_pipelines.demo.training.phases import CONTINUED_PHASES, FULL, PHASES, Anchor, Phase, draw_batch
+from xattn_video_pipelines.demo.training.train import assemble, main, run, save_pipeline, save_samples
+from xattn_video_pipelines.demo.training.transformer import (
+    build_transformer,
+    cut_out,
+    noise_levels,
+    rotary_of,
+    train_transformer,
+)
+from xattn_video_pipelines.video.models import import_diffusers
 
 TINY = (
     Phase(0.5, ClipSize(1, 80), 3, 5),
@@ -233,7 +241,7 @@ def test_an_interrupted_training_ends_with_the_very_same_weights(vae: Any, tmp_p
         return draw_batch(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr("pipelines.demo.train_transformer.draw_batch", kill_later)
+        patch.setattr("xattn_video_pipelines.demo.training.transformer.draw_batch", kill_later)
         with pytest.raises(KeyboardInterrupt):
             go("parts")
     parts, steps = go("parts")
@@ -271,7 +279,7 @@ def test_the_curve_shows_every_stage_and_goes_on(tmp_path: Path) -> None:
 LOOP = """
 import sys, torch
 from pathlib import Path
-from pipelines.demo.train_loop import Plan, train
+from xattn_video_pipelines.demo.training.loop import Plan, train
 torch.manual_seed(0)
 model = torch.nn.Linear(3, 3)
 def loss_of(step):
@@ -340,7 +348,7 @@ def test_the_learning_rate_rises_stays_and_falls_to_nothing(tmp_path: Path) -> N
 @pytest.mark.parametrize("frames", [2, 24])
 def test_training_attention_is_wans_attention_over_the_padded_prompt(frames: int, monkeypatch: Any) -> None:
     # 24 frames of 10 x 10 tokens take the path that computes the probabilities twice.
-    monkeypatch.setattr("pipelines.demo.train_attention._KEPT", 1000)
+    monkeypatch.setattr("xattn_video_pipelines.demo.training.attention._KEPT", 1000)
     model = tiny_transformer(0)
     words = text.encode(text.build_tokenizer(), text.build_text_encoder(), ["a red circle moving left", "star"])
     padded = torch.nn.functional.pad(words, (0, 0, 0, text.MAX_TEXT_TOKENS - words.shape[1]))
@@ -427,7 +435,7 @@ def test_from_a_given_pipeline_all_clips_move_and_the_rates_fall_for_long(
         asked.append((plan, phases))
         return tiny_transformer(5), 0
 
-    monkeypatch.setattr("pipelines.demo.train.train_transformer", no_training)
+    monkeypatch.setattr("xattn_video_pipelines.demo.training.train.train_transformer", no_training)
     run(tmp_path / "out", steps=4000, vae_steps=1, start=tmp_path / "first")
     plan, phases = asked[0]
     assert phases == CONTINUED_PHASES

@@ -16,10 +16,10 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("TRITON_INTERPRET=1 excludes compiling kernels", allow_module_level=True)
 
 # after the skips: these import triton
-from eval import static_evidence  # noqa: E402
-from eval.static_evidence import Case  # noqa: E402
 from xattn_video.ops.triton import attention_choice, block_lists, launch_tables  # noqa: E402
 from xattn_video.ops.triton import selection as block_selection  # noqa: E402
+from xattn_video_eval.bench import static_evidence  # noqa: E402
+from xattn_video_eval.bench.static_evidence import Case  # noqa: E402
 
 CASES = list(static_evidence.default_cases())
 COMPILED = [(case, target) for case in CASES for target in static_evidence.TARGETS if case.runs_on(target)]

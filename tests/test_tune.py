@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 import torch
 
-from eval import tune, tune_candidates
-from eval.tune import Trial
-from pipelines.cli import main
 from xattn_video.ops.triton import launch_tables
+from xattn_video_eval.tune import candidates as tune_candidates
+from xattn_video_eval.tune import command as tune
+from xattn_video_eval.tune.command import Trial
+from xattn_video_pipelines.cli import main
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 2}
@@ -245,9 +246,9 @@ import torch
 from triton.backends.compiler import GPUTarget
 
 if __name__ == "__main__":
-    from eval.static_evidence import compile_like_jit
-    from eval.tune_compile import compile_ahead, workers
-    from eval.tune_problems import Shape
+    from xattn_video_eval.bench.static_evidence import compile_like_jit
+    from xattn_video_eval.tune.compile import compile_ahead, workers
+    from xattn_video_eval.tune.problems import Shape
 
     cache, target = Path(sys.argv[1]), GPUTarget("cuda", 90, 32)
     own = {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 3}
@@ -281,7 +282,7 @@ def test_what_processes_compile_is_found_by_this_one(tmp_path):
 
 CHECKS = """
 import torch
-from eval import tune
+from xattn_video_eval.tune import command as tune
 from xattn_video.ops.triton import launch_tables
 
 for kernel in ("antidiagonal_scores", "block_sparse"):

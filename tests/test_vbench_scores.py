@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
-from eval.vbench_scores import full_info, main
-from pipelines.demo import world
-from pipelines.manifest import append_record
-from pipelines.prompts import read_prompts
-from pipelines.video_io import write_video
+from xattn_video_eval.benchmarks.vbench.command import full_info, main
+from xattn_video_pipelines.demo import world
+from xattn_video_pipelines.video.io import write_video
+from xattn_video_pipelines.video.manifest import append_record
+from xattn_video_pipelines.video.prompts import read_prompts
 
 RED, BLUE = "a red circle moving left", "a blue star"
 INFO: list[dict[str, Any]] = [

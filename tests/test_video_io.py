@@ -13,8 +13,8 @@ import psutil
 import pytest
 import torch
 
-from pipelines.errors import UserError
-from pipelines.video_io import (
+from xattn_video_pipelines.common.errors import UserError
+from xattn_video_pipelines.video.io import (
     VideoError,
     VideoInfo,
     iter_frames,

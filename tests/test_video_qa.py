@@ -16,17 +16,17 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from pipelines.answering import first_token_divergence, generate_answer
-from pipelines.cli import build_parser, main
-from pipelines.demo import world
-from pipelines.errors import UserError
-from pipelines.language import configurations
-from pipelines.models import sampled_digest
-from pipelines.qa_items import Question, read_questions
-from pipelines.video_frames import sample_video
-from pipelines.video_io import VideoError, read_video, write_video
 from tests.language_families import LAYERS, build, prompt, save_video_model
 from xattn_video import XAttnConfig
+from xattn_video_pipelines.cli import build_parser, main
+from xattn_video_pipelines.common.errors import UserError
+from xattn_video_pipelines.demo import world
+from xattn_video_pipelines.qa.answers import first_token_divergence, generate_answer
+from xattn_video_pipelines.qa.frames import sample_video
+from xattn_video_pipelines.qa.load import configurations
+from xattn_video_pipelines.qa.questions import Question, read_questions
+from xattn_video_pipelines.video.io import VideoError, read_video, write_video
+from xattn_video_pipelines.video.models import sampled_digest
 
 LABEL = "xattn-s8-t0.50-w0-b16-m0"
 

@@ -12,9 +12,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from pipelines.demo import stories, train_eyes, train_watcher, watcher, world
-from pipelines.demo.train_loop import Plan, build_optimizers
-from pipelines.demo.train_watcher import (
+from xattn_video_pipelines.demo import stories, watcher, world
+from xattn_video_pipelines.demo.training import eyes as train_eyes
+from xattn_video_pipelines.demo.training import train_watcher
+from xattn_video_pipelines.demo.training.loop import Plan, build_optimizers
+from xattn_video_pipelines.demo.training.train_watcher import (
     NAMED,
     PHASES,
     READ,

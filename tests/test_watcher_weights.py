@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 import torch
 
-from eval.story_plot import latest
-from eval.story_quality import LEDGER, main, table
-from pipelines.demo import asking, stories, watcher, world
-from pipelines.language import DEMO_WATCHER, VIDEO_MODEL
 from tests.cli_tools import Run, tool
 from tests.test_asking import SCENES, add
+from xattn_video_eval.studies.story_plot import latest
+from xattn_video_eval.studies.story_quality import LEDGER, main, table
+from xattn_video_pipelines.demo import asking, stories, watcher, world
+from xattn_video_pipelines.demo.files import DEMO_WATCHER
+from xattn_video_pipelines.qa.load import VIDEO_MODEL
 
 import transformers  # isort: skip
 
@@ -65,7 +66,7 @@ def test_transformers_4_knows_its_settings_too() -> None:
     assert "extra_special_tokens" not in json.loads((DEMO_WATCHER / "tokenizer_config.json").read_text())
 
 
-@pytest.mark.parametrize("file", [CARD, CARD.parents[3] / "README.md"])
+@pytest.mark.parametrize("file", [CARD, CARD.parents[4] / "README.md"])
 def test_the_cards_show_what_was_measured(file: Path) -> None:
     series = latest(map(json.loads, LEDGER.read_text(encoding="utf-8").splitlines()), "demo")
     rows = {(*prefill, row["scenes"]): row for prefill, several in series.items() for row in several}
@@ -126,14 +127,14 @@ def test_frames_are_taken_as_often_as_it_was_trained(tmp_path: Path, xattn: Run)
 
 
 def test_a_prompt_of_words_alone_is_refused(tmp_path: Path, capfd: Any) -> None:
-    from eval import needle
+    from xattn_video_eval.benchmarks.needle import command
 
-    assert needle.main(["--model", "demo", "--lengths", "512", "--out", str(tmp_path)]) == 2
+    assert command.main(["--model", "demo", "--lengths", "512", "--out", str(tmp_path)]) == 2
     assert "--model demo: it answers questions about videos" in capfd.readouterr().err.splitlines()[-1]
 
 
 def test_weights_that_are_missing_are_one_line(tmp_path: Path, xattn: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipelines.language.DEMO_WATCHER", tmp_path / "none")
+    monkeypatch.setattr("xattn_video_pipelines.qa.load.DEMO_WATCHER", tmp_path / "none")
     add(tmp_path, SCENES[0], "one")
     done = xattn("qa", "--model", "demo", "--video", tmp_path / "one-s0.mp4", "--question", "What shape is it?")
     assert done.code == 2

@@ -7,7 +7,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from pipelines.demo.world import (
+from xattn_video_pipelines.demo.world import (
     BACKGROUNDS,
     COLOURS,
     MOTIONS,

@@ -1,1 +1,1 @@
-"""A first look at an H100 or H200 in under eight minutes: `make first-gpu`, or `python3 -m eval.first_gpu`."""
+"""A first look at an H100 or H200 in under eight minutes: `make first-gpu`."""

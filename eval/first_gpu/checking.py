@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eval.dense_kernels import reason_of, relative_error
-from eval.first_gpu.inputs import normal_inputs
-from eval.first_gpu.kernels import ATTENTION, BLOCK_SIZE, GPU_ONLY, settings
-from eval.first_gpu.look import Look
-from eval.first_gpu.plan import Call, Variant, checks
 from xattn_video.ops import reference
 from xattn_video.ops.blocks import mask_to_lists, valid_blocks
+from xattn_video_eval.bench.dense_kernels import reason_of, relative_error
+from xattn_video_eval.first_gpu.inputs import normal_inputs
+from xattn_video_eval.first_gpu.kernels import ATTENTION, BLOCK_SIZE, GPU_ONLY, settings
+from xattn_video_eval.first_gpu.look import Look
+from xattn_video_eval.first_gpu.plan import Call, Variant, checks
 
 # Of the natural log-sum-exp, which is about 10 here; float32 sums in another order differ by 1e-5.
 LSE_ERROR = 1e-3

@@ -1,4 +1,7 @@
-"""One step in a process of its own: `python -m eval.first_gpu.child MODULE:FUNCTION LOOK`, started by runner.py."""
+"""One step in a process of its own, started by runner.py.
+
+`python -m xattn_video_eval.first_gpu.child MODULE:FUNCTION LOOK`
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ import json
 import sys
 from pathlib import Path
 
-from eval.first_gpu.look import Look
+from xattn_video_eval.first_gpu.look import Look
 
 
 def main(function: str, look: str) -> None:

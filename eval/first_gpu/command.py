@@ -19,21 +19,21 @@ from typing import Any
 
 import torch
 
-from eval.first_gpu.checking import hopper
-from eval.first_gpu.compiling import compile_all
-from eval.first_gpu.ident import ident
-from eval.first_gpu.look import ROWS
-from eval.first_gpu.plan import TARGET
-from eval.first_gpu.runner import Step, run_steps
-from eval.first_gpu.testing import all_tests, small
-from eval.first_gpu.times import attend_hopper, attend_plain, dense, scores, whole
-from eval.first_gpu.verdict import all_well, summary
-from eval.ledger import RESULTS, append_rows
-from pipelines.environment import device_name
-from pipelines.errors import UserError
-from pipelines.files import make_writable
-from pipelines.program import Parser, run_program
 from xattn_video.ops.triton.launch_tables import device_class
+from xattn_video_eval.first_gpu.checking import hopper
+from xattn_video_eval.first_gpu.compiling import compile_all
+from xattn_video_eval.first_gpu.ident import ident
+from xattn_video_eval.first_gpu.look import ROWS
+from xattn_video_eval.first_gpu.plan import TARGET
+from xattn_video_eval.first_gpu.runner import Step, run_steps
+from xattn_video_eval.first_gpu.testing import all_tests, small
+from xattn_video_eval.first_gpu.times import attend_hopper, attend_plain, dense, scores, whole
+from xattn_video_eval.first_gpu.verdict import all_well, summary
+from xattn_video_eval.results.ledger import RESULTS, append_rows
+from xattn_video_pipelines.common.environment import device_name
+from xattn_video_pipelines.common.errors import UserError
+from xattn_video_pipelines.common.files import make_writable
+from xattn_video_pipelines.common.program import Parser, run_program
 
 LEDGER = RESULTS / "first_gpu.jsonl"
 # For all steps together.
@@ -56,8 +56,8 @@ STEPS = (
 SOURCE = ("rehearsal", "device", "versions", "commit", "time")
 EXAMPLE = """\
 examples:
-  python3 -m eval.first_gpu --out first-gpu-out
-  python3 -m eval.first_gpu --rehearse --out rehearsal-out
+  python3 -m xattn_video_eval.first_gpu --out first-gpu-out
+  python3 -m xattn_video_eval.first_gpu --rehearse --out rehearsal-out
 
 The folder gets rows.jsonl, one JSON line a result, and a log of each step. A second run appends to the rows.
 Exit code 0: every step ended and no result is wrong, whether or not it reached its goal; 1: something failed; 2: bad
@@ -66,7 +66,7 @@ input.
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = Parser(prog="python -m eval.first_gpu", description=__doc__, epilog=EXAMPLE)
+    parser = Parser(prog="python -m xattn_video_eval.first_gpu", description=__doc__, epilog=EXAMPLE)
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for rows and logs")
     parser.add_argument("--record", action="store_true", help="also append the rows to eval/results/first_gpu.jsonl")
     parser.add_argument(

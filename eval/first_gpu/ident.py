@@ -7,8 +7,8 @@ from collections.abc import Callable
 
 import torch
 
-from eval.first_gpu.look import Look
-from eval.timing import median_seconds
+from xattn_video_eval.bench.timing import median_seconds
+from xattn_video_eval.first_gpu.look import Look
 
 # Bytes copied, and the side of the multiplied matrices: on a GPU, and in a rehearsal.
 COPIED_BYTES = (1 << 30, 1 << 20)

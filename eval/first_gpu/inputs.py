@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from eval.bench_cases import DTYPES
-from eval.dense_kernels import Problem
-from eval.first_gpu.kernels import BLOCK_SIZE
-from eval.first_gpu.look import Look
-from eval.first_gpu.plan import Call
 from xattn_video.ops.blocks import num_blocks
+from xattn_video_eval.bench.cases import DTYPES
+from xattn_video_eval.bench.dense_kernels import Problem
+from xattn_video_eval.first_gpu.kernels import BLOCK_SIZE
+from xattn_video_eval.first_gpu.look import Look
+from xattn_video_eval.first_gpu.plan import Call
 
 # Share of the blocks that attention is timed over.
 DENSITY = 0.35

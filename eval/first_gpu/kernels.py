@@ -8,12 +8,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from eval.bench_cases import DTYPES
-from eval.first_gpu.plan import Call, Variant
 from xattn_video.ops.blocks import num_blocks
 from xattn_video.ops.triton import attention as block_sparse
 from xattn_video.ops.triton import attention_hopper
 from xattn_video.ops.triton import scores as antidiagonal_scores
+from xattn_video_eval.bench.cases import DTYPES
+from xattn_video_eval.first_gpu.plan import Call, Variant
 
 BLOCK_SIZE = 128
 # The interpreter cannot run a kernel that is written in Gluon.

@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
-from eval.first_gpu.plan import TIMED, TIMED_IN_REHEARSAL, Call
-from eval.ledger import provenance
-from pipelines.environment import device_name
+from xattn_video_eval.first_gpu.plan import TIMED, TIMED_IN_REHEARSAL, Call
+from xattn_video_eval.results.ledger import provenance
+from xattn_video_pipelines.common.environment import device_name
 
 ROWS = "rows.jsonl"
 

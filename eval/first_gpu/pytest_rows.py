@@ -1,6 +1,6 @@
 """A pytest plugin that writes each test's outcome as it comes: what a run that is ended early has shown is not lost.
 
-`python -m pytest -p eval.first_gpu.pytest_rows`, with the file's name in FIRST_GPU_TESTS.
+`python -m pytest -p xattn_video_eval.first_gpu.pytest_rows`, with the file's name in FIRST_GPU_TESTS.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from eval.first_gpu.look import Look, RowReader
+from xattn_video_eval.first_gpu.look import Look, RowReader
 
 ROOT = Path(__file__).resolve().parents[2]
 # A step that has less time than this would only import torch.
@@ -99,7 +99,7 @@ def _run(step: Step, look: Look, between: Callable[[], None]) -> str | None:
     """Run one step in a process of its own; why it failed, or None. `between` is called while it runs."""
     function = f"{step.function.__module__}:{step.function.__qualname__}"
     given = json.dumps({"step": look.step, "out": str(look.out), "seconds": look.seconds, "rehearse": look.rehearse})
-    command = [sys.executable, "-m", "eval.first_gpu.child", function, given]
+    command = [sys.executable, "-m", "xattn_video_eval.first_gpu.child", function, given]
     environment = {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONFAULTHANDLER": "1"}
     if look.rehearse and step.launches:
         environment["TRITON_INTERPRET"] = "1"

@@ -10,9 +10,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from eval.first_gpu import pytest_rows
-from eval.first_gpu.look import Look
-from eval.first_gpu.runner import ROOT
+from xattn_video_eval.first_gpu import pytest_rows
+from xattn_video_eval.first_gpu.look import Look
+from xattn_video_eval.first_gpu.runner import ROOT
 
 # Each test worker holds a CUDA context and compiles on a core of its own.
 MOST_WORKERS = 12

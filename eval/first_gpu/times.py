@@ -13,12 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eval.dense_kernels import Problem, dense_candidates, reason_of, relative_error, sampled_truth
-from eval.first_gpu.inputs import DENSITY, dense_flop, timed_problem
-from eval.first_gpu.kernels import ATTENTION, BLOCK_SIZE, GPU_ONLY, settings
-from eval.first_gpu.look import Look
-from eval.first_gpu.plan import Variant, strides, variants
-from eval.timing import median_seconds, peak_extra_mb
 from xattn_video import XAttnConfig, score_blocks, select_blocks, xattention
 from xattn_video.config import BACKENDS
 from xattn_video.ops import reference
@@ -26,6 +20,12 @@ from xattn_video.ops.backends import unavailable_reason
 from xattn_video.ops.blocks import lists_to_mask, mask_to_lists, num_blocks
 from xattn_video.ops.triton.scores import launch_antidiagonal_scores
 from xattn_video.ops.triton.selection import select_lists
+from xattn_video_eval.bench.dense_kernels import Problem, dense_candidates, reason_of, relative_error, sampled_truth
+from xattn_video_eval.bench.timing import median_seconds, peak_extra_mb
+from xattn_video_eval.first_gpu.inputs import DENSITY, dense_flop, timed_problem
+from xattn_video_eval.first_gpu.kernels import ATTENTION, BLOCK_SIZE, GPU_ONLY, settings
+from xattn_video_eval.first_gpu.look import Look
+from xattn_video_eval.first_gpu.plan import Variant, strides, variants
 
 # Through torch's own choice of backends; on a CPU there is only one.
 DENSE_KERNELS = ("sdpa-cudnn", "sdpa-flash")

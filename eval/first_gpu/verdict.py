@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from eval.bench_goals import EXTRA_MIB, HOPPER_TFLOPS, OF_IDEAL, PLAIN_TFLOPS, SELECTION_SHARE
-from eval.first_gpu.times import DENSE_KERNELS
+from xattn_video_eval.bench.goals import EXTRA_MIB, HOPPER_TFLOPS, OF_IDEAL, PLAIN_TFLOPS, SELECTION_SHARE
+from xattn_video_eval.first_gpu.times import DENSE_KERNELS
 
 Rows = list[dict[str, Any]]
 # As much of a reason as one line has room for.

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import numpy as np
 
-from pipelines.demo import stories, world
-from pipelines.files import make_writable, write_texts
-from pipelines.manifest import read_manifest
-from pipelines.video_io import read_video, write_video
+from xattn_video_pipelines.common.files import make_writable, write_texts
+from xattn_video_pipelines.demo import stories, world
+from xattn_video_pipelines.video.io import read_video, write_video
+from xattn_video_pipelines.video.manifest import read_manifest
 
 STORY, QUESTIONS = "story.mp4", "questions.jsonl"
 

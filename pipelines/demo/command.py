@@ -12,9 +12,9 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
-from pipelines.demo.judging import judge_folder
-from pipelines.manifest import read_manifest
-from pipelines.prompts import shipped_prompts
+from xattn_video_pipelines.demo.files import shipped_prompts
+from xattn_video_pipelines.demo.judging import judge_folder
+from xattn_video_pipelines.video.manifest import read_manifest
 
 EXAMPLE = """\
 example:
@@ -90,9 +90,9 @@ def _run(args: argparse.Namespace, command: list[str]) -> int:
 def _ask(args: argparse.Namespace, keys: list[tuple[str, int]]) -> int:
     """Have the dense videos watched and asked about."""
     # Not before: `--help` loads no torch.
-    from pipelines.demo.asking import write_story
-    from pipelines.demo.stories import ORDINALS, SCENE_FRAMES
-    from pipelines.video_qa import ANSWERS
+    from xattn_video_pipelines.demo.asking import write_story
+    from xattn_video_pipelines.demo.stories import ORDINALS, SCENE_FRAMES
+    from xattn_video_pipelines.qa.command import ANSWERS
 
     folder = args.out / "answers"
     questions = write_story(args.out / "dense", keys, folder)

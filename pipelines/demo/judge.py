@@ -14,7 +14,7 @@ import numpy as np
 from skimage.color import rgb2lab
 from skimage.measure import label, regionprops
 
-from pipelines.demo.world import BACKGROUNDS, COLOURS, MOTIONS, SHAPES, SIZES, Scene, signed_distance
+from xattn_video_pipelines.demo.world import BACKGROUNDS, COLOURS, MOTIONS, SHAPES, SIZES, Scene, signed_distance
 
 # A pixel belongs to the thing if it differs this much (CIE76) from the background.
 _DIFFERENT = 18.0

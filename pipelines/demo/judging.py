@@ -8,15 +8,23 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipelines.demo.world import asked
-from pipelines.errors import UserError
-from pipelines.files import make_writable, write_texts
-from pipelines.manifest import NAME as MANIFEST
-from pipelines.manifest import Key, Record, check_exists, finished_videos, lossless_copy, video_file, video_name
-from pipelines.video_io import read_video
+from xattn_video_pipelines.common.errors import UserError
+from xattn_video_pipelines.common.files import make_writable, write_texts
+from xattn_video_pipelines.demo.world import asked
+from xattn_video_pipelines.video.io import read_video
+from xattn_video_pipelines.video.manifest import NAME as MANIFEST
+from xattn_video_pipelines.video.manifest import (
+    Key,
+    Record,
+    check_exists,
+    finished_videos,
+    lossless_copy,
+    video_file,
+    video_name,
+)
 
 if TYPE_CHECKING:
-    from pipelines.demo.judge import Verdict
+    from xattn_video_pipelines.demo.judge import Verdict
 
 JUDGED_JSON = "judged.json"
 
@@ -96,7 +104,7 @@ def saw(verdict: Verdict) -> str:
 
 
 def _row(record: Record, file: Path) -> Record:
-    from pipelines.demo.judge import judge
+    from xattn_video_pipelines.demo.judge import judge
 
     try:
         verdict = judge(read_video(file))

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pipelines.demo import world
+from xattn_video_pipelines.demo import world
 
 # Frames of a scene, at world.FPS: four seconds.
 SCENE_FRAMES = 32

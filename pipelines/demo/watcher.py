@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import xattn_video.integrations.transformers.attention  # noqa: F401  (mends torchvision before transformers needs it)
-from pipelines.demo import stories, world
-from pipelines.files import edit_json, whole_folder
+from xattn_video_pipelines.common.files import edit_json, whole_folder
+from xattn_video_pipelines.demo import stories, world
 
 # isort: split
 import torch

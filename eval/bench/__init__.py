@@ -1,0 +1,1 @@
+"""How fast sparse attention is beside dense attention, after a correctness gate."""

@@ -1,0 +1,390 @@
+"""Time sparse attention against dense on this machine, after a correctness gate: `xattn-video bench`.
+
+    gate: a small problem in float64; of the timed one threshold 1 against SDPA, scores, choice and every kernel on
+    rows in float64
+      ->  rounds of (every dense kernel, score, select, attend, whole call), interleaved
+      ->  a row a shape: times, density, speed-up beside the ideal one `1 / (density + 1 / (2 * stride))`
+
+A case with a wrong result has no times but its reason, the others go on, and the exit code is 1 at the end. Ratios are
+taken inside one run. Effective TFLOP/s count the operations that the result needs, whatever a kernel does: dense
+`4 * heads * tokens^2 * head_dim` (half of it if causal), score `1 / (2 * stride)` of that, attend `density` of it,
+total the sum of both; selection multiplies nothing. The last line of stdout is JSON; `--record` also appends the rows
+to the ledger of the project, `--out` to one in a folder of the user's, and `--plot` draws them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import itertools
+import json
+import statistics
+import sys
+import traceback
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from xattn_video import XAttnConfig, xattention
+from xattn_video.ops.backends import resolve
+from xattn_video.ops.blocks import lists_to_mask
+from xattn_video.ops.call_blocks import call_blocks
+from xattn_video.ops.xattention import Kept, attend_kept, select_kept
+from xattn_video_eval.bench import goals as bench_goals
+from xattn_video_eval.bench import plots as bench_plots
+from xattn_video_eval.bench.cases import DTYPES, INPUTS, Case, chosen_cases, make_inputs
+from xattn_video_eval.bench.dense_kernels import (
+    Judged,
+    Problem,
+    attention_candidates,
+    dense_candidates,
+    judge,
+    reason_of,
+    sparse_candidates,
+)
+from xattn_video_eval.bench.gates import gate_choice, gate_small, gate_timed
+from xattn_video_eval.bench.goals import Verdict
+from xattn_video_eval.bench.tables import format_stages, format_table
+from xattn_video_eval.bench.timing import peak_extra_mb, seconds_of
+from xattn_video_eval.results.ledger import RESULTS, append_rows, provenance
+from xattn_video_pipelines.common.environment import device_name
+from xattn_video_pipelines.common.errors import UserError
+from xattn_video_pipelines.common.files import make_writable
+
+LEDGER = RESULTS / "efficiency.jsonl"
+# The inputs at which the default shape keeps about 0.17 of its blocks.
+DEFAULT_LOCALITY = 0.78
+# `--goals` leaves out a dense kernel that takes this many times as long as the fastest.
+TOO_SLOW = 2.0
+
+EXAMPLE = """\
+example:
+  xattn-video bench
+  xattn-video bench --tokens 8192 16384 --head-dim 128 --dtype bf16
+  xattn-video bench --inputs demo
+  xattn-video bench --full --record --plot plots
+  xattn-video bench --device cuda --goals --rounds 3 --out goals-out
+  xattn-video bench --model Qwen/Qwen3-8B --tokens 16384 65536
+
+a row is timed only if its results are right; a kernel that is missing, raises or is wrong is listed with the reason.
+effective TFLOP/s: dense 4*heads*tokens^2*head_dim operations (half if causal), score 1/(2*stride) of it,
+attend density of it, total the sum of both.
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `xattn-video bench`."""
+    parser.add_argument("--device", default="auto", help="cpu, cuda, or auto (a GPU if there is one)")
+    parser.add_argument("--tokens", type=int, nargs="+", help="sequence lengths (default: 7168 on a CPU)")
+    parser.add_argument(
+        "--model",
+        metavar="NAME",
+        help="the time to the first token of a language model instead (Hub id or local folder), dense and sparse",
+    )
+    parser.add_argument("--heads", type=int, help="attention heads (default 4)")
+    parser.add_argument("--head-dim", type=int, nargs="+", help="head dimensions (default 64)")
+    parser.add_argument("--dtype", nargs="+", choices=sorted(DTYPES), help="data types (default: fp32 on a CPU)")
+    parser.add_argument(
+        "--inputs",
+        choices=INPUTS,
+        help="what attention is computed on: video-like (default), tensors that the demo model computed while it made "
+        "a video (bf16, one head each), or text-like (implies --causal)",
+    )
+    parser.add_argument("--causal", action="store_true", help="causal attention, over text-like inputs by default")
+    parser.add_argument("--stride", type=int, default=8)
+    parser.add_argument("--block-size", type=int, default=128)
+    parser.add_argument("--threshold", type=float, default=0.9)
+    parser.add_argument(
+        "--dense-last", type=int, default=0, metavar="N", help="with --model: as of qa, which has 64 (default 0)"
+    )
+    parser.add_argument(
+        "--locality",
+        type=float,
+        default=DEFAULT_LOCALITY,
+        help=f"how local the inputs are, 0 to 1; sets the density (default {DEFAULT_LOCALITY})",
+    )
+    parser.add_argument("--rounds", type=int, default=5, help="interleaved repetitions (default 5)")
+    parser.add_argument("--full", action="store_true", help="all lengths, head dimensions and types of this device")
+    parser.add_argument(
+        "--goals", action="store_true", help="on a GPU: measure what this package wants to reach, and say what it does"
+    )
+    parser.add_argument(
+        "--record", action="store_true", help=f"append each row, as it comes, to eval/results/{LEDGER.name}"
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help=f"append each row, as it comes, to {LEDGER.name} in this folder, also one of a case with a wrong result",
+    )
+    parser.add_argument(
+        "--plot",
+        type=Path,
+        metavar="DIR",
+        help="write speedup.png (over length, beside the ideal) and stages.png (where the time goes) there; "
+        "needs matplotlib",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure and print; returns 0, or 1 where something is wrong or nothing was timed."""
+    if args.rounds < 1:
+        raise UserError(f"--rounds must be 1 or more, got {args.rounds}")
+    if not 0 <= args.locality <= 1:
+        raise UserError(f"--locality must be from 0 to 1, got {args.locality}")
+    if args.dense_last and args.model is None:
+        raise UserError("--dense-last goes with --model")
+    if args.goals and args.model is not None:
+        raise UserError("--goals does not go with --model")
+    if args.out is not None and args.model is not None:
+        raise UserError("--out does not go with --model")
+    given = {name: getattr(args, name) for name in ("stride", "block_size", "threshold", "dense_last")}
+    try:
+        config = XAttnConfig(**given, min_tokens=0)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    if args.model is not None:
+        from xattn_video_eval.bench import first_token
+
+        return first_token.run(args, config)
+    device = _device(args.device)
+    if args.plot is not None:
+        bench_plots.check(args.plot)
+    if args.out is not None:
+        make_writable(args.out)
+    cases = chosen_cases(args, device)
+    source = {"device": device_name(device), **provenance("triton")}
+    print(f"{source['device']}, torch {torch.__version__}, {config.label()}, locality {args.locality}")
+    rows: list[dict[str, Any]] = []
+    goals: list[Verdict] = []
+    failures: list[str] = []
+    too_large: list[str] = []
+    small = functools.cache(partial(gate_small, device))
+    for shape, group in itertools.groupby(cases, lambda case: replace(case, stride=None)):
+        locality = _locality(shape, args)
+        prepare = functools.cache(partial(_prepare, shape, locality, args.goals, device))
+        for case in group:
+            own = config if case.stride is None else replace(config, stride=case.stride)
+            try:
+                measured, wrong = _attempt(case, own, small, prepare, args)
+            except torch.OutOfMemoryError:
+                too_large.append(case.name)
+                print(f"{case.name}: left out, {source['device']} has too little memory for it", file=sys.stderr)
+                continue
+            setting = {"config": own.to_dict(), "stride": own.stride, "locality": locality}
+            row = asdict(case) | {"tokens": case.tokens} | (measured or {}) | setting | source
+            found: list[Verdict] = []
+            if args.goals:
+                found = [bench_goals.failed_gate(case.name, own.stride, reason) for reason in wrong]
+                found += bench_goals.verdicts([row] if measured else [])
+            if measured:
+                rows.append(row)
+                if args.record:
+                    append_rows(LEDGER, [row])
+            if args.out is not None:
+                said = {"failures": wrong, "goals": [asdict(verdict) for verdict in found]}
+                append_rows(args.out / LEDGER.name, [row | said])
+            failures += [f"{case.name}: {reason}" for reason in wrong]
+            goals += found
+    if rows:
+        print(format_table(rows))
+        print(format_stages(rows))
+    if goals:
+        print(bench_goals.format_verdicts(goals))
+    for failure in failures:
+        print(f"wrong, and not timed: {failure}")
+    if args.plot is not None and rows:
+        for path in bench_plots.write(rows, args.plot):
+            print(f"wrote {path}")
+    ok = bool(rows) and not failures
+    report = {"ok": ok, "failures": failures, "too_large": too_large, "rows": rows}
+    print(json.dumps(report | ({"goals": [asdict(goal) for goal in goals]} if args.goals else {})))
+    return 0 if ok else 1
+
+
+def _attempt(
+    case: Case,
+    config: XAttnConfig,
+    small: Callable[[torch.dtype, XAttnConfig, bool], list[str]],
+    prepare: Callable[[], Prepared],
+    args: argparse.Namespace,
+) -> tuple[dict[str, Any] | None, list[str]]:
+    """`_measure` after the small gate. What a kernel or its compiler raises is wrong with this case alone."""
+    try:
+        wrong = small(DTYPES[case.dtype], config, case.causal)
+        return (None, wrong) if wrong else _measure(case, prepare(), config, args.rounds, args.goals)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        traceback.print_exc()
+        return None, [reason_of(error)]
+
+
+class Prepared(NamedTuple):
+    """What cases that differ in stride alone share: inputs `[1, H, S, D]`, and the dense kernels that are right."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    dense: Judged
+
+
+def _prepare(shape: Case, locality: float | None, goals: bool, device: torch.device) -> Prepared:
+    """Make the inputs of a shape and judge the dense kernels on them.
+
+    With `goals` none that torch has to compile first, and none that cannot be the fastest.
+    """
+    print(f"{shape.name}: making inputs", file=sys.stderr)
+    query, key, value = make_inputs(shape, locality, device)
+    whole = Problem(query, key, value, shape.causal)
+    candidates = dense_candidates(whole)
+    if goals:
+        candidates.pop("flex", None)
+    dense = judge(candidates, whole)
+    return Prepared(query, key, value, _fast_ones(dense, device) if goals else dense)
+
+
+def _fast_ones(dense: Judged, device: torch.device) -> Judged:
+    """The kernels that may turn out to be the fastest; the others with how far off they are."""
+    seconds = {name: min(seconds_of(kernel, device) for _ in range(2)) for name, kernel in dense.kernels.items()}
+    slow = {
+        name: f"takes {time / min(seconds.values()):.1f} times as long as the fastest dense kernel"
+        for name, time in seconds.items()
+        if time > TOO_SLOW * min(seconds.values())
+    }
+    fast = {name: kernel for name, kernel in dense.kernels.items() if name not in slow}
+    return Judged(fast, dense.refused | slow)
+
+
+def _locality(case: Case, args: argparse.Namespace) -> float | None:
+    """How local a case's inputs are: as it says, or else the run; tensors that were saved have no locality."""
+    if case.inputs == "demo":
+        return None
+    return args.locality if case.locality is None else case.locality
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name not in ("cpu", "cuda"):
+        raise UserError(f"--device must be auto, cpu or cuda, got {name!r}")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: torch finds no GPU here")
+    return torch.device(name)
+
+
+# --- timing -------------------------------------------------------------------------------------------------
+
+
+def _measure(
+    case: Case, prepared: Prepared, config: XAttnConfig, rounds: int, goals: bool
+) -> tuple[dict[str, Any] | None, list[str]]:
+    """Judge everything on the timed problem, and time what is right.
+
+    With `goals` no kernels of others that take a block mask, and the memory of the whole call alone.
+
+    Returns:
+        Times in milliseconds (median and best of the rounds), density, speed-ups; None where a stage of the call is
+        wrong. And what is wrong, a line each.
+    """
+    query, key, value, dense = prepared
+    length, device = case.tokens, query.device
+    wrong = gate_timed(case, query, key, value, config)
+    if wrong:
+        return None, wrong
+    geometry: dict[str, Any] = {"block_size": config.block_size, "causal": case.causal}
+    masking: dict[str, Any] = {**geometry, "scale": case.head_dim**-0.5, "kv_start": None, "kv_lens": None}
+    backend = resolve(config.backend, device, query.dtype)
+    score = partial(backend.antidiagonal_scores, query, key, stride=config.stride, **masking)
+    scores = score()
+
+    # as in the whole call, where all layers share them
+    rules: dict[str, Any] = {**geometry, "kv_start": None, "kv_lens": None, "dense_tokens": None, "dense_last": 0}
+
+    def select() -> Kept:
+        blocks = call_blocks(query, length, **rules)
+        return select_kept(backend, scores, blocks.valid, blocks.forced, config, config.threshold)
+
+    kept = select()
+    block_mask = kept if isinstance(kept, Tensor) else lists_to_mask(*kept)
+    blocks = call_blocks(query, length, **rules)
+    wrong = gate_choice(case, query, key, scores, block_mask, blocks.valid, blocks.forced, config)
+    if wrong:
+        return None, wrong
+    density = block_mask.sum().item() / (blocks.total.item() * case.heads)
+
+    sparse = Problem(query, key, value, case.causal, block_mask, config.block_size)
+    named = attention_candidates(sparse)
+    attend = partial(attend_kept, backend, query, key, value, kept, **masking)
+    own = judge({"attend": attend, **named.kernels}, sparse)
+    other = judge({} if goals else sparse_candidates(sparse), sparse)
+    wrong = [f"{name}: {reason}" for name, reason in own.refused.items()]
+    if not dense.kernels:
+        wrong += [f"no dense kernel to compare with; {name}: {why}" for name, why in dense.refused.items()]
+    if "attend" in own.refused or not dense.kernels:
+        return None, wrong
+
+    call = partial(xattention, query, key, value, config, causal=case.causal)
+    stages = {**dense.kernels, **other.kernels, "score": score, "select": select, **own.kernels, "total": call}
+    seconds: dict[str, list[float]] = {name: [] for name in stages}
+    for function in stages.values():
+        function()
+    for done in range(rounds):
+        print(f"{case.name} {case.dtype} D {case.head_dim}: round {done + 1} of {rounds}", file=sys.stderr)
+        for name, function in stages.items():
+            seconds[name].append(seconds_of(function, device))
+    weighed = {"total": call} if goals else stages
+    peak = {name: peak_extra_mb(function, device) for name, function in weighed.items()}
+    return summarize(case, config, density, seconds, tuple(dense.kernels)) | {
+        "not_timed": dense.refused | named.refused | own.refused | other.refused,
+        "peak_extra_mb": peak if device.type == "cuda" else None,
+        "launch_configs": _launch_configs(query) if device.type == "cuda" else None,
+        "rounds": rounds,
+    }, wrong
+
+
+def _launch_configs(query: Tensor) -> dict[str, Any]:
+    """What the kernels were launched with: a user's table, which `tune` writes, comes before the package's."""
+    from xattn_video.ops.triton.launch_tables import find_config, find_optional_config
+
+    entry = (query.dtype, query.shape[3], query.device)
+    found: dict[str, Any] = {kernel: find_config(kernel, *entry) for kernel in ("antidiagonal_scores", "block_sparse")}
+    found["attention_hopper"] = find_optional_config("attention_hopper", *entry)
+    return {kernel: dict(config) for kernel, config in found.items() if config is not None}
+
+
+def summarize(
+    case: Case, config: XAttnConfig, density: float, seconds: dict[str, list[float]], dense: tuple[str, ...]
+) -> dict[str, Any]:
+    """What follows from the times of each round.
+
+    Args:
+        density: kept blocks / valid blocks.
+        seconds: of each kernel and stage (`score`, `select`, `attend`, `total`), one a round.
+        dense: which of them are dense kernels.
+    """
+    median = {name: statistics.median(times) * 1e3 for name, times in seconds.items()}
+    best = {name: min(times) * 1e3 for name, times in seconds.items()}
+    fastest = min(dense, key=lambda name: best[name])
+    estimate = 1 / (2 * config.stride)
+    ideal = 1 / (density + estimate)
+    speedup = best[fastest] / best["total"]
+    shares = dict.fromkeys(seconds, density) | dict.fromkeys(dense, 1.0)
+    shares |= {"score": estimate, "total": density + estimate}
+    flop = 4 * case.tokens**2 * case.head_dim * case.heads / (2 if case.causal else 1)
+    return {
+        "density": density,
+        "dense_kernel": fastest,
+        "median_ms": median,
+        "best_ms": best,
+        "speedup": speedup,
+        "speedup_of_medians": median[fastest] / median["total"],
+        "ideal_speedup": ideal,
+        "reached": speedup / ideal,
+        "tflops": {name: shares[name] * flop / time / 1e9 for name, time in best.items() if name != "select"},
+    }

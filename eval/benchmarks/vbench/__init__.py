@@ -1,0 +1,1 @@
+"""VBench scores of dense and sparse videos."""

@@ -1,0 +1,1 @@
+"""Sparse videos against dense ones."""

@@ -1,0 +1,102 @@
+"""The videos in a report: the worst cases first, as many as fit, each file once and checked by decoding it."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from xattn_video_eval.report.data import DENSE, Case, Run
+from xattn_video_pipelines.common.errors import UserError
+from xattn_video_pipelines.video.io import video_info
+from xattn_video_pipelines.video.manifest import Key, check_exists, video_file, video_name
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """`videos`: data URLs by `<folder>/<id>-s<seed>`; `cases`: those that can be played; `left_out`: the others."""
+
+    videos: dict[str, str]
+    cases: list[Case]
+    left_out: list[Case]
+    bytes: int
+
+
+def embed(run: Run, cases: Sequence[Case], max_megabytes: float, progress: bool = True) -> Embedded:
+    """Read the mp4 files of `cases` in this order until the next one would pass the limit (10^6 bytes, as base64).
+
+    A case that does not fit is left out; a later, smaller one may still fit.
+
+    Raises:
+        UserError: a file is missing, damaged or cut off, or it has another number of frames than its dense one.
+    """
+    from tqdm import tqdm
+
+    folders = {DENSE: (run.dense_folder, run.dense)} | {one.label: (one.folder, one.records) for one in run.compared}
+    limit = max_megabytes * 1e6
+    videos: dict[str, str] = {}
+    frames: dict[str, int] = {}
+    kept, left_out, total = [], [], 0
+    for case in tqdm(cases, desc="videos", unit="case", disable=not progress):
+        paths = {}
+        for label in (DENSE, case.label):
+            folder, records = folders[label]
+            name = f"{label}/{video_name(case.key)}"
+            if name not in videos:
+                paths[name] = video_file(folder, records[case.key])
+                check_exists(paths[name])
+        size = sum(_encoded_size(path) for path in paths.values())
+        if total + size > limit:
+            left_out.append(case)
+            continue
+        for name, path in paths.items():
+            # Whole or not at all: a browser would stop at the damage without a word.
+            frames[name] = video_info(path).frames
+            videos[name] = data_url(path)
+        counts = frames[f"{DENSE}/{video_name(case.key)}"], frames[case.id]
+        if counts[0] != counts[1]:
+            raise UserError(f"{case.id}: {counts[1]} frames in the mp4, but {counts[0]} in the dense one")
+        total += size
+        kept.append(case)
+    return Embedded(videos, kept, left_out, total)
+
+
+def data_url(path: Path) -> str:
+    """The file as a `data:` URL."""
+    return "data:video/mp4;base64," + base64.b64encode(path.read_bytes()).decode("ascii")
+
+
+def player_cases(run: Run, embedded: Embedded) -> list[dict[str, Any]]:
+    """What the script needs of each case, JSON-ready: its two videos, what to show, frames and frames a second."""
+    folders = {one.label: one.records for one in run.compared}
+
+    def describe(case: Case) -> dict[str, Any]:
+        record, row = folders[case.label][case.key], case.row
+        return {
+            "id": case.id,
+            "folder": case.label,
+            "name": video_name(case.key),
+            "prompt": record.get("prompt") or "",
+            "dense": f"{DENSE}/{video_name(case.key)}",
+            "frames": row["frames"],
+            "fps": record.get("fps") or 16,
+            "width": row["width"],
+            "height": row["height"],
+            "psnr": row["psnr"],
+            "ssim": row["ssim"],
+            "density": row["density"],
+            "worst_frame": row["flicker_worst_frame"],
+        }
+
+    return [describe(case) for case in embedded.cases]
+
+
+def prompt_of(run: Run, key: Key) -> str:
+    """A video's prompt, empty where the manifest has none."""
+    return run.dense[key].get("prompt") or ""
+
+
+def _encoded_size(path: Path) -> int:
+    return (path.stat().st_size + 2) // 3 * 4

@@ -1,0 +1,1 @@
+"""The rows that the project keeps, and how they are written."""

@@ -1,0 +1,221 @@
+"""Does the score find the blocks that matter? `python -m xattn_video_eval.studies.selection_quality`
+
+    queries and keys  ->  exact mass of every block, in chunks of rows
+      ->  each scorer at each stride: Spearman, AUC, mass recalled at the oracle's density, cost
+      ->  threshold against top-k against top-ratio at one density; thresholds against density and mass recalled
+      ->  XAttention's published tables beside ours, and where their order is not ours
+
+Inputs: the demo model's own tensors, and a video-like and a causal text-like generator. The last line of stdout is
+JSON, a row an input; `--record` also appends the rows to a ledger, and `--plot` draws them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from xattn_video.config import check_geometry
+from xattn_video.testing.synthetic import causal_text_like_qkv, video_like_qkv
+from xattn_video_eval.bench import demo_tensors
+from xattn_video_eval.report.paper_tables import compare_orders
+from xattn_video_eval.results.ledger import RESULTS, append_rows, provenance
+from xattn_video_eval.studies import selection_plots
+from xattn_video_eval.studies.selection_measures import (
+    Problem,
+    as_good_for_less,
+    measure_rules,
+    measure_scorers,
+    measure_thresholds,
+)
+from xattn_video_eval.studies.selection_tables import format_input, format_legend
+from xattn_video_pipelines.common.environment import device_name
+from xattn_video_pipelines.common.errors import UserError
+from xattn_video_pipelines.common.program import Parser, run_program
+
+LEDGER = RESULTS / "selection_quality.jsonl"
+INPUTS = ("demo", "video", "text")
+STRIDES = (1, 2, 4, 8, 16, 32, 64)
+# At which the selection rules are compared, and what is printed by threshold: the paper's and the usual ones.
+RULE_THRESHOLDS = (0.5, 0.7, 0.8, 0.9, 0.95)
+THRESHOLDS = (0.1, 0.5, 0.7, 0.8, 0.9, 0.95, 0.99, 1.0)
+# A generated frame is as large as the demo model's.
+FRAME_SIDE = 16
+HEAD_DIM = 64
+MAX_SEED = 2**63 - 1
+
+EXAMPLE = """\
+example:
+  python -m xattn_video_eval.studies.selection_quality
+  python -m xattn_video_eval.studies.selection_quality --inputs video text --tokens 8192 --threshold 0.95
+  python -m xattn_video_eval.studies.selection_quality --inputs demo --record --plot selection.png
+"""
+
+
+def build_parser() -> Parser:
+    """The program's options."""
+    parser = Parser(prog="python -m xattn_video_eval.studies.selection_quality", description=__doc__, epilog=EXAMPLE)
+    parser.add_argument(
+        "--inputs",
+        nargs="+",
+        choices=INPUTS,
+        help="what is scored: the demo model's tensors, video-like, causal text-like (default: all that are there)",
+    )
+    parser.add_argument("--tokens", type=int, help="length of generated inputs (default 4096)")
+    parser.add_argument("--heads", type=int, help="heads of generated inputs, of three kinds in turn (default 3)")
+    parser.add_argument("--samples", type=int, help="generated inputs of each kind (default 4)")
+    parser.add_argument("--seed", type=int, default=0, help="of generated inputs and the random pattern (default 0)")
+    parser.add_argument("--locality", type=float, help="how local generated inputs are, 0 to 1 (default 0.78)")
+    parser.add_argument("--stride", type=int, default=8, help="of the tables that have one stride (default 8)")
+    parser.add_argument("--block-size", type=int, default=128)
+    parser.add_argument("--threshold", type=float, default=0.9, help="that says which blocks matter (default 0.9)")
+    parser.add_argument("--record", action="store_true", help=f"append the rows to eval/results/{LEDGER.name}")
+    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw quality over cost; needs matplotlib")
+    return parser
+
+
+# Not the options' own defaults, so that one that was given is seen.
+_GENERATED = {"tokens": 4096, "heads": 3, "samples": 4, "locality": 0.78}
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure and print; returns 0. Raises `UserError` for bad input."""
+    setting = _checked(args)
+    if args.plot is not None:
+        selection_plots.check(args.plot)
+    skipped = {}
+    chosen = tuple(dict.fromkeys(args.inputs or INPUTS))
+    if args.inputs is None and not demo_tensors.DEMO_QKV.is_file():
+        chosen = tuple(name for name in INPUTS if name != "demo")
+        skipped["demo"] = (
+            f"no file {demo_tensors.DEMO_QKV.name} in this installation; "
+            "python -m xattn_video_pipelines.demo.training.capture makes it"
+        )
+    if chosen == ("demo",):
+        for name in _GENERATED:
+            if getattr(args, name) is not None:
+                raise UserError(f"--{name} does not go with --inputs demo, whose tensors have a shape of their own")
+    problems = _made_inputs(chosen, setting, args)
+    source = {"device": device_name(torch.device("cpu")), **provenance()}
+    print(format_legend())
+    for name, reason in skipped.items():
+        print(f"skipped {name}: {reason}")
+    rows = []
+    for shape, query, key in problems:
+        print(f"{shape['inputs']}: exact block mass of {shape['tokens']} tokens", file=sys.stderr)
+        measured = _measure(query, key, shape, args)
+        rows.append(shape | measured | source)
+        print(format_input(rows[-1]), flush=True)
+    if args.record:
+        append_rows(LEDGER, rows)
+    if args.plot is not None:
+        selection_plots.write(rows, args.plot)
+        print(f"wrote {args.plot}")
+    print(json.dumps({"rows": rows, "skipped": skipped}))
+    return 0
+
+
+def _checked(args: argparse.Namespace) -> dict[str, Any]:
+    """The generated inputs' sizes. Raises `UserError` for anything out of range."""
+    setting = {name: default if getattr(args, name) is None else getattr(args, name)
+               for name, default in _GENERATED.items()}  # fmt: skip
+    try:
+        check_geometry(args.stride, args.block_size)
+    except ValueError as error:
+        raise UserError(f"--{str(error).replace('block_size', 'block-size')}") from error
+    if args.block_size < 2:
+        raise UserError(f"--block-size must be 2 or more, got {args.block_size}")
+    for name, least in (("tokens", 2 * args.block_size), ("heads", 1), ("samples", 1)):
+        if setting[name] < least:
+            blocks = ", two blocks," if name == "tokens" else ""
+            raise UserError(f"--{name} must be {least}{blocks} or more, got {setting[name]}")
+    if not 0 <= args.seed <= MAX_SEED:
+        raise UserError(f"--seed must be from 0 to 2**63 - 1, got {args.seed}")
+    if not 0 < args.threshold < 1:
+        raise UserError(f"--threshold must be above 0 and below 1, got {args.threshold}")
+    if not 0 <= setting["locality"] <= 1:
+        raise UserError(f"--locality must be from 0 to 1, got {setting['locality']}")
+    return setting
+
+
+def _made_inputs(
+    names: Sequence[str], setting: dict[str, Any], args: argparse.Namespace
+) -> Iterator[tuple[dict[str, Any], Tensor, Tensor]]:
+    """What describes each input, its queries and its keys `[samples, heads, tokens, head_dim]` in float32."""
+    # Read before anything is measured, so that a bad file is found at once.
+    demo = _demo_inputs() if "demo" in names else None
+    return (_with_shape(*demo) if name == "demo" and demo else _generated(name, setting, args.seed) for name in names)
+
+
+def _demo_inputs() -> tuple[dict[str, Any], Tensor, Tensor]:
+    try:
+        entries = demo_tensors.load_demo_qkv()
+    except (FileNotFoundError, ValueError) as error:
+        raise UserError(f"--inputs demo: {error}") from error
+    query, key = (torch.cat([getattr(entry, part) for entry in entries], 1).float() for part in ("query", "key"))
+    described = {
+        "inputs": "demo",
+        "head_names": [entry.name for entry in entries],
+        "grid": entries[0].grid,
+        "locality": None,
+        "seed": None,
+    }
+    return described, query, key
+
+
+def _generated(name: str, setting: dict[str, Any], seed: int) -> tuple[dict[str, Any], Tensor, Tensor]:
+    samples, heads, tokens = setting["samples"], setting["heads"], setting["tokens"]
+    made = {"locality": setting["locality"], "seed": seed}
+    if name == "text":
+        kinds, grid = ("slash", "vertical", "both"), None
+        query, key, _ = causal_text_like_qkv(samples, heads, tokens, HEAD_DIM, **made)
+    else:
+        kinds = ("local", "temporal", "sink")
+        rows = min(FRAME_SIDE, max(1, tokens // FRAME_SIDE))
+        columns = min(FRAME_SIDE, tokens)
+        grid = (tokens // (rows * columns), rows, columns)
+        # What does not fill a frame is text.
+        rest = tokens % (rows * columns)
+        query, key, _ = video_like_qkv(samples, heads, *grid, HEAD_DIM, text_tokens=rest, **made)
+    head_names = [kinds[head % len(kinds)] for head in range(heads)]
+    return _with_shape({"inputs": name, "head_names": head_names, "grid": grid, **made}, query, key)
+
+
+def _with_shape(described: dict[str, Any], query: Tensor, key: Tensor) -> tuple[dict[str, Any], Tensor, Tensor]:
+    samples, heads, tokens, head_dim = query.shape
+    shape = {"samples": samples, "heads": heads, "tokens": tokens, "head_dim": head_dim}
+    return described | shape | {"causal": described["inputs"] == "text"}, query, key
+
+
+def _measure(query: Tensor, key: Tensor, shape: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
+    problem = Problem.of(query, key, block_size=args.block_size, causal=shape["causal"])
+    strides = sorted({stride for stride in (*STRIDES, args.stride) if stride <= args.block_size})
+    progress = partial(_progress, shape["inputs"])
+    tables = {
+        "scorers": measure_scorers(problem, strides, args.threshold, args.seed, progress),
+        "rules": measure_rules(problem, args.stride, sorted({*RULE_THRESHOLDS, args.threshold})),
+        "thresholds": measure_thresholds(problem, args.stride, sorted({*THRESHOLDS, args.threshold})),
+    }
+    settings = {"stride": args.stride, "block_size": args.block_size, "threshold": args.threshold}
+    as_good = as_good_for_less(tables["scorers"], args.stride)
+    return settings | tables | {"as_good_for_less": as_good, "orders": compare_orders(**tables)}
+
+
+def _progress(name: str, line: str) -> None:
+    print(f"{name}: {line}", file=sys.stderr)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Parse the command line and run; 0, or 2 for bad input."""
+    return run_program(build_parser(), run, arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

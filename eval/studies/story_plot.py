@@ -1,0 +1,102 @@
+"""The picture of `story_quality`'s rows: right answers and prefill time over the prompt's length."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from xattn_video_eval.studies import selection_plots
+from xattn_video_eval.studies.story_quality import LEDGER
+from xattn_video_pipelines.common.errors import UserError
+from xattn_video_pipelines.common.files import whole_files
+from xattn_video_pipelines.common.program import Parser, run_program
+
+Row = dict[str, Any]
+
+EXAMPLE = """\
+example:
+  python -m xattn_video_eval.studies.story_plot --plot story_quality.png
+"""
+
+# A sparse prefill by its stride and the tokens at the prompt's end whose blocks stay dense.
+_STYLES = {(16, 0): "s--", (16, 8): "v:", (16, 64): "o-", (8, 0): "^-."}
+
+
+def latest(rows: Iterable[Row], model: str) -> dict[tuple[int, int], list[Row]]:
+    """A model's last row of each sparse prefill and length, by stride and `dense_last`, shortest first."""
+    last = {}
+    for row in rows:
+        if row["model"] == model:
+            # Rows from before the setting existed had its default.
+            last[row["config"]["stride"], row["config"].get("dense_last", 0), row["scenes"]] = row
+    series: dict[tuple[int, int], list[Row]] = {}
+    for stride, dense_last, scenes in sorted(last):
+        series.setdefault((stride, dense_last), []).append(last[stride, dense_last, scenes])
+    return series
+
+
+def draw(series: dict[tuple[int, int], list[Row]]) -> Any:
+    """The figure: a panel of right answers, their densities beside the points, and one of prefill times."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4.4), layout="constrained")
+    answers, seconds = figure.subplots(1, 2)
+    # All have been compared with dense answers; the longest series has the most lengths.
+    most = max(series.values(), key=len)
+    tokens = [row["prompt_tokens"] for row in most]
+    answers.plot(tokens, [100 * row["right"]["dense"] for row in most], "k-", linewidth=3, alpha=0.25, label="dense")
+    seconds.plot(tokens, [row["prefill_seconds"][0] for row in most], "k-", linewidth=3, alpha=0.25, label="dense")
+    for key, rows in series.items():
+        lengths = [row["prompt_tokens"] for row in rows]
+        name = f"sparse, stride {key[0]}" + (f", last {key[1]} tokens dense" if key[1] else "")
+        style = _STYLES.get(key, "x:")
+        (line,) = answers.plot(lengths, [100 * row["right"]["sparse"] for row in rows], style, label=name, markersize=5)
+        seconds.plot(lengths, [row["prefill_seconds"][1] for row in rows], style, color=line.get_color(), markersize=5)
+        for row in rows if key in ((16, 0), (16, 64)) else ():
+            place, offset = (row["prompt_tokens"], 100 * row["right"]["sparse"]), (4, 6) if key[1] else (-21, -12)
+            text = f"{row['sparse_density']:.2f}"
+            answers.annotate(text, place, xytext=offset, textcoords="offset points", fontsize=7)
+    for axes in (answers, seconds):
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(tokens, [f"{length:,.0f}" for length in tokens])
+        axes.minorticks_off()
+        axes.grid(alpha=0.3)
+    answers.set(xlabel="tokens of the prompt", ylabel="right answers, percent", ylim=(0, 108))
+    answers.set_title(f"model {most[0]['model']}; beside the points the density")
+    seconds.set(xlabel="tokens of the prompt", ylabel="prefill, seconds", yscale="log", title=most[0]["device"])
+    answers.legend(fontsize="small", loc="lower left")
+    return figure
+
+
+def run(args: argparse.Namespace) -> int:
+    """Draw; 0. Raises UserError."""
+    selection_plots.check(args.plot)
+    try:
+        lines = args.rows.read_text(encoding="utf-8").splitlines()
+        series = latest(map(json.loads, lines), args.model)
+    except OSError as error:
+        raise UserError(f"{args.rows}: cannot be read: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{args.rows}: has a line that is no row of xattn_video_eval.studies.story_quality") from None
+    if not series:
+        raise UserError(f"{args.rows}: no row of --model {args.model}")
+    with whole_files(args.plot) as (partial,):
+        draw(series).savefig(partial, dpi=110)
+    print(f"wrote {args.plot}")
+    return 0
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run as a program: 0, or 2 with one line for bad input."""
+    parser = Parser(prog="python -m xattn_video_eval.studies.story_plot", description=__doc__, epilog=EXAMPLE)
+    parser.add_argument("--plot", type=Path, required=True, metavar="FILE.png", help="the picture; needs matplotlib")
+    parser.add_argument("--rows", type=Path, default=LEDGER, metavar="FILE", help="default: those in eval/results")
+    parser.add_argument("--model", default="demo", help="as the rows name it (demo)")
+    return run_program(parser, run, arguments)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

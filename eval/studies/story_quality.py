@@ -1,0 +1,175 @@
+"""What sparse prefill costs the demo's video-understanding model: does it still answer what was asked?
+
+    held-out stories -> videos and questions -> `xattn-video qa`, dense and sparse -> paired differences -> rows
+
+A row a length. The model is trained on stories of up to 16 scenes (4,096 tokens of video); longer ones are reported
+as they come. The interval is the bootstrap over stories. A run that was killed goes on when started again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from xattn_video_eval.results.ledger import RESULTS, append_rows, provenance
+from xattn_video_eval.studies.demo_quality import paired_difference
+from xattn_video_pipelines import cli
+from xattn_video_pipelines.common.errors import UserError
+from xattn_video_pipelines.common.files import make_writable, write_texts
+from xattn_video_pipelines.common.program import Parser, run_program
+from xattn_video_pipelines.demo import stories, watcher, world
+from xattn_video_pipelines.qa.command import ANSWERS, SUMMARY
+from xattn_video_pipelines.qa.load import configurations, read_answers
+from xattn_video_pipelines.qa.questions import read_questions
+from xattn_video_pipelines.video.io import write_video
+
+EXAMPLE = """\
+example:
+  python -m xattn_video_eval.studies.story_quality --out stories --record
+  python -m xattn_video_eval.studies.story_quality --model watcher/model --out quick --scenes 4 --stories 4
+"""
+
+LEDGER = RESULTS / "story_quality.jsonl"
+SCENES = (4, 8, 16, 32, 64)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `python -m xattn_video_eval.studies.story_quality`."""
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="of videos and answers; a run goes on")
+    parser.add_argument(
+        "--model",
+        default="demo",
+        help="folder that demo.training.train_watcher made (default: demo)",
+    )
+    parser.add_argument(
+        "--scenes", type=int, nargs="+", default=list(SCENES), metavar="N", help=f"lengths; default: {SCENES}"
+    )
+    parser.add_argument("--stories", type=int, default=20, metavar="N", help="of each length, five questions each (20)")
+    parser.add_argument("--stride", type=int, default=16, help="of the sparse prefill (16)")
+    parser.add_argument("--threshold", type=float, default=0.9, metavar="T", help="of the sparse prefill (0.9)")
+    parser.add_argument(
+        "--dense-last", type=int, default=0, metavar="N", help="tokens at a prompt's end whose blocks stay dense (0)"
+    )
+    parser.add_argument("--device", default="auto", help="as of xattn-video qa")
+    parser.add_argument("--dtype", default="auto", help="as of xattn-video qa")
+    parser.add_argument("--record", action="store_true", help=f"append the rows to eval/results/{LEDGER.name}")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Tell the stories, ask, compare, print a table; 0, or the code of the program that failed. Raises UserError."""
+    if min(args.scenes) < 2:
+        raise UserError(f"--scenes must be 2 or more, got {min(args.scenes)}")
+    if args.stories < 1:
+        raise UserError(f"--stories must be 1 or more, got {args.stories}")
+    options = argparse.Namespace(**vars(args), attention="both", block_size=128, min_tokens=0)
+    _, (label, config) = configurations(options).items()
+    make_writable(args.out)
+    rows = []
+    for scenes in args.scenes:
+        items = write_stories(args.out, scenes, args.stories)
+        # A folder of its own: dense answers are timed beside the sparse ones that they are compared with.
+        answers = args.out / f"answers-{scenes:03d}-{label}"
+        # It has said itself what was wrong.
+        if code := cli.main(_asking(args, items, answers, scenes)):
+            return code
+        rows.append({"scenes": scenes, "config": config.to_dict(), **_row(args, items, answers, label)})
+    print(f"sparse: {label}\n{table(rows)}")
+    if args.record:
+        append_rows(LEDGER, rows)
+    print(json.dumps(rows))
+    return 0
+
+
+def write_stories(folder: Path, scenes: int, count: int) -> Path:
+    """Write `count` held-out stories as mp4 and a file of questions, one of each kind about each; the file's path.
+
+    The same arguments give the same stories. A video that is there is kept: it is written whole or not at all.
+    """
+    lines = []
+    for number in range(count):
+        rng = np.random.default_rng([scenes, number, 3])
+        story = stories.draw_story(rng, scenes, "held-out")
+        video = folder / f"story-{scenes:03d}-{number:03d}.mp4"
+        if not video.exists():
+            write_video(video, story.render(), world.FPS)
+        for kind in stories.KINDS:
+            asked = stories.draw_question(rng, story, kind)
+            id = f"{video.stem}-{kind}"
+            record = {"id": id, "video": video.name, "question": asked.question, "answer": asked.answer}
+            lines.append(json.dumps(record) + "\n")
+    file = folder / f"questions-{scenes:03d}.jsonl"
+    write_texts({file: "".join(lines)})
+    return file
+
+
+def _asking(args: argparse.Namespace, items: Path, out: Path, scenes: int) -> list[str]:
+    """The command that asks the questions of one length."""
+    frames = scenes * stories.SCENE_FRAMES // watcher.EVERY
+    asked = ["qa", "--items", str(items), "--out", str(out), "--attention", "both", "--fps", str(watcher.FPS)]
+    asked += ["--max-frames", str(frames), "--max-new-tokens", "4", "--min-tokens", "0"]
+    for name in ("model", "stride", "threshold", "dense_last", "device", "dtype"):
+        asked += [f"--{name.replace('_', '-')}", str(getattr(args, name))]
+    return asked
+
+
+def _row(args: argparse.Namespace, items: Path, out: Path, label: str) -> dict[str, Any]:
+    """What one length gave, dense and sparse."""
+    answers = read_answers(out / ANSWERS, ("id", "attention"), {})
+    questions = read_questions(items)
+    sides = [
+        [{**(row := answers[question.id, side]), "right": question.right(row["reply"])} for question in questions]
+        for side in ("dense", label)
+    ]
+    told = json.loads((out / SUMMARY).read_text(encoding="utf-8"))["configurations"]
+    # The questions about a story share its video: the story is what is drawn anew.
+    per_story = [
+        np.array([row["right"] for row in side], float).reshape(-1, len(stories.KINDS)).mean(1) for side in sides
+    ]
+    return {
+        "stories": args.stories,
+        "questions": len(questions),
+        "prompt_tokens": told["dense"]["prompt_tokens"],
+        "right": {"dense": told["dense"]["accuracy"], "sparse": told[label]["accuracy"]},
+        "right_by_kind": {
+            kind: [float(np.mean([row["right"] for row in side if row["id"].endswith(f"-{kind}")])) for side in sides]
+            for kind in stories.KINDS
+        },
+        "difference": paired_difference(*(side.tolist() for side in per_story)),
+        **{name: told[label][name] for name in ("sparse_density", "agreement", "kl", "logit_error")},
+        "prefill_seconds": [told[side]["prefill_seconds"] for side in ("dense", label)],
+        "model": args.model,
+        "device": sides[0][0]["device"],
+        "dtype": sides[0][0]["model_dtype"],
+        **provenance("transformers"),
+    }
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """A line a length: shares in percent, the paired difference in points with its interval."""
+    head = "scenes  tokens  dense  sparse  difference              density  as dense  prefill s"
+    lines = [head]
+    for row in rows:
+        points = {name: 100 * value for name, value in row["difference"].items()}
+        change = f"{points['difference']:+.1f} [{points['low']:+.1f}, {points['high']:+.1f}]"
+        dense, sparse = (100 * row["right"][side] for side in ("dense", "sparse"))
+        seconds = " -> ".join(f"{value:.2f}" for value in row["prefill_seconds"])
+        lines.append(
+            f"{row['scenes']:6d}  {row['prompt_tokens']:6,.0f}  {dense:4.0f}%  {sparse:5.0f}%  {change:22}  "
+            f"{row['sparse_density']:7.3f}  {100 * row['agreement']:7.0f}%  {seconds}"
+        )
+    return "\n".join(lines)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run as a program: 0, or 2 with one line for bad input."""
+    parser = Parser(prog="python -m xattn_video_eval.studies.story_quality", description=__doc__, epilog=EXAMPLE)
+    add_arguments(parser)
+    return run_program(parser, run, arguments)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,1 @@
+"""Launch configurations, measured on this GPU."""

@@ -1,0 +1,76 @@
+"""Versions, device names and the commit: what a measurement has to say about where it was made."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+
+def versions(packages: Sequence[str]) -> dict[str, str | None]:
+    """The installed version of each package (None: not installed), and Python's."""
+    return {"python": platform.python_version()} | {package: _version(package) for package in packages}
+
+
+def device_name(device: Any) -> str:
+    """What the device calls itself: `NVIDIA H100`, or the CPU's model and the threads torch uses."""
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if device.type == "xpu":
+        return torch.xpu.get_device_name(device)
+    if device.type == "mps":
+        return f"Apple {platform.machine()}"
+    return f"{cpu_name()}, {torch.get_num_threads()} threads"
+
+
+def cpu_name() -> str:
+    """The CPU's model name where the system tells it, else its architecture."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        # Only Linux has this file.
+        pass
+    return platform.processor() or platform.machine()
+
+
+def source_commit() -> str | None:
+    """The commit of this project's checkout, with `-dirty` where tracked files were changed.
+
+    None for an installed package: the git repository around it, if any, is another project's.
+    """
+    root = Path(__file__).resolve().parents[2]
+    if not (root / ".git").exists():
+        return None
+    try:
+        commit = _git(root, "rev-parse", "HEAD")
+        return commit + ("-dirty" if _git(root, "status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _git(root: Path, *arguments: str) -> str:
+    command = ["git", "-C", str(root), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+
+
+def _version(package: str) -> str | None:
+    if package == "xattn-video":
+        from xattn_video import __version__
+
+        return __version__
+    if package == "torch":
+        import torch
+
+        # its build too, which the metadata of some wheels leaves out: 2.13.0+cu130
+        return torch.__version__
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None

@@ -1,0 +1,1 @@
+"""Questions about videos, answered by a language model with sparse prefill."""

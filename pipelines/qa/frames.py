@@ -1,0 +1,81 @@
+"""Frames of a video as a video-understanding model sees it: a few a second, small, and never all of it in memory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from xattn_video_pipelines.common.errors import UserError
+from xattn_video_pipelines.video.io import VideoError, iter_frames
+
+# A model looks at pairs of frames.
+_FEWEST = 2
+
+
+@dataclass(frozen=True)
+class SampledVideo:
+    """`frames` uint8 RGB `[T, H, W, 3]`, taken at `fps` frames a second from a video of `seconds`."""
+
+    frames: np.ndarray
+    fps: float
+    seconds: float
+
+
+def check_sampling(*, fps: float, max_frames: int, max_pixels: int) -> None:
+    """Raise UserError if a number of `sample_video` is out of its range."""
+    if not 0 < fps < float("inf"):
+        raise UserError(f"--fps must be a positive number, got {fps}")
+    if max_frames < _FEWEST:
+        raise UserError(f"--max-frames must be {_FEWEST} or more, got {max_frames}")
+    if max_pixels < 1:
+        raise UserError(f"--max-pixels must be 1 or more, got {max_pixels}")
+
+
+def sample_video(path: Path, *, fps: float, max_frames: int, max_pixels: int) -> SampledVideo:
+    """Frames at even distances.
+
+    Args:
+        path: any file that ffmpeg reads.
+        fps: frames a second; fewer are taken where that would be more than `max_frames` or than the video has, more
+            where fewer than two.
+        max_frames: at least 2.
+        max_pixels: of a frame; larger ones are made smaller in proportion, smaller ones stay.
+
+    Raises:
+        VideoError: missing, empty, damaged or cut-off file, or none of its length can be told.
+        UserError: a number is out of its range.
+    """
+    check_sampling(fps=fps, max_frames=max_frames, max_pixels=max_pixels)
+    count, seconds = _length(path)
+    # No frame twice, unless there is but one.
+    rate = min(fps, count / seconds, max_frames / seconds)
+    rate = max(rate, _FEWEST / seconds)
+    # Even sides, in proportion, within the pixels.
+    share = f"min(1,sqrt({max_pixels}/(iw*ih)))"
+    scale = ":".join(f"{name}='max(2,trunc({size}*{share}/2)*2)'" for name, size in (("w", "iw"), ("h", "ih")))
+    frames: list[np.ndarray] = []
+    # To the end, also where the filter gives a frame too many: damage behind the last one taken counts too.
+    for frame in iter_frames(path, filters=f"fps={rate:.9g},scale={scale}"):
+        if len(frames) < max_frames:
+            frames.append(frame)
+    return SampledVideo(np.stack(frames), rate, seconds)
+
+
+def _length(path: Path) -> tuple[int, float]:
+    """Frames and seconds."""
+    import imageio_ffmpeg
+
+    if not path.is_file():
+        raise VideoError(f"{path}: no such video file")
+    if path.stat().st_size == 0:
+        raise VideoError(f"{path}: the video file is empty (0 bytes)")
+    try:
+        # An absolute path, since ffmpeg takes what stands before a colon in a bare name for a protocol.
+        count, seconds = imageio_ffmpeg.count_frames_and_secs(path.absolute())
+    except RuntimeError:
+        raise VideoError(f"{path}: damaged or not a video") from None
+    if not (count and seconds > 0):
+        raise VideoError(f"{path}: the video has no frames")
+    return count, seconds

@@ -1,0 +1,265 @@
+"""Write and read video files: H.264 mp4 for watching, FFV1 mkv in RGB for measuring.
+
+Both directions run the ffmpeg binary that imageio-ffmpeg ships, one process a file, over pipes. imageio's own
+writer is not used: it neither reports ffmpeg's exit code nor keeps its message, so a full disk or a bad size
+would pass for success.
+
+A frame is a uint8 array `[height, width, 3]` in RGB, a video `[frames, height, width, 3]`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import subprocess
+import tempfile
+from collections.abc import Generator, Iterator
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+import numpy as np
+
+from xattn_video_pipelines.common.errors import UserError
+from xattn_video_pipelines.common.files import force_to_disk
+
+if TYPE_CHECKING:
+    import torch
+
+    Frames = np.ndarray | torch.Tensor
+
+# Near-transparent quality: the mp4 is for eyes, but it is also what compare falls back to.
+_H264 = ["-c:v", "libx264", "-preset", "medium", "-crf", "16", "-pix_fmt", "yuv420p"]
+# Say which matrix made the YUV: untagged files are read as BT.601 by ffmpeg and as BT.709 by most players.
+_BT709 = ["-vf", "scale=out_color_matrix=bt709:out_range=tv:flags=accurate_rnd+full_chroma_int+bicubic"]
+_BT709 += ["-colorspace", "bt709", "-color_primaries", "bt709", "-color_trc", "bt709", "-color_range", "tv"]
+# bgr0 is FFV1's 8-bit RGB: no colour conversion, so no rounding. Every frame stands alone and has a checksum.
+_FFV1 = ["-c:v", "ffv1", "-level", "3", "-g", "1", "-slicecrc", "1", "-pix_fmt", "bgr0"]
+
+_MAX_MESSAGE = 300
+
+
+class VideoError(UserError):
+    """A video file or its frames cannot be used; the message is one line and names the file."""
+
+
+@dataclass(frozen=True)
+class VideoInfo:
+    """What decoding a whole file gave: `frames` (a count), `height` and `width` in pixels."""
+
+    frames: int
+    height: int
+    width: int
+
+
+def lossless_path(mp4_path: str | os.PathLike[str]) -> Path:
+    """The path of the lossless copy beside a video: the same name with the suffix `.mkv`."""
+    return Path(mp4_path).with_suffix(".mkv")
+
+
+def write_video(path: str | os.PathLike[str], frames: Frames, fps: float, *, lossless: bool = False) -> VideoInfo:
+    """Write `frames` to `path`, whole or not at all.
+
+    The file is written as `.<name>.partial.<suffix>` in the same folder and renamed at the end, so a file
+    under `path` is always a finished one. After a kill the partial file stays and the next write of the same
+    video replaces it; two processes must not write the same path at once.
+
+    Args:
+        path: ends in `.mp4`, or in `.mkv` with `lossless`. The folder must exist.
+        frames: `[T, H, W, 3]` RGB, numpy or torch on any device: uint8, or floats in [0, 1], which are
+            rounded to the nearest of 256 levels.
+        fps: frames a second, above 0.
+        lossless: write FFV1 in RGB, whose decoded frames equal the written ones exactly, instead of H.264.
+            H.264 halves the colour resolution, so it takes even heights and widths only; nothing is ever
+            padded or resized.
+
+    Returns:
+        The frame count and size written.
+
+    Raises:
+        VideoError: wrong suffix, shape, dtype, range or fps, no frames, odd sizes for H.264, ffmpeg failed.
+    """
+    path = Path(path)
+    suffix = ".mkv" if lossless else ".mp4"
+    if path.suffix != suffix:
+        kind = "a lossless copy" if lossless else "an H.264 video"
+        raise VideoError(f"{path}: the name of {kind} must end in {suffix}")
+    info = _check_frames(path, frames, lossless=lossless)
+    if not 0 < fps < float("inf"):
+        raise VideoError(f"{path}: fps must be a positive number, got {fps}")
+
+    partial = path.with_name(f".{path.stem}.partial{suffix}")
+    rate = str(Fraction(fps).limit_denominator(100_000))
+    command = [_ffmpeg(), "-hide_banner", "-nostdin", "-v", "error", "-y"]
+    command += ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{info.width}x{info.height}", "-r", rate]
+    # "file:" keeps ffmpeg from reading a colon in a name as a protocol.
+    command += ["-i", "pipe:0", "-an", *(_FFV1 if lossless else _H264 + _BT709), f"file:{partial}"]
+    try:
+        with tempfile.TemporaryFile() as log:
+            process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=log)
+            with _ended(process):
+                assert process.stdin is not None
+                # ffmpeg stopping early shows as a broken pipe; its own message says why.
+                with contextlib.suppress(BrokenPipeError):
+                    for index in range(info.frames):
+                        process.stdin.write(_to_uint8(path, frames[index], index).tobytes())
+                with contextlib.suppress(BrokenPipeError):
+                    process.stdin.close()
+                code = process.wait()
+            if code != 0:
+                reason = _first_message(log, path, partial) or f"ffmpeg exit code {code}"
+                raise VideoError(f"{path}: cannot write the video: {reason}")
+        try:
+            force_to_disk(partial)
+            os.replace(partial, path)
+        except OSError as error:
+            raise VideoError(f"{path}: cannot write the video: {error.strerror}") from None
+    finally:
+        partial.unlink(missing_ok=True)
+    return info
+
+
+def iter_frames(path: str | os.PathLike[str], *, filters: str | None = None) -> Generator[np.ndarray, None, None]:
+    """Decode `path` frame by frame: uint8 RGB arrays `[H, W, 3]`, each its own memory.
+
+    `filters` is an ffmpeg filter chain that the frames go through, such as `fps=1`.
+
+    Any format that ffmpeg reads will do. Sizes come from the decoded frames themselves. The end of the
+    iteration means that the whole file decoded without an error; leaving it early stops ffmpeg.
+
+    Raises:
+        VideoError: the file is missing or empty, cannot be decoded, is damaged or cut off (raised where the
+            damage is met, after the frames before it), or holds no frame.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise VideoError(f"{path}: no such video file")
+    if path.stat().st_size == 0:
+        raise VideoError(f"{path}: the video file is empty (0 bytes)")
+    # PPM frames carry their own size; passthrough keeps ffmpeg from repeating or dropping any.
+    command = [_ffmpeg(), "-hide_banner", "-nostdin", "-v", "error", "-xerror", "-i", f"file:{path}"]
+    command += ["-map", "0:v:0", "-fps_mode", "passthrough", *(["-vf", filters] if filters else [])]
+    command += ["-sws_flags", "accurate_rnd+full_chroma_int+bicubic"]
+    # More than 8 bits a channel would become PPM of 16.
+    command += ["-pix_fmt", "rgb24", "-f", "image2pipe", "-c:v", "ppm", "pipe:1"]
+    count = 0
+    with tempfile.TemporaryFile() as log:
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=log)
+        with _ended(process):
+            assert process.stdout is not None
+            while (frame := _read_ppm(path, process.stdout)) is not None:
+                count += 1
+                yield frame
+            code = process.wait()
+        message = _first_message(log, path)
+    # Some damage (a cut-off mkv) is only logged: at log level "error" any line means lost picture data.
+    if code != 0 or message:
+        after = f" after {count} frames" if count else ""
+        raise VideoError(f"{path}: damaged or not a video{after}: {message or f'ffmpeg exit code {code}'}")
+    if count == 0:
+        raise VideoError(f"{path}: the video has no frames")
+
+
+def read_video(path: str | os.PathLike[str]) -> np.ndarray:
+    """Decode the whole of `path`: uint8 RGB `[T, H, W, 3]`. Raises VideoError as `iter_frames` does."""
+    return np.stack(list(iter_frames(path)))
+
+
+def video_info(path: str | os.PathLike[str]) -> VideoInfo:
+    """Frame count and size of `path`, by decoding it all (metadata can be wrong, or a file be cut off).
+
+    Raises VideoError as `iter_frames` does.
+    """
+    count, shape = 0, (0, 0, 3)
+    for frame in iter_frames(path):
+        count, shape = count + 1, frame.shape
+    return VideoInfo(frames=count, height=shape[0], width=shape[1])
+
+
+def _ffmpeg() -> str:
+    import imageio_ffmpeg
+
+    try:
+        return imageio_ffmpeg.get_ffmpeg_exe()
+    except RuntimeError as error:
+        raise VideoError(f"no ffmpeg here (imageio-ffmpeg): {' '.join(str(error).split())}") from error
+
+
+def _check_frames(path: Path, frames: Any, *, lossless: bool) -> VideoInfo:
+    shape = tuple(frames.shape)
+    if len(shape) != 4 or shape[3] != 3:
+        raise VideoError(f"{path}: frames must have the shape [T, H, W, 3], got {list(shape)}")
+    count, height, width, _ = (int(size) for size in shape)
+    if count == 0:
+        raise VideoError(f"{path}: no frames to write")
+    if height == 0 or width == 0:
+        raise VideoError(f"{path}: frames must have pixels, got {width} x {height}")
+    if not lossless and (height % 2 or width % 2):
+        raise VideoError(
+            f"{path}: H.264 takes even widths and heights, got {width} x {height}; use an even size, or lossless=True"
+        )
+    return VideoInfo(frames=count, height=height, width=width)
+
+
+def _to_uint8(path: Path, frame: Any, index: int) -> np.ndarray:
+    """One frame as uint8; floats are checked and rounded here, so no second copy of the video is made."""
+    if not isinstance(frame, np.ndarray):
+        frame = frame.detach().cpu()
+        # numpy has no bfloat16; float32 holds every half-precision value exactly.
+        frame = (frame.float() if frame.is_floating_point() else frame).numpy()
+    if frame.dtype == np.uint8:
+        return frame
+    if not np.issubdtype(frame.dtype, np.floating):
+        raise VideoError(f"{path}: frames must be uint8 or floats in [0, 1], got {frame.dtype}")
+    low, high = float(frame.min()), float(frame.max())
+    # Written so that a NaN fails too.
+    if not (low >= 0.0 and high <= 1.0):
+        raise VideoError(f"{path}: float frames must lie in [0, 1], frame {index} has {low:g} to {high:g}")
+    return np.rint(frame.astype(np.float32) * 255.0).astype(np.uint8)
+
+
+def _read_ppm(path: Path, stream: IO[bytes]) -> np.ndarray | None:
+    """The next PPM image as `[H, W, 3]`, or None at the end of the stream, also inside of an image.
+
+    Raises VideoError for anything else: waiting for ffmpeg with more to read would take for ever.
+    """
+    magic, size, depth = stream.readline(), stream.readline(), stream.readline()
+    if not depth:
+        return None
+    if magic != b"P6\n" or depth != b"255\n":
+        raise VideoError(f"{path}: ffmpeg gave frames of another kind: {(magic + size + depth)[:40]!r}")
+    width, height = (int(number) for number in size.split())
+    data = stream.read(width * height * 3)
+    if len(data) < width * height * 3:
+        return None
+    return np.frombuffer(bytearray(data), dtype=np.uint8).reshape(height, width, 3)
+
+
+@contextlib.contextmanager
+def _ended(process: subprocess.Popen[bytes]) -> Iterator[None]:
+    """However the block ends, the process has ended and is reaped, and its pipes are closed."""
+    try:
+        yield
+    finally:
+        if process.poll() is None:
+            process.kill()
+        process.wait()
+        for pipe in (process.stdin, process.stdout):
+            if pipe is not None:
+                # Closing flushes; what is left in a pipe that nobody reads any more is of no use.
+                with contextlib.suppress(BrokenPipeError):
+                    pipe.close()
+
+
+def _first_message(log: IO[bytes], *paths: Path) -> str:
+    """ffmpeg's first complaint on one line, without its component addresses and without file names."""
+    log.seek(0)
+    for line in log.read().decode(errors="replace").splitlines():
+        text = re.sub(r"\[[^\]]* @ 0x[0-9a-f]+\]\s*", "", line).strip()
+        for path in paths:
+            text = text.replace(f"file:{path}", "").strip(" :")
+        if text:
+            return text[:_MAX_MESSAGE]
+    return ""

@@ -1,0 +1,373 @@
+"""Which model: the table of known names, any local folder, any Hub id; sizes, defaults and divisibility rules.
+
+Nothing here loads weights. A model's small JSON files (model_index.json and two configs) are all that is read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import inspect
+import json
+import math
+import re
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from xattn_video_pipelines.common.errors import UserError
+from xattn_video_pipelines.demo.files import DEMO_WEIGHTS
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """How a model cuts a video into tokens: its VAE's strides and its transformer's patch, (time, height, width).
+
+    `multiple` is what the pipeline itself asks of height and width on top of that.
+    """
+
+    vae_time: int
+    vae_space: int
+    patch: tuple[int, int, int]
+    multiple: int = 1
+
+    @property
+    def height_multiple(self) -> int:
+        return math.lcm(self.vae_space * self.patch[1], self.multiple)
+
+    @property
+    def width_multiple(self) -> int:
+        return math.lcm(self.vae_space * self.patch[2], self.multiple)
+
+    def tokens(self, height: int, width: int, num_frames: int) -> int:
+        """Video tokens in one forward pass of the transformer."""
+        latent_frames = (num_frames - 1) // self.vae_time + 1
+        time, rows, columns = self.patch
+        return -(-latent_frames // time) * (height // (self.vae_space * rows)) * (width // (self.vae_space * columns))
+
+    def check(self, height: int, width: int, num_frames: int) -> None:
+        """Raise UserError where a size does not fit, with the nearest that does."""
+        for name, value, multiple in (
+            ("--height", height, self.height_multiple),
+            ("--width", width, self.width_multiple),
+        ):
+            if value % multiple:
+                nearest = max(multiple, (value + multiple // 2) // multiple * multiple)
+                raise UserError(
+                    f"{name} must be a multiple of {multiple} for this model, got {value}; nearest: {nearest}"
+                )
+        if (num_frames - 1) % self.vae_time:
+            nearest = (num_frames - 1 + self.vae_time // 2) // self.vae_time * self.vae_time + 1
+            rule = f"a multiple of {self.vae_time}, plus 1,"
+            raise UserError(f"--num-frames must be {rule} for this model, got {num_frames}; nearest: {nearest}")
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """What a run uses where the command line does not say. None: the pipeline's own default (or it has none)."""
+
+    height: int | None = None
+    width: int | None = None
+    num_frames: int | None = None
+    fps: int = 16
+    steps: int | None = None
+    guidance_scale: float | None = None
+    # For the low-noise transformer of two-transformer models; used only with the default guidance_scale.
+    guidance_scale_2: float | None = None
+    # None keeps the shift in the checkpoint's scheduler.
+    flow_shift: float | None = None
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model to run: `source` is what diffusers' `from_pretrained` takes (Hub id or folder).
+
+    `dtypes` are components that keep their own dtype in a half-precision run, by name.
+    """
+
+    name: str
+    source: str
+    pipeline: str
+    geometry: Geometry | None
+    defaults: Defaults
+    dtypes: dict[str, str] = field(default_factory=dict)
+    vae_tiling: bool = False
+
+    @property
+    def identity(self) -> str:
+        """What a manifest calls the model: its source, but the shipped one's name, as its folder differs by machine."""
+        return self.name if self.source == str(DEMO_WEIGHTS) else self.source
+
+    @property
+    def weights(self) -> str | None:
+        """What tells the weights of a local folder from others under its name; None for a Hub id, or where none are."""
+        return sampled_digest(Path(self.source)) if Path(self.source).is_dir() else None
+
+
+# Diffusers' documentation asks for Wan's VAE in float32, and for HunyuanVideo in float16 around a bfloat16 transformer.
+_WAN_DTYPES = {"vae": "float32"}
+_HUNYUAN_DTYPES = {"vae": "float16", "text_encoder": "float16", "text_encoder_2": "float16"}
+_WAN_2_1 = Geometry(vae_time=4, vae_space=8, patch=(1, 2, 2), multiple=16)
+
+# Sizes, steps, guidance and shifts are those that the models' own repositories and diffusers' documentation give.
+KNOWN_MODELS = {
+    model.name: model
+    for model in (
+        Model(
+            "wan2.1-1.3b",
+            "Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
+            "WanPipeline",
+            _WAN_2_1,
+            Defaults(480, 832, 81, fps=16, steps=50, guidance_scale=5.0, flow_shift=3.0),
+            _WAN_DTYPES,
+        ),
+        Model(
+            "wan2.1-14b",
+            "Wan-AI/Wan2.1-T2V-14B-Diffusers",
+            "WanPipeline",
+            _WAN_2_1,
+            Defaults(720, 1280, 81, fps=16, steps=50, guidance_scale=5.0, flow_shift=5.0),
+            _WAN_DTYPES,
+        ),
+        Model(
+            "wan2.2-a14b",
+            "Wan-AI/Wan2.2-T2V-A14B-Diffusers",
+            "WanPipeline",
+            _WAN_2_1,
+            Defaults(720, 1280, 81, fps=16, steps=40, guidance_scale=4.0, guidance_scale_2=3.0, flow_shift=12.0),
+            _WAN_DTYPES,
+        ),
+        Model(
+            "wan2.2-5b",
+            "Wan-AI/Wan2.2-TI2V-5B-Diffusers",
+            "WanPipeline",
+            Geometry(vae_time=4, vae_space=16, patch=(1, 2, 2), multiple=16),
+            Defaults(704, 1280, 121, fps=24, steps=50, guidance_scale=5.0, flow_shift=5.0),
+            _WAN_DTYPES,
+        ),
+        Model(
+            "hunyuan-video",
+            "hunyuanvideo-community/HunyuanVideo",
+            "HunyuanVideoPipeline",
+            Geometry(vae_time=4, vae_space=8, patch=(1, 2, 2), multiple=16),
+            Defaults(720, 1280, 129, fps=24, steps=50, guidance_scale=6.0),
+            _HUNYUAN_DTYPES,
+            vae_tiling=True,
+        ),
+        Model(
+            "hunyuan-video-1.5",
+            "hunyuanvideo-community/HunyuanVideo-1.5-Diffusers-480p_t2v",
+            "HunyuanVideo15Pipeline",
+            Geometry(vae_time=4, vae_space=16, patch=(1, 1, 1), multiple=16),
+            Defaults(480, 848, 121, fps=24, steps=50, guidance_scale=6.0),
+            vae_tiling=True,
+        ),
+        Model(
+            "demo",
+            str(DEMO_WEIGHTS),
+            "WanPipeline",
+            Geometry(vae_time=2, vae_space=4, patch=(1, 2, 2), multiple=16),
+            Defaults(128, 128, 33, fps=8, steps=20, guidance_scale=1.0),
+            _WAN_DTYPES,
+        ),
+    )
+}
+
+# Of a file of weights, so many places of so many bytes tell it from another one.
+_SAMPLES, _SAMPLE_BYTES = 64, 1024
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+# Model parts whose config tells the geometry; the first that a pipeline has is read.
+_TRANSFORMERS = ("transformer", "transformer_2")
+
+
+def find_model(name: str) -> Model:
+    """A known name, a folder that `save_pretrained` wrote, or a Hub id.
+
+    Raises:
+        UserError: none of these, or the model's description can neither be found in the cache nor downloaded.
+    """
+    known = KNOWN_MODELS.get(name.lower())
+    if known is not None:
+        if Path(known.source).is_absolute() and not Path(known.source).is_dir():
+            raise UserError(f"--model {name}: its weights are missing from this installation ({known.source})")
+        return known
+    try:
+        folder = Path(name).expanduser()
+    except RuntimeError:
+        raise UserError(f"--model {name}: no such user") from None
+    if folder.is_dir():
+        if not (folder / "model_index.json").is_file():
+            raise UserError(f"--model {name}: the folder has no model_index.json, so it is no diffusers pipeline")
+        return _describe(name, str(folder.resolve()), lambda path: _read_json(folder / path))
+    # A leading dot or slash means a path; `owner/name` could be either, and is taken for a Hub id.
+    if not _HUB_ID.fullmatch(name):
+        what = "no such folder" if "/" in name or "\\" in name else "unknown model"
+        raise UserError(
+            f"--model {name}: {what}; known names are {', '.join(KNOWN_MODELS)}, "
+            "else give a local folder or a Hub id (owner/name)"
+        )
+    return _describe(name, name, lambda path: _hub_json(name, path))
+
+
+@cache
+def sampled_digest(folder: Path) -> str | None:
+    """A SHA-256 over names and sizes of a folder's weights and some bytes all over them: training moves them all."""
+    files = sorted(folder.rglob("*.safetensors"))
+    digest = hashlib.sha256()
+    for file in files:
+        size = file.stat().st_size
+        digest.update(f"{file.relative_to(folder).as_posix()} {size}\n".encode())
+        with open(file, "rb") as data:
+            for part in range(_SAMPLES):
+                data.seek(part * size // _SAMPLES)
+                digest.update(data.read(_SAMPLE_BYTES))
+    return digest.hexdigest()[:16] if files else None
+
+
+def check_available(model: Model) -> None:
+    """Say in one line that a model is neither here nor reachable, before folders are made and loading is tried.
+
+    Raises:
+        UserError: its description is not in the local cache and cannot be downloaded.
+    """
+    if not Path(model.source).is_dir():
+        _hub_json(model.source, "model_index.json")
+
+
+def import_diffusers() -> Any:
+    """The diffusers module, imported after xattn_video has mended a torchvision that does not fit torch."""
+    importlib.import_module("xattn_video.integrations.diffusers")
+    return importlib.import_module("diffusers")
+
+
+def pipeline_class(model: Model) -> type:
+    """The diffusers class of the model's pipeline.
+
+    Raises:
+        UserError: the installed diffusers has no such class.
+    """
+    diffusers = import_diffusers()
+    # A custom class is named by a list in model_index.json and would be code from the repository: never run.
+    found = getattr(diffusers, model.pipeline, None)
+    if not isinstance(found, type) or not issubclass(found, diffusers.DiffusionPipeline):
+        raise UserError(
+            f"--model {model.name}: its pipeline {model.pipeline!r} is not in diffusers {diffusers.__version__} "
+            "(code that comes with a model is not run)"
+        )
+    return found
+
+
+def call_parameters(model: Model) -> dict[str, inspect.Parameter]:
+    """The parameters of the pipeline's `__call__` by name."""
+    return dict(inspect.signature(pipeline_class(model).__call__).parameters)
+
+
+def with_pipeline_defaults(model: Model) -> Defaults:
+    """The model's defaults, completed from the pipeline's own signature (for folders and Hub ids)."""
+    parameters = call_parameters(model)
+
+    def default(name: str) -> Any:
+        parameter = parameters.get(name)
+        return None if parameter is None or parameter.default is inspect.Parameter.empty else parameter.default
+
+    return Defaults(
+        height=default("height"),
+        width=default("width"),
+        num_frames=default("num_frames"),
+        fps=round(default("frame_rate") or model.defaults.fps),
+        steps=default("num_inference_steps"),
+        guidance_scale=default("guidance_scale"),
+    )
+
+
+def _describe(name: str, source: str, read: Any) -> Model:
+    index = read("model_index.json")
+    pipeline = (index or {}).get("_class_name")
+    if not isinstance(pipeline, str):
+        raise UserError(f"--model {name}: model_index.json names no diffusers pipeline, but {pipeline!r}")
+    part = next((part for part in _TRANSFORMERS if part in index and index[part][0] is not None), None)
+    transformer = read(f"{part}/config.json") if part else None
+    vae = read("vae/config.json") if "vae" in index else None
+    family = pipeline.startswith("Wan"), pipeline.startswith("HunyuanVideo15"), pipeline.startswith("Hunyuan")
+    return Model(
+        name=name,
+        source=source,
+        pipeline=pipeline,
+        # Helios works in sections of frames, which no rule here tells.
+        geometry=None if pipeline.startswith("Helios") else _geometry(vae, transformer, 16 if any(family) else 1),
+        defaults=Defaults(fps=24 if family[2] else 16),
+        dtypes=_WAN_DTYPES if family[0] else _HUNYUAN_DTYPES if family[2] and not family[1] else {},
+        vae_tiling=family[2],
+    )
+
+
+def _geometry(vae: dict[str, Any] | None, transformer: dict[str, Any] | None, multiple: int) -> Geometry | None:
+    """The geometry that two configs tell, or None where they do not: then the pipeline itself judges the size."""
+    if vae is None or transformer is None:
+        return None
+    vae, transformer = _completed(vae), _completed(transformer)
+    time = vae.get("scale_factor_temporal", vae.get("temporal_compression_ratio"))
+    space = vae.get("scale_factor_spatial", vae.get("spatial_compression_ratio"))
+    patch = transformer.get("patch_size")
+    if isinstance(patch, int):
+        patch = [transformer.get("patch_size_t", 1), patch, patch]
+    numbers = [time, space, *(patch if isinstance(patch, list) and len(patch) == 3 else [None])]
+    if not all(isinstance(number, int) and number > 0 for number in numbers):
+        return None
+    return Geometry(vae_time=time, vae_space=space, patch=tuple(patch), multiple=multiple)
+
+
+def _completed(config: dict[str, Any]) -> dict[str, Any]:
+    """A configuration with the defaults of its class, which older checkpoints leave out of the file."""
+    cls = getattr(import_diffusers(), str(config.get("_class_name")), None)
+    parameters = inspect.signature(cls).parameters if isinstance(cls, type) else {}
+    defaults = {
+        name: parameter.default
+        for name, parameter in parameters.items()
+        if parameter.default is not inspect.Parameter.empty
+    }
+    return defaults | config
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read: {' '.join(str(error).split())}") from None
+    return value if isinstance(value, dict) else None
+
+
+def _hub_json(repository: str, path: str) -> dict[str, Any] | None:
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    cached = huggingface_hub.try_to_load_from_cache(repository, path)
+    if isinstance(cached, str):
+        return _read_json(Path(cached))
+    try:
+        # A plain request first: downloads retry for half a minute where there is no network.
+        huggingface_hub.HfApi().model_info(repository, timeout=10)
+        return _read_json(Path(huggingface_hub.hf_hub_download(repository, path)))
+    except errors.LocalEntryNotFoundError as error:
+        raise UserError(offline_message(repository, error)) from None
+    except errors.EntryNotFoundError:
+        return None
+    except errors.GatedRepoError:
+        raise UserError(
+            f"--model {repository}: access must be asked for on the Hub; then log in: hf auth login"
+        ) from None
+    except errors.RepositoryNotFoundError:
+        raise UserError(f"--model {repository}: no such model on the Hub, or private (log in: hf auth login)") from None
+    except Exception as error:
+        # Offline shows as one of several libraries' errors, and every one means the same to the user.
+        raise UserError(offline_message(repository, error)) from None
+
+
+def offline_message(source: str, error: Exception) -> str:
+    """One line for a model that is neither here nor reachable."""
+    reason = " ".join(str(error).split())
+    reason = reason if len(reason) <= 120 else reason[:117] + "..."
+    return f"--model {source}: not in the local cache, and the Hub cannot be reached ({type(error).__name__}: {reason})"

@@ -1,0 +1,177 @@
+"""Prompt files: `.txt` (one a line) and `.jsonl` (one JSON object a line) to a checked list of prompts."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from xattn_video_pipelines.common.errors import UserError
+
+MAX_ID_LENGTH = 100
+MAX_SEED = 2**63 - 1
+_ID = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
+_KEYS = ("prompt", "id", "seed", "negative_prompt", "image")
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One prompt of a file.
+
+    `id` is safe as a file name on every system. `seed` and `negative_prompt` are None where the file does not
+    say; `image` is an existing file (image-to-video) or None. `line` counts from 1.
+    """
+
+    id: str
+    text: str
+    seed: int | None = None
+    negative_prompt: str | None = None
+    image: Path | None = None
+    line: int = 0
+
+
+@dataclass(frozen=True)
+class PromptFile:
+    """The prompts of one file in its order, and the JSON keys that were found but have no meaning here."""
+
+    path: Path
+    prompts: tuple[Prompt, ...]
+    ignored_keys: tuple[str, ...] = field(default=())
+
+
+def read_prompts(path: str | Path) -> PromptFile:
+    """Read and check a prompt file.
+
+    In a `.txt` file each line is a prompt; blank lines and lines that start with `#` are skipped. In a `.jsonl`
+    file each line is an object with `prompt` and, if wanted, `id`, `seed`, `negative_prompt` and `image` (a path
+    relative to the prompt file). A prompt without an id gets its position among the prompts: `0001`, `0002`...
+
+    Raises:
+        UserError: the file is missing, empty, not UTF-8, has another suffix, a broken line or an id twice; the
+            message names the file and the line.
+    """
+    path = Path(path)
+    if path.suffix not in (".txt", ".jsonl"):
+        raise UserError(f"{path}: a prompt file ends in .txt (one a line) or .jsonl (one JSON object a line)")
+    lines = _read_lines(path)
+    ignored: set[str] = set()
+    prompts: list[Prompt] = []
+    seen: dict[str, int] = {}
+    for number, line in lines:
+        position = f"{len(prompts) + 1:04d}"
+        if path.suffix == ".txt":
+            prompt = Prompt(id=position, text=line, line=number)
+        else:
+            record = _parse_record(path, number, line)
+            ignored |= set(record) - set(_KEYS)
+            prompt = _prompt_of(path, number, record, position)
+        # Case is folded because two such files would be one on macOS and Windows.
+        first = seen.setdefault(prompt.id.lower(), number)
+        if first != number:
+            raise UserError(f"{path}:{number}: id {prompt.id!r} is already that of line {first}; ids must be unique")
+        prompts.append(prompt)
+    if not prompts:
+        raise UserError(f"{path}: no prompts in it; write one a line")
+    return PromptFile(path, tuple(prompts), tuple(sorted(ignored)))
+
+
+def evenly_spaced(items: Sequence[T], count: int) -> list[T]:
+    """`count` of the items, evenly spaced from the first to the last (all, if there are no more than `count`)."""
+    if count >= len(items):
+        return list(items)
+    if count == 1:
+        return [items[0]]
+    last = len(items) - 1
+    # Integer rounding of i * last / (count - 1): strictly increasing because count <= last.
+    return [items[(2 * i * last + count - 1) // (2 * (count - 1))] for i in range(count)]
+
+
+def _read_lines(path: Path) -> list[tuple[int, str]]:
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such prompt file") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot read the prompt file: {error.strerror}") from None
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise UserError(f"{path}:{line}: not UTF-8 (byte 0x{data[error.start]:02x}); save the file as UTF-8") from None
+    numbered = ((number, line.strip()) for number, line in enumerate(re.split(r"\r\n|\n|\r", text), start=1))
+    comment = "#" if path.suffix == ".txt" else None
+    return [(number, line) for number, line in numbered if line and not (comment and line.startswith(comment))]
+
+
+def _parse_record(path: Path, number: int, line: str) -> dict[str, Any]:
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, json.JSONDecodeError):
+            reason = f"{error.msg}, column {error.colno}"
+        else:
+            reason = "a number is too long" if isinstance(error, ValueError) else "nested too deep"
+        raise UserError(f"{path}:{number}: not a JSON object: {reason}") from None
+    if not isinstance(record, dict):
+        raise UserError(f'{path}:{number}: each line must be a JSON object such as {{"prompt": "..."}}')
+    return record
+
+
+def _prompt_of(path: Path, number: int, record: dict[str, Any], position: str) -> Prompt:
+    where = f"{path}:{number}"
+    text = _text(where, record, "prompt")
+    if text is None or not text.strip():
+        raise UserError(f"{where}: needs a `prompt` that is not empty")
+    seed = record.get("seed")
+    if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed <= MAX_SEED):
+        raise UserError(f"{where}: `seed` must be an integer from 0 to 2**63 - 1, got {_short(seed)}")
+    image = _text(where, record, "image")
+    if image is not None:
+        image_path = path.parent / image
+        if not image_path.is_file():
+            raise UserError(f"{where}: no such image: {_short(str(image_path))}")
+    return Prompt(
+        id=_id(where, record.get("id"), position),
+        text=text,
+        seed=seed,
+        negative_prompt=_text(where, record, "negative_prompt"),
+        image=image_path if image is not None else None,
+        line=number,
+    )
+
+
+def _text(where: str, record: dict[str, Any], key: str) -> str | None:
+    value = record.get(key)
+    if value is None:
+        return None
+    if not isinstance(value, str):
+        raise UserError(f"{where}: `{key}` must be a string, got {_short(value)}")
+    try:
+        # JSON can spell half of a surrogate pair, which no tokenizer and no file name takes.
+        value.encode("utf-8")
+    except UnicodeEncodeError:
+        raise UserError(f"{where}: `{key}` holds half of a surrogate pair") from None
+    return value
+
+
+def _id(where: str, value: Any, position: str) -> str:
+    if value is None:
+        return position
+    if isinstance(value, int) and not isinstance(value, bool):
+        value = str(value)
+    if not isinstance(value, str) or not _ID.fullmatch(value) or len(value) > MAX_ID_LENGTH:
+        raise UserError(
+            f"{where}: `id` must be 1 to {MAX_ID_LENGTH} letters, digits, '.', '_' or '-' and not start with a dot, "
+            f"got {_short(value)}"
+        )
+    return value
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value) if not isinstance(value, str) else repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

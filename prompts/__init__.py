@@ -1,0 +1,1 @@
+"""Prompt files that come with the project."""
