@@ -66,7 +66,7 @@ def test_transformers_4_knows_its_settings_too() -> None:
     assert "extra_special_tokens" not in json.loads((DEMO_WATCHER / "tokenizer_config.json").read_text())
 
 
-@pytest.mark.parametrize("file", [CARD, CARD.parents[4] / "README.md"])
+@pytest.mark.parametrize("file", [CARD, CARD.parents[4] / "docs" / "understanding.md"])
 def test_the_cards_show_what_was_measured(file: Path) -> None:
     series = latest(map(json.loads, LEDGER.read_text(encoding="utf-8").splitlines()), "demo")
     rows = {(*prefill, row["scenes"]): row for prefill, several in series.items() for row in several}
