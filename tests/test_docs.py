@@ -27,7 +27,11 @@ from packaging.version import Version
 from tests.cli_tools import run_command
 
 ROOT = Path(__file__).resolve().parent.parent
-FILES = (ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md")))
+FILES = (
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")),
+    *sorted((ROOT / "docs").glob("*.md")),
+    *sorted((ROOT / "pipelines" / "demo" / "data").glob("*/README.md")),
+)
 # Rows of a table of old and new names tell what was, so only their last column is held to what is.
 OLD_NAMES = "## Renamed"
 
@@ -243,6 +247,14 @@ def test_the_table_of_settings_is_that_of_the_code() -> None:
     }
     section = text.partition("## Backends")[2].partition("\n## ")[0]
     assert set(re.findall(r"^\| `([\w-]+)` \|", section, re.MULTILINE)) == set(BACKENDS)
+
+
+@pytest.mark.parametrize("card", FILES[-2:], ids=name_of)
+def test_a_card_names_its_own_folder(card: Path) -> None:
+    text = card.read_text(encoding="utf-8")
+    folders = re.findall(r'from_pretrained\("(\S+)"\)', text)
+    assert all((ROOT / folder).samefile(card.parent) for folder in folders)
+    assert len(folders) == (card.parent.name == "weights")
 
 
 def test_make_targets_exist() -> None:
