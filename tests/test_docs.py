@@ -257,6 +257,13 @@ def test_a_card_names_its_own_folder(card: Path) -> None:
     assert len(folders) == (card.parent.name == "weights")
 
 
+def test_the_new_names_of_what_was_renamed_are_there() -> None:
+    renamed = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8").partition(OLD_NAMES)[2]
+    names = re.findall(r"^\| .*`[\w.]+` \| `([\w.]+)` \|$", renamed, re.MULTILINE)
+    assert len(names) > 50
+    assert [name for name in names if not there(name)] == []
+
+
 def test_make_targets_exist() -> None:
     targets = set(re.findall(r"^([a-z][\w-]*):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
     told = {
