@@ -79,6 +79,20 @@ def test_broken_links_are_found() -> None:
     assert broken_links(ROOT / "README.md", "![picture](eval/results/none.png)") == ["eval/results/none.png"]
 
 
+def test_files_that_are_named_exist() -> None:
+    folders = "|".join(
+        ("xattn_video", "pipelines", "eval", "tests", "examples", "docs", "prompts", r"\.github", r"\.ci")
+    )
+    named = set()
+    for file in FILES:
+        if file.name != "CHANGELOG.md":
+            # The walks tell of the code as it was, too.
+            text = file.read_text(encoding="utf-8").partition("## Walk of query")[0]
+            named |= set(re.findall(rf"`((?:{folders})/[\w./-]+)`", text))
+    assert len(named) > 30
+    assert {path for path in named if not (ROOT / path).exists()} == set()
+
+
 # ---- commands
 
 
