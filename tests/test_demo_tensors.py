@@ -305,7 +305,9 @@ def test_loading_gives_each_part_its_place_in_order(tmp_path: Path) -> None:
 
 
 def test_a_file_that_is_missing_says_how_to_make_it(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"none\.safetensors: no such file; make one with: python -m pipelines"):
+    with pytest.raises(
+        FileNotFoundError, match=r"none\.safetensors: no such file; make one with: python -m xattn_video_pipelines"
+    ):
         load_demo_qkv(tmp_path / "none.safetensors")
 
 
