@@ -5,19 +5,30 @@ Only the program that is asked for is imported, so that `--help` stays fast: not
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
-from xattn_video_pipelines.common.program import Parser, run_program
+from xattn_video_pipelines.common.environment import own_version
+from xattn_video_pipelines.common.program import (
+    Parser,
+    UsageError,
+    add_command,
+    guarded,
+    program,
+    run_app,
+    run_program,
+)
+
+if TYPE_CHECKING:
+    from cyclopts import App
 
 
 @dataclass(frozen=True)
 class Command:
-    """A subcommand: its module offers `add_arguments(parser)`, `run(args) -> int` and an epilog or an `EXAMPLE`."""
+    """A subcommand: its module offers `command(settings, ...) -> int` and an `EXAMPLE`."""
 
     module: str
     help: str
@@ -57,20 +68,28 @@ example:
 """
 
 
-class _Version(argparse.Action):
-    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
-        from xattn_video.version import __version__
+ABOUT = "Sparse attention (XAttention) for video diffusion models."
 
-        print(f"xattn-video {__version__}")
-        parser.exit()
+
+def build_app(command: str | None) -> App:
+    """The command line with every subcommand's name, and the options of `command` alone."""
+    app = program("xattn-video", ABOUT, EXAMPLE, version=lambda: f"xattn-video {own_version()}")
+    for place, (name, entry) in enumerate(COMMANDS.items()):
+        if name == command:
+            module = importlib.import_module(entry.module)
+            add_command(app, module.command, name, entry.help, module.EXAMPLE, place)
+        else:
+            app.command(_another, name=name, help=entry.help, sort_key=place)
+    return app
+
+
+def _another() -> None:
+    """Stands for the commands that are not asked for, so that their modules are not imported."""
 
 
 def build_parser(command: str | None) -> Parser:
     """The parser with every subcommand's name, and the options of `command` alone."""
-    parser = Parser(
-        prog="xattn-video", description="Sparse attention (XAttention) for video diffusion models.", epilog=EXAMPLE
-    )
-    parser.add_argument("--version", action=_Version, nargs=0, help="show the version and exit")
+    parser = Parser(prog="xattn-video", description=ABOUT, epilog=EXAMPLE)
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, entry in COMMANDS.items():
         description = entry.help[0].upper() + entry.help[1:] + "."
@@ -89,7 +108,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code: 0, 2 for bad input, 130 for Ctrl-C."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     command = next((argument for argument in arguments if not argument.startswith("-")), None)
-    return run_program(build_parser(command), lambda args: args.run(args), arguments)
+    if command in COMMANDS and hasattr(importlib.import_module(COMMANDS[command].module), "add_arguments"):
+        return run_program(build_parser(command), lambda args: args.run(args), arguments)
+    return guarded("xattn-video", lambda: _run(command, arguments))
+
+
+def _run(command: str | None, arguments: Sequence[str]) -> int:
+    if command is None and not {"-h", "--help", "--version"}.intersection(arguments):
+        raise UsageError("xattn-video", "the following arguments are required: COMMAND")
+    if command is not None and command not in COMMANDS:
+        choices = ", ".join(map(repr, COMMANDS))
+        raise UsageError("xattn-video", f"argument COMMAND: invalid choice: {command!r} (choose from {choices})")
+    return run_app(build_app(command), arguments)
 
 
 if __name__ == "__main__":

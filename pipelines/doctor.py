@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import argparse
 import importlib
-import json
 import platform
 import re
+from json import dumps
 from pathlib import Path
 from typing import Any
 
 from xattn_video_pipelines.common.environment import cpu_name, versions
+from xattn_video_pipelines.common.settings import Json
 
 EXAMPLE = """\
 example:
@@ -31,33 +31,36 @@ _ALEXNET = "alexnet-owt-7be5be79.pth"
 Check = dict[str, str]
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `xattn-video doctor`."""
-    parser.add_argument("--json", action="store_true", help="the report as one JSON document")
-
-
-def run(args: argparse.Namespace) -> int:
+def command(*, json: Json = False) -> int:
     """Print the report; returns 0 if videos can be generated here, else 1."""
     report = examine()
-    print(json.dumps(report) if args.json else format_report(report))
+    print(dumps(report) if json else format_report(report))
     return 0 if report["ok"] else 1
 
 
 def examine() -> dict[str, Any]:
-    """The report: versions, devices with their backends, and checks with their mend."""
-    checks = [
-        check_torchvision(),
-        check_diffusers(),
-        _check_import("transformers", "transformers.models.umt5.modeling_umt5"),
-        check_ftfy(),
-        check_ffmpeg(),
-        check_lpips(),
-    ]
+    """The report: versions, devices with their backends, and checks with what would repair them.
+
+    Without torch there are no devices to tell of, and what needs torch is not checked.
+    """
+    has_torch = versions(["torch"])["torch"] is not None
+    if has_torch:
+        checks = [
+            check_torchvision(),
+            check_diffusers(),
+            _check_import("transformers", "transformers.models.umt5.modeling_umt5"),
+            check_ftfy(),
+            check_ffmpeg(),
+            check_lpips(),
+        ]
+    else:
+        missing = _check("torch", "broken", "not installed, and everything needs it: pip install torch")
+        checks = [missing, check_ftfy(), check_ffmpeg()]
     return {
         "ok": all(check["status"] != "broken" for check in checks),
         "system": f"{platform.system()} {platform.machine()}",
         "versions": versions(_PACKAGES),
-        "devices": devices(),
+        "devices": devices() if has_torch else [],
         "checks": checks,
     }
 

@@ -213,6 +213,26 @@ def test_help_loads_neither_torch_nor_diffusers(arguments):
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.parametrize(
+    ("arguments", "code", "expected"),
+    [
+        (["--help"], 0, "generate"),
+        (["--version"], 0, "xattn-video "),
+        (["generate", "--help"], 0, "--num-frames"),
+        (["doctor"], 1, "broken  torch: not installed, and everything needs it: pip install torch"),
+    ],
+)
+def test_what_helps_to_install_needs_no_torch(arguments, code, expected):
+    without_torch = (
+        "import sys\nsys.modules['torch'] = None\nfrom xattn_video_pipelines.cli import main\n"
+        "sys.exit(main(sys.argv[1:]))"
+    )
+    done = subprocess.run([sys.executable, "-c", without_torch, *arguments], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == code, done.stderr
+    assert expected in done.stdout
+    assert done.stderr == ""
+
+
 def test_runs_from_a_folder_with_its_own_eval_and_pipelines(tmp_path):
     """As the installed script does: its own folder is first on the path, not the working directory."""
     for package in ("eval", "pipelines", "xattn_video"):

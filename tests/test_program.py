@@ -6,11 +6,15 @@ import errno
 import os
 import subprocess
 import sys
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated, Literal
 
 import pytest
 
-from xattn_video_pipelines.common.program import Parser, run_program
+from xattn_video_pipelines.common.errors import UserError
+from xattn_video_pipelines.common.program import Parser, add_command, guarded, program, run_app, run_program
+from xattn_video_pipelines.common.settings import Json, Option, Settings
 
 ROOT = Path(__file__).parent.parent
 PRINTING = """
@@ -67,3 +71,95 @@ def test_a_reader_that_has_left_is_no_error():
     done = shout(stdout=theirs)
     os.close(theirs)
     assert (done.returncode, done.stderr) == (141, "")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Painting(Settings):
+    """Settings of each kind that a program has."""
+
+    folders: Annotated[tuple[Path, ...], Option("what to paint", metavar="DIR")] = field(kw_only=False)
+    sizes: Annotated[tuple[int, ...], Option("inches", group="canvas")] = (8, 16)
+    depth: Annotated[float | None, Option("inches", group="canvas")] = None
+    style: Annotated[Literal["oil", "ink"], Option("of the paint")] = "oil"
+    frame: Annotated[bool, Option("leave the frame out")] = True
+
+    def check(self) -> None:
+        self.check_at_least(1, "sizes")
+        self.check_from_zero("depth")
+
+
+def paint(settings: Painting, *, json: Json = False) -> int:
+    print(settings, json)
+    return 3
+
+
+def painting(*arguments: str) -> int:
+    def run() -> int:
+        app = program("tool", "Paint.", "example:\n  tool paint a b")
+        add_command(app, paint, "paint", "paint folders", "example:\n  tool paint " + 20 * "a/long/name/ ")
+        return run_app(app, ["paint", *arguments])
+
+    return guarded("tool", run)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["a"], Painting((Path("a"),))),
+        (["a", "b", "--sizes", "4", "2"], Painting((Path("a"), Path("b")), sizes=(4, 2))),
+        (["--no-frame", "--depth=1.5", "a"], Painting((Path("a"),), frame=False, depth=1.5)),
+        (["--style", "oil", "--style", "ink", "a"], Painting((Path("a"),), style="ink")),
+    ],
+)
+def test_options_make_the_settings_that_python_makes(arguments, expected, capsys):
+    for json in (False, True):
+        assert painting(*arguments, *["--json"] * json) == 3
+        assert capsys.readouterr().out == f"{expected} {json}\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "the following arguments are required: DIR (see: tool paint --help)"),
+        (["a", "--sizes"], "argument --sizes: expected at least one argument (see: tool paint --help)"),
+        (["a", "--depth"], "argument --depth: expected one argument (see: tool paint --help)"),
+        (["a", "--depth", "deep"], "argument --depth: invalid float value: 'deep' (see: tool paint --help)"),
+        (["a", "--sizes", "1", "x"], "argument --sizes: invalid int value: 'x' (see: tool paint --help)"),
+        (
+            ["a", "--style", "wax"],
+            "argument --style: invalid choice: 'wax' (choose from 'oil', 'ink') (see: tool paint --help)",
+        ),
+        (["a", "--frame"], "unrecognized arguments: --frame (see: tool paint --help)"),
+        (["a", "--sizes", "4", "0"], "--sizes must be 1 or more, got 0"),
+        (["a", "--depth", "-1"], "--depth must be a number from 0, got -1.0"),
+    ],
+)
+def test_what_is_wrong_with_a_command_line_is_one_line(arguments, message, capsys):
+    assert painting(*arguments) == 2
+    captured = capsys.readouterr()
+    assert (captured.out, captured.err) == ("", f"tool: error: {message}\n")
+
+
+def test_python_gets_the_same_checks():
+    with pytest.raises(UserError, match="--style must be one of oil, ink, got 'wax'"):
+        Painting((Path("a"),), style="wax")  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="--depth must be a number from 0, got inf"):
+        Painting((Path("a"),), depth=float("inf"))
+
+
+def test_help_shows_texts_defaults_groups_and_an_example_in_one_line(capsys):
+    assert painting("--help") == 0
+    text = capsys.readouterr().out
+    assert text.startswith("usage: tool paint [OPTIONS] DIR\n\npaint folders\n")
+    words = " ".join(text.split())
+    for expected in ("--no-frame leave the frame out", "inches [default: 8 16]", "[choices: oil, ink] [default: oil]"):
+        assert expected in words
+    assert text.index("canvas") < text.index("--sizes")
+    assert "None" not in text
+    assert f"  tool paint {20 * 'a/long/name/ '}".rstrip() in text
+
+
+def test_a_missing_library_is_one_line(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "cyclopts", None)
+    assert painting("a") == 2
+    assert capsys.readouterr().err.endswith("pip install cyclopts\n")

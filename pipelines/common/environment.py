@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import platform
+import runpy
 import subprocess
 from collections.abc import Sequence
 from importlib import metadata
@@ -60,14 +62,22 @@ def _git(root: Path, *arguments: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
 
 
+def own_version() -> str:
+    """The version of this project. The file is read, not imported: importing `xattn_video` needs torch."""
+    spec = importlib.util.find_spec("xattn_video")
+    assert spec is not None
+    assert spec.origin is not None
+    return str(runpy.run_path(str(Path(spec.origin).with_name("version.py")))["__version__"])
+
+
 def _version(package: str) -> str | None:
     if package == "xattn-video":
-        from xattn_video import __version__
-
-        return __version__
+        return own_version()
     if package == "torch":
-        import torch
-
+        try:
+            import torch
+        except ImportError:
+            return None
         # its build too, which the metadata of some wheels leaves out: 2.13.0+cu130
         return torch.__version__
     try:

@@ -1,17 +1,257 @@
-"""What all command lines share: one line for bad input and exit code 2, an example under every `--help`."""
+"""What all command lines share: options made from settings, one line for bad input, an example under every `--help`."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
 import errno
+import functools
+import inspect
 import io
 import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from dataclasses import MISSING, fields
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, get_args, get_origin, get_type_hints
 
 from xattn_video_pipelines.common.errors import UserError
+from xattn_video_pipelines.common.settings import Option, Settings
+
+if TYPE_CHECKING:
+    from cyclopts import App, CycloptsError
+
+
+class UsageError(UserError):
+    """The command line cannot be read; `command` is what was called, such as `xattn-video generate`."""
+
+    def __init__(self, command: str, message: str) -> None:
+        super().__init__(f"{message} (see: {command} --help)")
+
+
+def program(name: str, about: str, example: str, version: Callable[[], str] | None = None) -> App:
+    """A command line without commands yet, for `add_command` and `run_app`, which `guarded` calls.
+
+    Args:
+        name: what the user calls it, such as `xattn-video`.
+        about: what it is for; shown in `--help`.
+        example: at least one command that works; shown at the end of `--help`.
+        version: gives what `--version` prints; None leaves that option out.
+
+    Raises:
+        UserError: the library that reads command lines is not installed.
+    """
+    try:
+        from cyclopts import App, Parameter
+        from rich.console import Console
+    except ImportError as error:
+        raise UserError(f"the command line needs cyclopts ({error}): pip install cyclopts") from None
+    return App(
+        name,
+        help=about,
+        help_epilogue=example.rstrip(),
+        help_format="plaintext",
+        help_formatter=_help_formatter(),
+        # An example must stay in one line, so that it can be copied.
+        console=Console(soft_wrap=True),
+        version=version,
+        version_flags=("--version",) if version else (),
+        default_parameter=Parameter(
+            consume_multiple=(1, None), negative=(), allow_repeating=True, show_default=_shown_default
+        ),
+        result_action="return_value",
+        group_parameters="Options",
+        # `guarded` says what is wrong, in one line.
+        exit_on_error=False,
+        print_error=False,
+        suppress_keyboard_interrupt=False,
+    )
+
+
+def add_command(app: App, run: Callable[..., int], name: str, about: str, example: str, place: int = 0) -> None:
+    """Make a subcommand of a function.
+
+    Args:
+        app: of `program`.
+        run: `run(settings: SomeSettings, *, json: Annotated[bool, Option("...")] = False) -> exit code`. Each field of
+            the settings becomes an option, and so does each parameter beside them. Settings may be missing.
+        name, about, example: as of `program`.
+        place: commands are listed in the order of this number.
+    """
+    app.command(_flat(run), name=name, help=about, help_epilogue=example.rstrip(), sort_key=place)
+
+
+def run_app(app: App, arguments: Sequence[str]) -> int:
+    """Read `arguments` and run the command that they name; returns its exit code.
+
+    Raises:
+        UsageError: the arguments cannot be read.
+    """
+    from cyclopts import CycloptsError
+
+    try:
+        return app(list(arguments)) or 0
+    except CycloptsError as error:
+        command = " ".join([app.name[0], *(error.command_chain or ())])
+        raise UsageError(command, _message(error)) from None
+
+
+def guarded(name: str, call: Callable[[], int]) -> int:
+    """Run a program; what goes wrong is one line on stderr that begins with the program's name.
+
+    Returns:
+        What `call` gives, 2 for bad input, 130 for Ctrl-C, 141 for a reader of stdout that has left.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # a prompt may hold what the terminal's encoding lacks
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        code = call()
+        # what fails now would fail at exit, where nobody can say why
+        sys.stdout.flush()
+        return code
+    except UserError as error:
+        print(f"{name}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(
+            f"{name}: stopped; what is finished under --out is kept, and the same command goes on",
+            file=sys.stderr,
+        )
+        return 130
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            print(f"{name}: error: {str(error.filename)[:60]}...: the name is too long", file=sys.stderr)
+            return 2
+        if error.filename is not None:
+            print(f"{name}: error: {error.filename}: {error.strerror or error}", file=sys.stderr)
+            return 2
+        # The reader of stdout (head, less) has left, or its disk is full; Python must not try again at exit.
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if isinstance(error, BrokenPipeError):
+            return 141
+        print(f"{name}: error: {error.strerror or error}", file=sys.stderr)
+        return 2
+
+
+# --- options from settings ------------------------------------------------------------------------------------
+
+
+def _flat(run: Callable[..., int]) -> Callable[..., int]:
+    """`run` with a parameter for each field of its settings, annotated as cyclopts reads it."""
+    hints = get_type_hints(run, include_extras=True)
+    hints.pop("return", None)
+    groups = functools.cache(_group)
+    parameters: list[inspect.Parameter] = []
+    settings_name, settings_class, off = "", Settings, {}
+    for name, parameter in inspect.signature(run).parameters.items():
+        hint = hints[name]
+        if isinstance(hint, type) and issubclass(hint, Settings):
+            settings_name, settings_class = name, hint
+            own = get_type_hints(hint, include_extras=True)
+            for field in fields(hint):
+                made = _parameter(field.name, own[field.name], field.default, not field.kw_only, groups)
+                parameters.append(made)
+                if made.name != field.name:
+                    off[made.name] = field.name
+        else:
+            default = MISSING if parameter.default is parameter.empty else parameter.default
+            parameters.append(_parameter(name, hint, default, False, groups))
+    positional = [parameter.name for parameter in parameters if parameter.kind is parameter.POSITIONAL_ONLY]
+
+    def call(*places: Any, **named: Any) -> int:
+        values = dict(zip(positional, places, strict=False)) | named
+        values |= {field: not values.pop(switch) for switch, field in off.items() if switch in values}
+        if not settings_name:
+            return run(**values)
+        own = {field.name: values.pop(field.name) for field in fields(settings_class) if field.name in values}
+        return run(settings_class(**own), **values)
+
+    call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    return call
+
+
+def _parameter(name: str, hint: Any, default: Any, positional: bool, groups: Callable[[str], Any]) -> inspect.Parameter:
+    from cyclopts import Parameter
+
+    if get_origin(hint) is not Annotated:
+        raise TypeError(f"{name} needs an Option with its help text in its annotation, got {hint!r}")
+    kind, *metadata = get_args(hint)
+    (option,) = (extra for extra in metadata if isinstance(extra, Option))
+    if default is True:
+        name, default = f"no_{name}", False
+    shown: dict[str, Any] = {"help": option.help, "metavar": option.metavar}
+    if option.group is not None:
+        shown["group"] = groups(option.group)
+    if positional:
+        shown["name"] = option.metavar
+    return inspect.Parameter(
+        name,
+        inspect.Parameter.POSITIONAL_ONLY if positional else inspect.Parameter.KEYWORD_ONLY,
+        default=inspect.Parameter.empty if default is MISSING else default,
+        annotation=Annotated[kind, Parameter(**shown)],
+    )
+
+
+def _group(title: str) -> Any:
+    """A part of `--help` under a title; parts come in the order in which they are first named."""
+    from cyclopts import Group
+
+    return Group.create_ordered(title)
+
+
+def _shown_default(value: Any) -> str | None:
+    """What `--help` says of a default; None says nothing, as for what is off or left to the program."""
+    if value is None or value is False or value == ():
+        return None
+    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def _help_formatter() -> Any:
+    """Columns under a rule with the part's title, and a usage line in lower case as of most programs."""
+    from cyclopts.help import DefaultFormatter, PanelSpec
+    from rich.box import Box
+
+    class Formatter(DefaultFormatter):
+        def render_usage(self, console: Any, options: Any, usage: Any) -> None:
+            console.print(f"usage: {usage}", highlight=False, markup=False)
+
+    # a rule with the title above, nothing at the sides and below
+    box = Box("─── \n" + 7 * "    \n")
+    return Formatter(panel_spec=PanelSpec(box=box, padding=(0, 0)))
+
+
+# --- what is wrong with a command line ------------------------------------------------------------------------
+
+
+def _message(error: CycloptsError) -> str:
+    """What is wrong, in one line and in the words of argparse, which users of Python programs know."""
+    from cyclopts import CoercionError, MissingArgumentError, UnknownOptionError, UnusedCliTokensError
+
+    argument = error.argument
+    if isinstance(error, UnknownOptionError):
+        return f"unrecognized arguments: {error.token.keyword or error.token.value}"
+    if isinstance(error, UnusedCliTokensError):
+        return f"unrecognized arguments: {' '.join(error.unused_tokens or [])}"
+    if argument is None:
+        return str(error)
+    if isinstance(error, MissingArgumentError):
+        if error.keyword is None and not argument.tokens:
+            return f"the following arguments are required: {argument.name}"
+        expected = "at least one argument" if get_origin(argument.hint) is tuple else "one argument"
+        return f"argument {error.keyword or argument.name}: expected {expected}"
+    if isinstance(error, CoercionError) and error.token is not None:
+        choices = argument.get_choices()
+        if choices:
+            listed = ", ".join(map(repr, choices))
+            return f"argument {argument.name}: invalid choice: {error.token.value!r} (choose from {listed})"
+        kind = getattr(error.target_type, "__name__", error.target_type)
+        return f"argument {argument.name}: invalid {kind} value: {error.token.value!r}"
+    return str(error)
+
+
+# --- programs with a parser of argparse -----------------------------------------------------------------------
 
 
 class Parser(argparse.ArgumentParser):
@@ -33,40 +273,5 @@ class Parser(argparse.ArgumentParser):
 def run_program(
     parser: Parser, run: Callable[[argparse.Namespace], int], arguments: Sequence[str] | None = None
 ) -> int:
-    """Parse `arguments` (None: the process's own) and run.
-
-    Returns:
-        What `run` gives, 2 for bad input, 130 for Ctrl-C, 141 for a reader of stdout that has left.
-    """
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            # a prompt may hold what the terminal's encoding lacks
-            stream.reconfigure(errors="backslashreplace")
-    try:
-        code = run(parser.parse_args(arguments))
-        # what fails now would fail at exit, where nobody can say why
-        sys.stdout.flush()
-        return code
-    except UserError as error:
-        print(f"{parser.program}: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(
-            f"{parser.program}: stopped; what is finished under --out is kept, and the same command goes on",
-            file=sys.stderr,
-        )
-        return 130
-    except OSError as error:
-        if error.errno == errno.ENAMETOOLONG:
-            print(f"{parser.program}: error: {str(error.filename)[:60]}...: the name is too long", file=sys.stderr)
-            return 2
-        if error.filename is not None:
-            print(f"{parser.program}: error: {error.filename}: {error.strerror or error}", file=sys.stderr)
-            return 2
-        # The reader of stdout (head, less) has left, or its disk is full; Python must not try again at exit.
-        with contextlib.suppress(OSError, ValueError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        if isinstance(error, BrokenPipeError):
-            return 141
-        print(f"{parser.program}: error: {error.strerror or error}", file=sys.stderr)
-        return 2
+    """Parse `arguments` (None: the process's own) and run; returns the exit code, as of `guarded`."""
+    return guarded(parser.program, lambda: run(parser.parse_args(arguments)))

@@ -1,0 +1,84 @@
+"""What the settings of all programs share: each is a frozen dataclass, checked when it is made.
+
+The same class serves Python and the command line: `generate(GenerateSettings(model=..., prompts=...))` is what
+`xattn-video generate --model ... --prompts ...` runs. `program.py` makes the options; this module needs no package
+beside the standard library.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin, get_type_hints
+
+from xattn_video_pipelines.common.errors import UserError
+
+if TYPE_CHECKING:
+    from xattn_video import XAttnConfig
+
+
+@dataclass(frozen=True)
+class Option:
+    """The text of a setting in `--help`, given in its annotation: `Annotated[int | None, Option("pixels")]`.
+
+    The name of the option comes from the field: `num_frames` is `--num-frames`. A field that need not be given by name
+    in Python is positional on the command line too. A switch that is on by default, such as `lpips`, becomes
+    `--no-lpips`, and its text says what that does.
+    """
+
+    help: str
+    group: str | None = None
+    metavar: str | None = None
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Base of all settings. `check` is called once, when the settings are made."""
+
+    def __post_init__(self) -> None:
+        for name, hint in get_type_hints(type(self)).items():
+            value = getattr(self, name)
+            if get_origin(hint) is Literal and value not in get_args(hint):
+                choices = ", ".join(map(str, get_args(hint)))
+                raise UserError(f"{option_name(name)} must be one of {choices}, got {value!r}")
+        self.check()
+
+    def check(self) -> None:
+        """Raise UserError for a value that is out of its range. The message names option, rule and value."""
+
+    def check_at_least(self, least: int, *names: str) -> None:
+        """Raise UserError unless each of these settings, where it is given, is `least` or more.
+
+        A setting with several values is checked value by value.
+        """
+        for name in names:
+            given = getattr(self, name)
+            for value in given if isinstance(given, tuple) else (given,):
+                if value is not None and value < least:
+                    raise UserError(f"{option_name(name)} must be {least} or more, got {value}")
+
+    def check_from_zero(self, *names: str) -> None:
+        """Raise UserError unless each of these settings, where it is given, is a finite number from 0."""
+        for name in names:
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < math.inf:
+                raise UserError(f"{option_name(name)} must be a number from 0, got {value}")
+
+
+def option_name(field: str) -> str:
+    """The command line's spelling of a setting: `--num-frames` for `num_frames`."""
+    return f"--{field.replace('_', '-')}"
+
+
+def sparse_config(**values: Any) -> XAttnConfig:
+    """`XAttnConfig(**values)`. Raises UserError where a value is out of its range or of a wrong type."""
+    from xattn_video import XAttnConfig
+
+    try:
+        return XAttnConfig(**values)
+    except (ValueError, TypeError) as error:
+        raise UserError(str(error)) from None
+
+
+# What `--json` says in every program that has it.
+Json = Annotated[bool, Option("print the result as one JSON document, and nothing else on stdout")]
