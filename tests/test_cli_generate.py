@@ -252,12 +252,12 @@ def test_a_claim_that_cannot_be_written_is_one_line(tmp_path):
         pass
 
 
-@pytest.mark.skipif(files.fcntl is None, reason="this system has no fcntl")
 def test_a_file_system_without_locks_is_noted_and_worked_on(tmp_path, monkeypatch, capsys):
     def unsupported(*args):
         raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
 
-    monkeypatch.setattr(files.fcntl, "flock", unsupported)
+    fcntl = pytest.importorskip("fcntl", reason="this system has no fcntl")
+    monkeypatch.setattr(fcntl, "flock", unsupported)
     for name in ("one", "two"):
         with claimed(tmp_path / name), files.alone_with(tmp_path / MANIFEST):
             pass

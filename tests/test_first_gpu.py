@@ -22,7 +22,7 @@ from tests import first_gpu_steps
 from xattn_video.ops import reference
 from xattn_video_eval.bench.dense_kernels import Problem
 from xattn_video_eval.first_gpu import checking, command, compiling, plan, testing, times
-from xattn_video_eval.first_gpu.look import ROWS, Look, RowReader
+from xattn_video_eval.first_gpu.look import ROWS, Look
 from xattn_video_eval.first_gpu.runner import ROOT, Step, run_steps
 from xattn_video_eval.first_gpu.verdict import all_well, judge, summary
 
@@ -115,17 +115,6 @@ def test_rows_say_where_they_come_from_and_are_json(planted: Shown) -> None:
 def test_rows_of_an_earlier_run_are_kept_and_not_judged(planted: Shown) -> None:
     assert rows_of(planted.out)[0] == {"step": "of an earlier run"}
     assert rows_of(planted.out)[1:] == planted.rows
-
-
-def test_a_line_that_is_not_finished_waits(tmp_path: Path) -> None:
-    reader = RowReader(tmp_path)
-    assert reader.new() == []
-    (tmp_path / ROWS).write_text('{"a": 1}\n{"b"')
-    assert reader.new() == [{"a": 1}]
-    with (tmp_path / ROWS).open("a") as file:
-        file.write(": 2}\n")
-    assert reader.new() == [{"b": 2}]
-    assert reader.rows == [{"a": 1}, {"b": 2}]
 
 
 def test_steps_without_time_are_not_begun(tmp_path: Path) -> None:

@@ -57,8 +57,8 @@ def test_it_is_drawn_from_a_file_of_rows(tmp_path: Path, capfd: Any) -> None:
     ("lines", "message"),
     [
         (None, "rows.jsonl: cannot be read: No such file"),
-        ("{}", "rows.jsonl: has a line that is no row of xattn_video_eval.studies.story_quality"),
-        ("[", "rows.jsonl: has a line that is no row of xattn_video_eval.studies.story_quality"),
+        ("{}\n", "rows.jsonl: has a line that is no row of xattn_video_eval.studies.story_quality"),
+        ("[\n", "rows.jsonl: has a line that is no row of xattn_video_eval.studies.story_quality"),
         ("", "rows.jsonl: no row of --model demo"),
     ],
 )

@@ -35,6 +35,7 @@ from xattn_video.ops.triton import attention, attention_choice, launch_tables
 from xattn_video.ops.triton import scores as antidiagonal_scores
 from xattn_video.ops.triton.launch_tables import LaunchConfig
 from xattn_video_eval.results.ledger import provenance
+from xattn_video_pipelines.common import jsonl
 from xattn_video_pipelines.common.errors import UserError
 from xattn_video_pipelines.common.files import write_texts
 from xattn_video_pipelines.common.program import Parser, run_program
@@ -497,7 +498,7 @@ def _run(arguments: argparse.Namespace) -> int:
     source = provenance("triton")
     rows = [{**evidence.row(), **source} for evidence in gathered]
     if arguments.output:
-        write_texts({arguments.output: "".join(json.dumps(row) + "\n" for row in rows)})
+        write_texts({arguments.output: jsonl.text(rows)})
     rejected = sum(bool(row["complaints"]) for row in rows)
     print(f"{len(rows)} kernels compiled, {rejected} not acceptable")
     print(json.dumps({"compiled": len(rows), "rejected": rejected, "rows": rows}))

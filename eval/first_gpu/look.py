@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,6 +12,7 @@ import torch
 
 from xattn_video_eval.first_gpu.plan import TIMED, TIMED_IN_REHEARSAL, Call
 from xattn_video_eval.results.ledger import provenance
+from xattn_video_pipelines.common import jsonl
 from xattn_video_pipelines.common.environment import device_name
 
 ROWS = "rows.jsonl"
@@ -53,8 +53,7 @@ class Look:
         # JSON has no NaN and no infinity
         written = {name: _as_json(value) for name, value in values.items()}
         row = {"step": self.step, **written, **self._source}
-        with (self.out / ROWS).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        jsonl.append(self.out / ROWS, [row])
 
     def skip(self, name: str, reason: str) -> None:
         """Say that something could not be tried, and why."""
@@ -67,24 +66,3 @@ class Look:
 
 def _as_json(value: Any) -> Any:
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
-
-
-class RowReader:
-    """The rows of this run, as they come: those of earlier runs in the same folder are not read."""
-
-    def __init__(self, out: Path) -> None:
-        self._path = out / ROWS
-        self._offset = self._path.stat().st_size if self._path.exists() else 0
-        self.rows: list[dict[str, Any]] = []
-
-    def new(self) -> list[dict[str, Any]]:
-        """The rows that were written since the last call; a line that is not complete yet waits."""
-        if not self._path.exists():
-            return []
-        with self._path.open("rb") as file:
-            file.seek(self._offset)
-            complete = file.read().rpartition(b"\n")
-        self._offset += len(complete[0]) + len(complete[1])
-        found = [json.loads(line) for line in complete[0].splitlines()]
-        self.rows += found
-        return found

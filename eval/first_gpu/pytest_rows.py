@@ -5,10 +5,11 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Any
+
+from xattn_video_pipelines.common import jsonl
 
 VARIABLE = "FIRST_GPU_TESTS"
 
@@ -30,8 +31,7 @@ class _Writer:
         lines = [line for line in str(report.longrepr or "").splitlines() if line.strip()]
         errors = [line for line in lines if line.startswith("E ")] or lines[-1:]
         row = {"test": report.nodeid, "outcome": report.outcome, "reason": errors[0][:200] if errors else None}
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        jsonl.append(self._path, [row])
 
 
 def pytest_configure(config: Any) -> None:

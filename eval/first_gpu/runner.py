@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from xattn_video_eval.first_gpu.look import Look, RowReader
+from xattn_video_eval.first_gpu.look import ROWS, Look
+from xattn_video_pipelines.common import jsonl
 
 ROOT = Path(__file__).resolve().parents[2]
 # A step that has less time than this would only import torch.
@@ -65,10 +66,12 @@ def run_steps(
         The rows of this run. The last row of a step says how it ended: `done`, or `failed` with its reason and log.
     """
     deadline = time.monotonic() + seconds
-    reader = RowReader(out)
+    log = jsonl.Follower(out / ROWS)
+    rows: list[jsonl.Row] = []
 
     def show_new() -> None:
-        for row in reader.new():
+        for row in log.new():
+            rows.append(row)
             show(row)
 
     for step in steps:
@@ -88,7 +91,7 @@ def run_steps(
             else:
                 look.row(end="failed", reason=reason, seconds=spent, log=_log(look).name)
         show_new()
-    return reader.rows
+    return rows
 
 
 def _log(look: Look) -> Path:

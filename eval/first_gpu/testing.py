@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import collections
-import contextlib
-import json
 import os
 import subprocess
 import sys
@@ -13,6 +11,7 @@ from pathlib import Path
 from xattn_video_eval.first_gpu import pytest_rows
 from xattn_video_eval.first_gpu.look import Look
 from xattn_video_eval.first_gpu.runner import ROOT
+from xattn_video_pipelines.common import jsonl
 
 # Each test worker holds a CUDA context and compiles on a core of its own.
 MOST_WORKERS = 12
@@ -62,9 +61,7 @@ def run_pytest(look: Look, *arguments: str) -> None:
 
 
 def _report(look: Look, results: Path, finished: bool) -> None:
-    rows = []
-    with contextlib.suppress(FileNotFoundError):
-        rows = [json.loads(line) for line in results.read_text(encoding="utf-8").splitlines()]
+    rows = [row for _, row in jsonl.read(results)]
     if not rows:
         raise RuntimeError("pytest reported no test, see above")
     failures = [row for row in rows if row["outcome"] == "failed"]

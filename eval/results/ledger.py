@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from xattn_video_pipelines.common import jsonl
 from xattn_video_pipelines.common.environment import source_commit, versions
-from xattn_video_pipelines.common.errors import UserError
+from xattn_video_pipelines.common.files import make_writable
 
 RESULTS = Path(__file__).resolve().parent
 
@@ -25,10 +25,6 @@ def provenance(*packages: str) -> dict[str, Any]:
 
 def append_rows(ledger: Path, rows: Sequence[dict[str, Any]]) -> None:
     """Add rows to a ledger. Raises UserError if it cannot be written."""
-    try:
-        ledger.parent.mkdir(parents=True, exist_ok=True)
-        with ledger.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(row) + "\n" for row in rows)
-    except OSError as error:
-        raise UserError(f"{ledger}: cannot write: {error.strerror}") from None
+    make_writable(ledger.parent)
+    jsonl.append(ledger, rows)
     print(f"appended {len(rows)} rows to {ledger}")

@@ -21,6 +21,7 @@ from xattn_video import XAttnConfig
 from xattn_video_eval.compare.command import compare
 from xattn_video_eval.results.ledger import RESULTS, append_rows, provenance
 from xattn_video_pipelines import cli
+from xattn_video_pipelines.common import jsonl
 from xattn_video_pipelines.common.errors import UserError
 from xattn_video_pipelines.common.files import make_writable, write_texts
 from xattn_video_pipelines.common.program import Parser, run_program
@@ -88,9 +89,7 @@ def paired_difference(dense: Sequence[float], sparse: Sequence[float], *, seed: 
 
 
 def _prompt_records(count: int) -> list[dict[str, Any]]:
-    records = [
-        json.loads(line) for line in shipped_prompts("shapes-held-out.jsonl").read_text(encoding="utf-8").splitlines()
-    ]
+    records = [record for _, record in jsonl.read(shipped_prompts("shapes-held-out.jsonl"))]
     if not 1 <= count <= len(records):
         raise UserError(f"--videos must be from 1 to {len(records)}, got {count}")
     return evenly_spaced(records, count)
@@ -100,7 +99,7 @@ def _generate(args: argparse.Namespace, prompts: list[dict[str, Any]]) -> int:
     """Make the videos of `prompts` that are missing, dense and sparse; the exit code of `xattn-video generate`."""
     make_writable(args.out)
     file = args.out / "prompts.jsonl"
-    write_texts({file: "".join(json.dumps(record) + "\n" for record in prompts)})
+    write_texts({file: jsonl.text(prompts)})
     generate = ["generate", "--model", args.model, "--prompts", str(file), "--attention", "both", "--lossless"]
     for name in ("threshold", "steps", "num_frames", "device", "dtype", "out"):
         generate += [f"--{name.replace('_', '-')}", str(getattr(args, name))]

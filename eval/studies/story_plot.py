@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from xattn_video_eval.studies import selection_plots
 from xattn_video_eval.studies.story_quality import LEDGER
+from xattn_video_pipelines.common import jsonl
 from xattn_video_pipelines.common.errors import UserError
 from xattn_video_pipelines.common.files import whole_files
 from xattn_video_pipelines.common.program import Parser, run_program
@@ -74,12 +74,11 @@ def draw(series: dict[tuple[int, int], list[Row]]) -> Any:
 def run(args: argparse.Namespace) -> int:
     """Draw; 0. Raises UserError."""
     selection_plots.check(args.plot)
+    if not args.rows.is_file():
+        raise UserError(f"{args.rows}: cannot be read: No such file or directory")
     try:
-        lines = args.rows.read_text(encoding="utf-8").splitlines()
-        series = latest(map(json.loads, lines), args.model)
-    except OSError as error:
-        raise UserError(f"{args.rows}: cannot be read: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError):
+        series = latest((row for _, row in jsonl.read(args.rows)), args.model)
+    except (UserError, KeyError, TypeError):
         raise UserError(f"{args.rows}: has a line that is no row of xattn_video_eval.studies.story_quality") from None
     if not series:
         raise UserError(f"{args.rows}: no row of --model {args.model}")

@@ -18,6 +18,7 @@ import numpy as np
 from xattn_video_eval.results.ledger import RESULTS, append_rows, provenance
 from xattn_video_eval.studies.demo_quality import paired_difference
 from xattn_video_pipelines import cli
+from xattn_video_pipelines.common import jsonl
 from xattn_video_pipelines.common.errors import UserError
 from xattn_video_pipelines.common.files import make_writable, write_texts
 from xattn_video_pipelines.common.program import Parser, run_program
@@ -100,9 +101,9 @@ def write_stories(folder: Path, scenes: int, count: int) -> Path:
             asked = stories.draw_question(rng, story, kind)
             id = f"{video.stem}-{kind}"
             record = {"id": id, "video": video.name, "question": asked.question, "answer": asked.answer}
-            lines.append(json.dumps(record) + "\n")
+            lines.append(record)
     file = folder / f"questions-{scenes:03d}.jsonl"
-    write_texts({file: "".join(lines)})
+    write_texts({file: jsonl.text(lines)})
     return file
 
 

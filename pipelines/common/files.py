@@ -15,11 +15,6 @@ from typing import Any
 
 from xattn_video_pipelines.common.errors import UserError
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
-
 
 @contextlib.contextmanager
 def whole_files(*paths: Path) -> Iterator[tuple[Path, ...]]:
@@ -64,51 +59,68 @@ def write_texts(texts: Mapping[Path, str]) -> None:
 
 @contextlib.contextmanager
 def claimed(name: Path) -> Iterator[None]:
-    """While it is open, no other process of this machine can claim `name`; a killed one gives it back.
+    """While it is open, no other process of this machine can claim `name`; a killed process gives its claim back.
 
     Raises:
-        UserError: another process has it.
+        UserError: another process has claimed it, or the lock file cannot be written.
     """
     lock = name.with_name(f".{name.name}.lock")
-    try:
-        file = open(lock, "w")  # noqa: SIM115
-    except OSError as error:
-        raise UserError(f"{lock}: cannot write: {error.strerror or error}") from None
-    with file:
-        if fcntl is not None:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UserError(f"{name}: another process is making it") from None
-            except OSError as error:
-                _note_no_locks(str(name.parent), error.strerror or str(error))
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(_locked(lock, wait=False))
+        except BlockingIOError:
+            raise UserError(f"{name}: another process is making it") from None
+        except OSError as error:
+            raise UserError(f"{lock}: cannot write: {error.strerror or error}") from None
         try:
             yield
         finally:
-            lock.unlink(missing_ok=True)
+            # Removed while the lock is held: a process that opened it meanwhile then sees that it is gone.
+            # Windows cannot remove an open file, and leaves an empty one.
+            with contextlib.suppress(PermissionError):
+                lock.unlink(missing_ok=True)
+
+
+def remove_dead_claim(name: Path) -> None:
+    """Remove what a killed process left of its claim on `name`; a living process keeps its own."""
+    if name.with_name(f".{name.name}.lock").exists():
+        with contextlib.suppress(UserError), claimed(name):
+            pass
 
 
 @contextlib.contextmanager
 def alone_with(path: Path) -> Iterator[None]:
     """While it is open, no other process of this machine is in it for the same file; waits for one that is.
 
-    It makes the file if need be; the file may be replaced inside. Where there are no locks it does nothing.
+    It creates the file if there is none. The file may be replaced inside.
 
     Raises:
         OSError: the file cannot be opened for writing.
     """
-    if fcntl is None:
-        # nor could an open file be replaced there
+    if os.name == "nt":
+        # Windows would refuse to read or replace a file that is locked.
         yield
         return
+    with _locked(path, wait=True):
+        yield
+
+
+@contextlib.contextmanager
+def _locked(path: Path, *, wait: bool) -> Iterator[None]:
+    """Hold the lock of the file that has this name now. Raises BlockingIOError where it is taken, or OSError."""
+    from filelock import lock_descriptor
+
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
             try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX)
+                taken = not lock_descriptor(descriptor, blocking=wait, poll_interval=0.01)
             except OSError as error:
                 _note_no_locks(str(path.parent), error.strerror or str(error))
-            # one that waited may hold a file that has been replaced meanwhile
+                taken = False
+            if taken:
+                raise BlockingIOError
+            # The file may have been removed or replaced before the lock was there; then the lock protects nothing.
             if os.path.exists(path) and os.path.samestat(os.fstat(descriptor), os.stat(path)):
                 yield
                 return

@@ -5,12 +5,12 @@ The answers are what the prompts asked for: where a video shows something else, 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
+from xattn_video_pipelines.common import jsonl
 from xattn_video_pipelines.common.files import make_writable, write_texts
 from xattn_video_pipelines.demo import stories, world
 from xattn_video_pipelines.video.io import read_video, write_video
@@ -45,8 +45,8 @@ def write_story(folder: Path, keys: Sequence[tuple[str, int]], out: Path) -> Pat
         kind = kinds[number % len(kinds)]
         question = stories.ALONE[kind] if len(told) == 1 else stories.BY_PLACE[kind].format(stories.ORDINALS[number])
         line = {"id": f"{number + 1}-{kind}", "video": STORY, "question": question, "answer": wanted[kind]}
-        lines.append(json.dumps(line) + "\n")
+        lines.append(line)
     make_writable(out)
     write_video(out / STORY, np.concatenate(clips), world.FPS)
-    write_texts({out / QUESTIONS: "".join(lines)})
+    write_texts({out / QUESTIONS: jsonl.text(lines)})
     return out / QUESTIONS

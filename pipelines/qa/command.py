@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from xattn_video_pipelines.common import jsonl
 from xattn_video_pipelines.common.environment import device_name
 from xattn_video_pipelines.common.errors import UserError
 from xattn_video_pipelines.common.files import make_writable, write_texts
@@ -179,8 +180,7 @@ def _answer_all(
         # All of a question's answers are written together: the comparison of two needs both.
         made = _answer(args, model, processor, question, seen[1], inputs, configs)
         if args.out is not None:
-            with open(args.out / ANSWERS, "a", encoding="utf-8") as file:
-                file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in made)
+            jsonl.append(args.out / ANSWERS, made)
         for row in made:
             rows[question.id, row["attention"]] = row
             tqdm.write(_line(row), file=sys.stdout if not args.json else sys.stderr)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from xattn_video import XAttnConfig
+from xattn_video_pipelines.common import jsonl
 from xattn_video_pipelines.common.errors import UserError
 from xattn_video_pipelines.demo.files import DEMO_WATCHER, HOW_TO_GET
 from xattn_video_pipelines.video.models import offline_message, sampled_digest
@@ -19,7 +18,8 @@ ATTENTIONS = ("dense", "xattn", "both")
 DEMO = "demo"
 VIDEO_MODEL = "AutoModelForImageTextToText"
 
-Row = dict[str, Any]
+Row = jsonl.Row
+_COMPLAINT = "not an answer of this program; use another --out"
 
 
 def add_attention_options(parser: Any, *, stride: int, default: str = "both", dense_last: int = 0) -> None:
@@ -118,7 +118,7 @@ def _demo_source(model_class: str) -> str:
 def read_answers(
     path: Path, names: tuple[str, str], signature: Mapping[str, Any], weights: str | None = None
 ) -> dict[tuple[str, str], Row]:
-    """The answers of earlier runs by the two fields that `names` gives; a line that a kill cut short is cut off.
+    """The answers of earlier runs by the two fields that `names` gives; one that a kill cut short is cut off.
 
     Args:
         signature: fields that must have these values for an answer to be taken.
@@ -127,22 +127,15 @@ def read_answers(
     Raises:
         UserError: a line is no answer, or one with another signature.
     """
-    if not path.exists():
-        return {}
-    # Bytes: a kill may have cut a character in two. And only "\n" ends a line, what else may end one stands in replies.
-    data = path.read_bytes()
-    whole = data[: data.rfind(b"\n") + 1]
-    if whole != data:
-        os.truncate(path, len(whole))
+    jsonl.repair(path)
     rows = {}
-    for number, line in enumerate(whole.split(b"\n")[:-1], start=1):
+    for place, row in jsonl.read(path, _COMPLAINT):
         try:
-            row = json.loads(line)
             if weights is None or row.get("weights") == weights:
                 rows[row[names[0]], row[names[1]]] = row
             other = [name for name in signature if row[name] != signature[name]]
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise UserError(f"{path}:{number}: not an answer of this program; use another --out") from None
+        except (KeyError, TypeError):
+            raise UserError(f"{place}: {_COMPLAINT}") from None
         if other:
             raise UserError(f"{path}: has answers with {other[0]} {row[other[0]]}; use another --out")
     return rows

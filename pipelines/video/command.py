@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from xattn_video_pipelines.common.errors import UserError
-from xattn_video_pipelines.common.files import claimed, make_writable
+from xattn_video_pipelines.common.files import claimed, make_writable, remove_dead_claim
 from xattn_video_pipelines.video import make as runner
 from xattn_video_pipelines.video.manifest import Record, append_record, read_manifest, remove_records
 from xattn_video_pipelines.video.models import KNOWN_MODELS, check_available
@@ -102,7 +102,7 @@ def produce(plan: Plan, args: argparse.Namespace, on_record: Callable[[Record], 
         make_writable(folder)
     for job in set(plan.jobs) - set(plan.pending):
         # Of a run that was killed after it had finished this video and before it gave it back.
-        (job.folder / f".{job.name}.lock").unlink(missing_ok=True)
+        remove_dead_claim(job.folder / job.name)
     skipped = len(plan.jobs) - len(plan.pending)
     if skipped:
         print(f"{skipped} of {len(plan.jobs)} videos are already finished and kept", file=sys.stderr)

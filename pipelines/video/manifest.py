@@ -2,40 +2,35 @@
 
 from __future__ import annotations
 
-import errno
 import json
-import os
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+from xattn_video_pipelines.common import jsonl
 from xattn_video_pipelines.common.errors import UserError
-from xattn_video_pipelines.common.files import alone_with, write_texts
 from xattn_video_pipelines.video.io import lossless_path
 
 NAME = "manifest.jsonl"
 
 Key = tuple[str, int]
-Record = dict[str, Any]
+Record = jsonl.Row
+_COMPLAINT = "not a manifest line; mend or remove it, or use another --out"
 
 
 def read_manifest(folder: Path) -> dict[Key, Record]:
     """The records of `folder`'s manifest by (id, seed); the later of two lines wins. Missing file: none.
 
-    A last line that a kill cut short is left out (and mended by the next `append_record`).
+    A last line that a kill cut short is left out; the next `append_record` removes it.
 
     Raises:
         UserError: another line is no record; the message names file and line.
     """
-    path = folder / NAME
-    complete, _ = _split(path)
     records: dict[Key, Record] = {}
-    for number, line in enumerate(complete.split(b"\n"), start=1):
-        if line.strip():
-            record = _parse(line)
-            if record is None:
-                raise UserError(f"{path}:{number}: not a manifest line; mend or remove it, or use another --out")
-            records[record["id"], record["seed"]] = record
+    for place, record in jsonl.read(folder / NAME, _COMPLAINT):
+        if not (isinstance(record.get("id"), str) and isinstance(record.get("seed"), int)):
+            raise UserError(f"{place}: {_COMPLAINT}")
+        records[record["id"], record["seed"]] = record
     return records
 
 
@@ -85,46 +80,18 @@ def check_exists(file: Path) -> None:
 
 
 def append_record(folder: Path, record: Record) -> None:
-    """Add one finished video and force it to disk. A torn last line is cut away first.
-
-    One write of one line: a kill can only cut this line, never one before it.
-
-    Raises:
-        UserError: the file cannot be written.
-    """
-    path = folder / NAME
-    try:
-        # a line that another process is writing looks torn
-        with alone_with(path):
-            complete, torn = _split(path)
-            if torn:
-                os.truncate(path, len(complete))
-            descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o644)
-            line = _line(record)
-            with os.fdopen(descriptor, "ab", buffering=0) as file:
-                if file.write(line) != len(line):
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-                os.fsync(file.fileno())
-    except OSError as error:
-        raise UserError(f"{path}: cannot write: {error.strerror}") from None
+    """Add one finished video. Raises UserError if the file cannot be written."""
+    jsonl.append(folder / NAME, [record])
 
 
 def remove_records(folder: Path, keys: Collection[Key]) -> None:
-    """Take the given videos out of the manifest (they are to be made anew), replacing the file in one step.
+    """Take the given videos, which are to be made again, out of the manifest in one step.
 
     Raises:
         UserError: the file cannot be written.
     """
-    path = folder / NAME
-    if not read_manifest(folder).keys() & set(keys):
-        return
-    try:
-        # a line that another process adds in between would be lost
-        with alone_with(path):
-            left = [json.dumps(record) + "\n" for key, record in read_manifest(folder).items() if key not in keys]
-            write_texts({path: "".join(left)})
-    except OSError as error:
-        raise UserError(f"{path}: cannot write: {error.strerror}") from None
+    if read_manifest(folder).keys() & set(keys):
+        jsonl.keep(folder / NAME, lambda record: (record["id"], record["seed"]) not in keys)
 
 
 def differences(old: Record, new: Record, fields: Collection[str]) -> list[str]:
@@ -141,29 +108,3 @@ def differences(old: Record, new: Record, fields: Collection[str]) -> list[str]:
 def _show(value: Any) -> str:
     text = json.dumps(value)
     return text if len(text) <= 60 else text[:57] + "..."
-
-
-def _line(record: Record) -> bytes:
-    return json.dumps(record).encode() + b"\n"
-
-
-def _split(path: Path) -> tuple[bytes, bytes]:
-    """The file's whole lines, and what follows the last line end."""
-    try:
-        data = path.read_bytes()
-    except FileNotFoundError:
-        return b"", b""
-    except OSError as error:
-        raise UserError(f"{path}: cannot read the manifest: {error.strerror}") from None
-    end = data.rfind(b"\n") + 1
-    return data[:end], data[end:]
-
-
-def _parse(line: bytes) -> Record | None:
-    try:
-        record = json.loads(line)
-    except ValueError:
-        return None
-    if isinstance(record, dict) and isinstance(record.get("id"), str) and isinstance(record.get("seed"), int):
-        return record
-    return None

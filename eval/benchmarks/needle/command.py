@@ -17,6 +17,7 @@ from typing import Any
 from xattn_video import XAttnConfig
 from xattn_video_eval.benchmarks.needle.items import TASKS, Item, make_item, score
 from xattn_video_eval.results.ledger import provenance
+from xattn_video_pipelines.common import jsonl
 from xattn_video_pipelines.common.environment import device_name
 from xattn_video_pipelines.common.errors import UserError
 from xattn_video_pipelines.common.files import make_writable, write_texts
@@ -135,25 +136,23 @@ def _answer_all(
     if left:
         # what is compiled or made at the first call is no part of any prefill
         ask(min(left, key=lambda item: item.length), 1)
-    with open(args.out / ANSWERS, "a", encoding="utf-8") as file:
-        for item in tqdm(left, desc=label, disable=None):
-            if stats is not None:
-                stats.reset()
-            answer = ask(item, _NEW_TOKENS)
-            summary = None if stats is None else stats.summary()
-            reply = tokenizer.decode(answer.tokens, skip_special_tokens=True)
-            row = {
-                "label": label, "key": item.key, "task": item.task, "length": item.length, "depth": item.depth,
-                "sample": item.sample, "answers": item.answers, "reply": reply, "score": score(item.answers, reply),
-                "prompt_tokens": answer.prompt_tokens, "prefill_seconds": round(answer.prefill_seconds, 4),
-                "decode_seconds": round(answer.decode_seconds, 4),
-                "sparse_density": None if summary is None else summary["sparse_density"],
-                "dense_calls": {} if summary is None else summary["dense_calls"], **_signature(args),
-                "weights": weights_of(args.model),
-            }  # fmt: skip
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
-            file.flush()
-            rows[label, item.key] = row
+    for item in tqdm(left, desc=label, disable=None):
+        if stats is not None:
+            stats.reset()
+        answer = ask(item, _NEW_TOKENS)
+        summary = None if stats is None else stats.summary()
+        reply = tokenizer.decode(answer.tokens, skip_special_tokens=True)
+        row = {
+            "label": label, "key": item.key, "task": item.task, "length": item.length, "depth": item.depth,
+            "sample": item.sample, "answers": item.answers, "reply": reply, "score": score(item.answers, reply),
+            "prompt_tokens": answer.prompt_tokens, "prefill_seconds": round(answer.prefill_seconds, 4),
+            "decode_seconds": round(answer.decode_seconds, 4),
+            "sparse_density": None if summary is None else summary["sparse_density"],
+            "dense_calls": {} if summary is None else summary["dense_calls"], **_signature(args),
+            "weights": weights_of(args.model),
+        }  # fmt: skip
+        jsonl.append(args.out / ANSWERS, [row])
+        rows[label, item.key] = row
     stop_xattention(model)
 
 

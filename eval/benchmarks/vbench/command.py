@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from xattn_video_pipelines.common import jsonl
 from xattn_video_pipelines.common.errors import UserError
 from xattn_video_pipelines.common.files import make_writable, write_texts
 from xattn_video_pipelines.common.program import Parser, run_program
@@ -62,7 +63,7 @@ def write_prompts(args: argparse.Namespace) -> int:
     for number, entry in _entries(args.info, args.dimensions):
         # A prompt may be listed again for another dimension.
         lines.setdefault(entry["prompt_en"], {"id": f"vbench-{number:04d}", "prompt": entry["prompt_en"]})
-    write_texts({args.out: "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines.values())})
+    write_texts({args.out: jsonl.text(lines.values())})
     print(f"{len(lines)} prompts in {args.out}; VBench asks for five videos of each: --seeds 0 1 2 3 4")
     return 0
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
+from xattn_video_pipelines.common import jsonl
 from xattn_video_pipelines.common.files import whole_files
 
 
@@ -20,8 +20,7 @@ def draw_curve(log: Path) -> Path | None:
     except ImportError:
         return None
     stages: dict[str, list[dict[str, Any]]] = {}
-    for text in log.read_text(encoding="utf-8").splitlines() if log.exists() else ():
-        line = json.loads(text)
+    for _, line in jsonl.read(log):
         if "loss" in line:
             stages.setdefault(line["stage"], []).append(line)
     if not stages:

@@ -12,14 +12,15 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from xattn_video_pipelines.common import jsonl
 from xattn_video_pipelines.common.errors import UserError
-from xattn_video_pipelines.common.files import whole_files, write_texts
+from xattn_video_pipelines.common.files import whole_files
 from xattn_video_pipelines.demo.training.curve import draw_curve
 
 logger = logging.getLogger(__name__)
@@ -229,8 +230,7 @@ def _checkpoint_step(plan: Plan) -> int:
 def _log(plan: Plan, step: int, losses: dict[str, list[float]], rate: float, seconds: float) -> None:
     means = {name: round(sum(values) / len(values), 6) for name, values in losses.items()}
     line = {"stage": plan.name, "step": step, **means, "learning_rate": rate, "seconds": round(seconds, 1)}
-    with open(plan.log, "a", encoding="utf-8") as file:
-        file.write(json.dumps(line) + "\n")
+    jsonl.append(plan.log, [line])
     left = (plan.steps - step) * seconds / step / 60
     shown = " ".join(f"{name} {value:.4f}" for name, value in means.items())
     logger.info("%s %d/%d: %s, %.0f min left", plan.name, step, plan.steps, shown, left)
@@ -238,14 +238,5 @@ def _log(plan: Plan, step: int, losses: dict[str, list[float]], rate: float, sec
 
 def _truncate_log(plan: Plan, step: int) -> None:
     """Drop the lines of steps that a killed run did after its last checkpoint: they are done again."""
-    path = plan.log
-    if not path.exists():
-        return
-    lines: list[dict[str, Any]] = []
-    for text in path.read_text(encoding="utf-8").splitlines():
-        try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError:
-            continue
-    kept = [line for line in lines if line["stage"] != plan.name or line["step"] <= step]
-    write_texts({path: "".join(json.dumps(line) + "\n" for line in kept)})
+    if plan.log.exists():
+        jsonl.keep(plan.log, lambda line: line["stage"] != plan.name or line["step"] <= step)

@@ -7,7 +7,6 @@ Everything lands in one folder: `log.jsonl`, checkpoints (safetensors), sample p
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import shutil
 import time
@@ -17,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from xattn_video_pipelines.common import jsonl
 from xattn_video_pipelines.common.errors import UserError
 from xattn_video_pipelines.common.files import edit_json, whole_files, whole_folder
 from xattn_video_pipelines.common.program import Parser, run_program
@@ -221,8 +221,7 @@ def _finished_vae(plan: Plan, device: torch.device, seed: int) -> Any | None:
         return None
     quality = reconstruction_psnr(vae)
     logger.info("vae: held-out clips come back at %.1f dB", quality)
-    with open(plan.folder / "log.jsonl", "a", encoding="utf-8") as file:
-        file.write(json.dumps({"stage": "vae", "step": steps, "held_out_psnr": round(quality, 2)}) + "\n")
+    jsonl.append(plan.log, [{"stage": "vae", "step": steps, "held_out_psnr": round(quality, 2)}])
     with whole_folder(folder) as partial:
         vae.save_pretrained(partial)
     return vae
