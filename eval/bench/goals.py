@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from xattn_video_eval.bench.tables import aligned
+from xattn_video_pipelines.common.tables import aligned
 
 # Effective TFLOP/s of attention over the kept blocks at the size of HunyuanVideo: the goal, and what passes.
 HOPPER_TFLOPS = (550, 500)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from xattn_video_pipelines.common.tables import aligned
+
 STAGES = ("score", "select", "attend")
 
 
@@ -57,9 +59,3 @@ def format_stages(rows: list[dict[str, Any]]) -> str:
 
 def _shape(row: dict[str, Any]) -> tuple[str, ...]:
     return row["name"], str(row["heads"]), str(row["head_dim"]), row["dtype"]
-
-
-def aligned(lines: list[tuple[str, ...]]) -> str:
-    """Lines of cells as text, every column as wide as its widest cell."""
-    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
-    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines)

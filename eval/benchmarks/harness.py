@@ -25,6 +25,7 @@ from xattn_video_pipelines.common.environment import device_name
 from xattn_video_pipelines.common.errors import UserError
 from xattn_video_pipelines.common.files import make_writable, write_texts
 from xattn_video_pipelines.common.program import Parser, run_program
+from xattn_video_pipelines.common.tables import aligned
 from xattn_video_pipelines.qa.load import add_attention_options, add_machine_options, configurations, load_model
 from xattn_video_pipelines.video.models import offline_message
 
@@ -93,12 +94,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     lines = [(name, *(_cell(row["scores"].get(name)) for row in rows)) for name in names]
     lines.append(("density of sparse prefill", *(_cell(row["sparse_density"]) for row in rows)))
     lines.append(("seconds", *(f"{row['seconds']:.0f}" for row in rows)))
-    width = max(len(line[0]) for line in lines)
-    columns = [max(len(head), 8) for head in heads]
-    return "\n".join(
-        "  ".join([f"{name:{width}}", *(f"{cell:>{size}}" for cell, size in zip(cells, columns, strict=True))])
-        for name, *cells in [("task and metric", *heads), *lines]
-    )
+    return aligned([("task and metric", *heads), *lines], left=1)
 
 
 def _cell(value: float | None) -> str:

@@ -7,6 +7,7 @@ from typing import Any
 
 from xattn_video_eval.compare.metrics.psnr_ssim import PSNR_CAP_DB
 from xattn_video_eval.compare.pairs import shortened
+from xattn_video_pipelines.common.tables import aligned
 from xattn_video_pipelines.video.manifest import video_name
 
 _WIDTH = 110
@@ -36,15 +37,9 @@ def format_summary(summary: dict[str, Any]) -> str:
     means = [_cells(summary, "all (mean)")]
     means += [_cells(summary["floor"], "noise floor (mean)")] if summary["floor"] else []
     lines += means
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    table = [
-        "  ".join([line[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(line[1:], widths[1:], strict=True))])
-        for line in lines
-    ]
-    rule = "-" * len(table[0])
-    last = len(table) - len(means)
-    text = [table[0], rule, *table[1:last], rule, *table[last:], *_notes(summary), *_definitions(summary)]
-    return "\n".join(line.rstrip() for line in text)
+    # One rule under the head, and one above the means.
+    rules = (1, len(lines) - len(means))
+    return "\n".join([aligned(lines, left=1, rules=rules), *_notes(summary), *_definitions(summary)])
 
 
 def _cells(row: dict[str, Any], name: str) -> tuple[str, ...]:

@@ -22,6 +22,7 @@ from xattn_video_pipelines.common import jsonl
 from xattn_video_pipelines.common.errors import UserError
 from xattn_video_pipelines.common.files import make_writable, write_texts
 from xattn_video_pipelines.common.program import Parser, run_program
+from xattn_video_pipelines.common.tables import aligned
 from xattn_video_pipelines.demo import stories, watcher, world
 from xattn_video_pipelines.qa.command import ANSWERS, SUMMARY
 from xattn_video_pipelines.qa.load import configurations, read_answers
@@ -151,18 +152,16 @@ def _row(args: argparse.Namespace, items: Path, out: Path, label: str) -> dict[s
 
 def table(rows: list[dict[str, Any]]) -> str:
     """A line a length: shares in percent, the paired difference in points with its interval."""
-    head = "scenes  tokens  dense  sparse  difference              density  as dense  prefill s"
-    lines = [head]
+    lines = [("scenes", "tokens", "dense", "sparse", "difference", "density", "as dense", "prefill s")]
     for row in rows:
         points = {name: 100 * value for name, value in row["difference"].items()}
         change = f"{points['difference']:+.1f} [{points['low']:+.1f}, {points['high']:+.1f}]"
-        dense, sparse = (100 * row["right"][side] for side in ("dense", "sparse"))
+        shares = [f"{100 * row['right'][side]:.0f}%" for side in ("dense", "sparse")]
         seconds = " -> ".join(f"{value:.2f}" for value in row["prefill_seconds"])
-        lines.append(
-            f"{row['scenes']:6d}  {row['prompt_tokens']:6,.0f}  {dense:4.0f}%  {sparse:5.0f}%  {change:22}  "
-            f"{row['sparse_density']:7.3f}  {100 * row['agreement']:7.0f}%  {seconds}"
-        )
-    return "\n".join(lines)
+        counts = f"{row['scenes']}", f"{row['prompt_tokens']:,.0f}"
+        density, agreement = f"{row['sparse_density']:.3f}", f"{100 * row['agreement']:.0f}%"
+        lines.append((*counts, *shares, change, density, agreement, seconds))
+    return aligned(lines)
 
 
 def main(arguments: list[str] | None = None) -> int:

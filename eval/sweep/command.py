@@ -25,6 +25,7 @@ from xattn_video_eval.results.ledger import provenance
 from xattn_video_eval.sweep.plot import plot
 from xattn_video_pipelines.common.errors import UserError
 from xattn_video_pipelines.common.files import write_texts
+from xattn_video_pipelines.common.tables import aligned
 from xattn_video_pipelines.demo.judging import judge_folder
 from xattn_video_pipelines.demo.world import asked
 from xattn_video_pipelines.video import command
@@ -174,11 +175,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     for row in rows:
         cells = ("-" if row[name] is None else format(row[name], spec) for name, spec in formats.items())
         lines.append((row["attention"], *cells))
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    padded = [[cell.rjust(width) for cell, width in zip(line, widths, strict=True)] for line in lines]
-    return "\n".join(
-        "  ".join([line[0].ljust(widths[0]), *cells[1:]]) for line, cells in zip(lines, padded, strict=True)
-    )
+    return aligned(lines, left=1)
 
 
 def _row(args: argparse.Namespace, plan: Plan, label: str, config: XAttnConfig | None) -> dict[str, Any]:

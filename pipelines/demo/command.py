@@ -12,6 +12,7 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
+from xattn_video_pipelines.common.tables import aligned
 from xattn_video_pipelines.demo.files import shipped_prompts
 from xattn_video_pipelines.demo.judging import judge_folder
 from xattn_video_pipelines.video.manifest import read_manifest
@@ -149,7 +150,7 @@ def _judged(videos: list[dict[str, Any]]) -> str:
                 f"{video['psnr']:.2f}",
             )
         )
-    return "\n" + _aligned(lines, left=3)
+    return "\n" + aligned(lines, left=3)
 
 
 def _sight(judged: dict[str, Any]) -> str:
@@ -169,15 +170,5 @@ def _table(summary: dict[str, Any]) -> str:
     }
     for side, right in summary["right"].items():
         columns[f"as asked, {side}"] = f"{right['right']} of {right['asked']}"
-    table = _aligned([tuple(columns), tuple(columns.values())], left=0)
+    table = aligned([tuple(columns), tuple(columns.values())])
     return f"\nsummary: means over {summary['pairs']} videos\n{table}"
-
-
-def _aligned(lines: list[tuple[str, ...]], *, left: int) -> str:
-    """Lines of cells as columns, the first `left` of them aligned to the left."""
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    aligned = [
-        [cell.ljust(width) if index < left else cell.rjust(width) for index, (cell, width) in enumerate(pairs)]
-        for pairs in (zip(line, widths, strict=True) for line in lines)
-    ]
-    return "\n".join("  ".join(line).rstrip() for line in aligned)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from xattn_video_pipelines.common.errors import UserError
 from xattn_video_pipelines.common.files import make_writable, write_texts
+from xattn_video_pipelines.common.tables import aligned
 from xattn_video_pipelines.demo.world import asked
 from xattn_video_pipelines.video.io import read_video
 from xattn_video_pipelines.video.manifest import NAME as MANIFEST
@@ -144,9 +145,6 @@ def _table(document: dict[str, Any]) -> str:
         if not row["asked"]:
             wrong = "not counted"
         lines.append((video_name((row["id"], row["seed"])), _shortened(row["prompt"]), row["saw"], wrong or "as asked"))
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
-    rule = "-" * max(map(len, text))
     totals = document["totals"]
     shares = [
         f"{name} {total['share']:.1%} ({total['right']}/{total['asked']})"
@@ -156,7 +154,7 @@ def _table(document: dict[str, Any]) -> str:
     end = [f"right in {document['folder']}: {', '.join(shares) or 'nothing was asked for'}"]
     if others := totals["videos"] - totals["counted"]:
         end.append(f"not counted: {others} of {totals['videos']}, whose prompts name nothing of the shapes world")
-    return "\n".join([text[0], rule, *text[1:], rule, *end])
+    return "\n".join([aligned(lines, left=len(lines[0]), rules=(1, len(lines))), *end])
 
 
 def _shortened(text: str) -> str:

@@ -16,6 +16,7 @@ from xattn_video_pipelines.common import jsonl
 from xattn_video_pipelines.common.environment import device_name
 from xattn_video_pipelines.common.errors import UserError
 from xattn_video_pipelines.common.files import make_writable, write_texts
+from xattn_video_pipelines.common.tables import aligned
 from xattn_video_pipelines.qa.frames import SampledVideo, check_sampling, sample_video
 from xattn_video_pipelines.qa.load import (
     DEMO,
@@ -136,8 +137,7 @@ def table(document: dict[str, Any]) -> str:
     for label, values in document["configurations"].items():
         cells = ["-" if values[name] is None else format(values[name], styles.get(name, ".3f")) for name in heads]
         lines.append([label, *cells])
-    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
-    told = ["  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines]
+    told = [aligned(lines)]
     for label, values in document["configurations"].items():
         if count := values["not_finite"]:
             told.append(f"{label}: the logits of {count} answers are not finite; try --dtype bfloat16 or float32")

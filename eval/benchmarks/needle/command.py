@@ -22,6 +22,7 @@ from xattn_video_pipelines.common.environment import device_name
 from xattn_video_pipelines.common.errors import UserError
 from xattn_video_pipelines.common.files import make_writable, write_texts
 from xattn_video_pipelines.common.program import Parser, run_program
+from xattn_video_pipelines.common.tables import aligned
 from xattn_video_pipelines.qa.load import (
     add_attention_options,
     add_machine_options,
@@ -99,8 +100,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
             line.append("-" if of[0]["sparse_density"] is None else f"{_mean(of, 'sparse_density'):.3f}")
             line.append(f"{_mean(of, 'prefill_seconds'):.2f}")
         lines.append(line)
-    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
-    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines)
+    return aligned(lines)
 
 
 def _answer_all(
