@@ -54,7 +54,8 @@ def test_the_wheel_is_small_and_has_what_the_code_reads(wheel: Path) -> None:
     read = [
         "xattn_video/py.typed",
         *[f"xattn_video/ops/triton/configs/{table}.json" for table in ("default", "sm_90", "gfx")],
-        *[f"xattn_video_eval/report/assets/{file}" for file in ("page.html", "players.html", "script.js", "style.css")],
+        *[f"xattn_video_eval/report/assets/{file}" for file in ("players.html", "script.js", "style.css")],
+        *[f"xattn_video_eval/report/{file}.html.jinja" for file in ("page", "charts")],
         "xattn_video_eval/report/paper_tables.json",
         "xattn_video_prompts/demo.txt",
         "xattn_video_prompts/shapes-held-out.jsonl",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import html
 import json
 import os
 import re
@@ -12,6 +11,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from markupsafe import escape
 
 from tests.browser_tools import browser_page, find_chromium
 from tests.cli_tools import SPARSE_LABEL, Run, run_command, save_tiny_wan, tool
@@ -169,7 +169,7 @@ def test_a_prompt_is_text_and_never_markup(run):
     assert "<script>alert" not in text
     assert "<img" not in text
     assert not any(tag == "img" or "onerror" in attributes for tag, attributes in page.tags)
-    assert html.escape(HOSTILE) in text
+    assert str(escape(HOSTILE)) in text
     assert {case["prompt"] for case in page.cases} == {"a red circle", HOSTILE}
     # Read again as HTML, it is the prompt that was asked for.
     assert HOSTILE in page.text

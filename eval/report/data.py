@@ -69,8 +69,12 @@ class Case:
     row: Record
 
     @property
+    def name(self) -> str:
+        return video_name(self.key)
+
+    @property
     def id(self) -> str:
-        return f"{self.label}/{video_name(self.key)}"
+        return f"{self.label}/{self.name}"
 
 
 def load_run(folder: Path, **measuring: Any) -> Run:
