@@ -77,8 +77,14 @@ def loaded_by(statement: str) -> set[str]:
     return set(done.stdout.split())
 
 
-def test_importing_the_library_loads_no_framework() -> None:
-    loaded = loaded_by("import xattn_video")
+def test_importing_the_library_loads_no_torch() -> None:
+    loaded = loaded_by("from xattn_video import XAttnConfig, __version__; XAttnConfig(stride=8)")
+    assert "xattn_video" in loaded
+    assert "torch" not in loaded
+
+
+def test_the_functions_of_the_library_load_no_framework() -> None:
+    loaded = loaded_by("from xattn_video import block_sparse_attention, score_blocks, select_blocks, xattention")
     assert "torch" in loaded
     assert not loaded & {
         "diffusers",

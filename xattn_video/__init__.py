@@ -1,21 +1,23 @@
 """XAttention for video diffusion: training-free block-sparse attention (ICML 2025, arXiv 2503.16428).
 
-Importing this package imports torch alone. `XAttnProcessor` loads diffusers when it is first asked for.
+Importing this package imports nothing else. Each name is loaded when it is first asked for: the functions load torch,
+and `XAttnProcessor` loads diffusers too. So the version and the settings can be read where torch is not installed.
 """
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
-from .config import XAttnConfig
-from .ops.scoring import score_blocks
-from .ops.selection import select_blocks
-from .ops.sparse import block_sparse_attention
-from .ops.xattention import CallStats, xattention
 from .version import __version__
 
 if TYPE_CHECKING:
+    from .config import XAttnConfig
     from .integrations.diffusers import XAttnProcessor
+    from .ops.scoring import score_blocks
+    from .ops.selection import select_blocks
+    from .ops.sparse import block_sparse_attention
+    from .ops.xattention import CallStats, xattention
 
 __all__ = [
     "CallStats",
@@ -28,10 +30,25 @@ __all__ = [
     "xattention",
 ]
 
+_MODULES = {
+    "CallStats": ".ops.xattention",
+    "XAttnConfig": ".config",
+    "XAttnProcessor": ".integrations.diffusers",
+    "block_sparse_attention": ".ops.sparse",
+    "score_blocks": ".ops.scoring",
+    "select_blocks": ".ops.selection",
+    "xattention": ".ops.xattention",
+}
+
 
 def __getattr__(name: str) -> Any:
-    if name == "XAttnProcessor":
-        from .integrations.diffusers import XAttnProcessor
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(_MODULES[name], __name__), name)
+    # Kept, so that the next access is an ordinary one.
+    globals()[name] = value
+    return value
 
-        return XAttnProcessor
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
