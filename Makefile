@@ -18,7 +18,7 @@ PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11 p
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 
 LOWEST := .venv-lowest
-LOWEST_DIFFUSERS := 0.36.0
+LOWEST_DIFFUSERS := 0.38.0
 LOWEST_TRANSFORMERS := 4.57.1
 LOWEST_READY := $(LOWEST)/.installed-$(LOWEST_DIFFUSERS)-$(LOWEST_TRANSFORMERS)
 
@@ -45,7 +45,7 @@ new-enough:
 
 $(READY): pyproject.toml constraints.txt | new-enough
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[test,lint,plot]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[all,test,lint]'
 	@touch $@
 
 demo: $(READY)
@@ -79,7 +79,7 @@ $(LOWEST_READY): pyproject.toml constraints.txt | new-enough
 		> $(LOWEST)/constraints.txt
 	$(LOWEST)/bin/python -m pip install --quiet --disable-pip-version-check \
 		--constraint $(LOWEST)/constraints.txt diffusers==$(LOWEST_DIFFUSERS) transformers==$(LOWEST_TRANSFORMERS) \
-		--editable '.[test,plot]'
+		--editable '.[all,test]'
 	@touch $@
 
 # What builds models; diffusers' pipelines first, the longest.

@@ -6,6 +6,7 @@ Only the program that is asked for is imported, so that `--help` stays fast: not
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -108,17 +109,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code: 0, 2 for bad input, 130 for Ctrl-C."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     command = next((argument for argument in arguments if not argument.startswith("-")), None)
-    if command in COMMANDS and hasattr(importlib.import_module(COMMANDS[command].module), "add_arguments"):
-        return run_program(build_parser(command), lambda args: args.run(args), arguments)
     return guarded("xattn-video", lambda: _run(command, arguments))
 
 
 def _run(command: str | None, arguments: Sequence[str]) -> int:
+    if command in COMMANDS and hasattr(importlib.import_module(COMMANDS[command].module), "add_arguments"):
+        return run_program(build_parser(command), lambda args: args.run(args), arguments)
     if command is None and not {"-h", "--help", "--version"}.intersection(arguments):
         raise UsageError("xattn-video", "the following arguments are required: COMMAND")
     if command is not None and command not in COMMANDS:
         choices = ", ".join(map(repr, COMMANDS))
         raise UsageError("xattn-video", f"argument COMMAND: invalid choice: {command!r} (choose from {choices})")
+    if importlib.util.find_spec("cyclopts") is None and arguments in (["doctor"], ["doctor", "--json"]):
+        # The command that says what is missing must not need it.
+        from xattn_video_pipelines import doctor
+
+        return doctor.command(json="--json" in arguments)
     return run_app(build_app(command), arguments)
 
 

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import platform
 import re
+from importlib import metadata
 from json import dumps
 from pathlib import Path
 from typing import Any
 
+from xattn_video.extras import missing
 from xattn_video_pipelines.common.environment import cpu_name, versions
 from xattn_video_pipelines.common.settings import Json
+from xattn_video_pipelines.demo.files import DEMO_WEIGHTS, HOW_TO_GET
 
 EXAMPLE = """\
 example:
@@ -18,16 +22,24 @@ example:
   xattn-video doctor --json
 """
 
-# From the first release to, but not including, the second; as pyproject.toml says. Tested at both ends.
-DIFFUSERS_RANGE = ("0.36", "0.43")
+# As pyproject.toml says; make test-lowest runs the tests with it.
+OLDEST_DIFFUSERS = "0.38"
 
 _PACKAGES = (
     "xattn-video", "torch", "triton", "diffusers", "transformers", "accelerate", "torchvision", "lpips", "ftfy",
-    "imageio-ffmpeg",
+    "imageio-ffmpeg", "scikit-image", "matplotlib",
 )  # fmt: skip
+# Name to import -> status without it, and what does not work then.
+_SMALL = {
+    "numpy": ("broken", "no video is written"),
+    "tqdm": ("broken", "no video is written"),
+    "skimage": ("note", "compare and judge do not run"),
+    "PIL": ("note", "compare makes no contact sheets"),
+    "matplotlib": ("note", "no charts are drawn"),
+}
 _ALEXNET = "alexnet-owt-7be5be79.pth"
 
-# status: "ok"; "mended" and "note" do not stop anything; "broken" stops generation.
+# status: "ok"; "repaired" and "note" do not stop anything; "broken" stops generation.
 Check = dict[str, str]
 
 
@@ -39,28 +51,21 @@ def command(*, json: Json = False) -> int:
 
 
 def examine() -> dict[str, Any]:
-    """The report: versions, devices with their backends, and checks with what would repair them.
+    """The report: versions, devices with their backends, and checks with the command that helps.
 
-    Without torch there are no devices to tell of, and what needs torch is not checked.
+    Without torch there are no devices to report, and packages that need torch are not imported.
     """
-    has_torch = versions(["torch"])["torch"] is not None
-    if has_torch:
-        checks = [
-            check_torchvision(),
-            check_diffusers(),
-            _check_import("transformers", "transformers.models.umt5.modeling_umt5"),
-            check_ftfy(),
-            check_ffmpeg(),
-            check_lpips(),
-        ]
+    found = versions(_PACKAGES)
+    if found["torch"]:
+        checks = [check_torchvision(), check_diffusers(), check_transformers(), check_lpips()]
     else:
-        missing = _check("torch", "broken", "not installed, and everything needs it: pip install torch")
-        checks = [missing, check_ftfy(), check_ffmpeg()]
+        checks = [_check("torch", "broken", "not installed, and everything needs it: pip install torch")]
+    checks += [check_ftfy(), check_ffmpeg(), *check_small_packages(), check_demo_data()]
     return {
         "ok": all(check["status"] != "broken" for check in checks),
         "system": f"{platform.system()} {platform.machine()}",
-        "versions": versions(_PACKAGES),
-        "devices": devices() if has_torch else [],
+        "versions": found,
+        "devices": devices() if found["torch"] else [],
         "checks": checks,
     }
 
@@ -91,37 +96,65 @@ def check_torchvision() -> Check:
 
     message = repair_torchvision()
     if message:
-        return _check("torchvision", "mended", message)
-    if versions(["torchvision"])["torchvision"] is None:
-        return _check("torchvision", "ok", "not installed, and not needed but for LPIPS")
+        return _check("torchvision", "repaired", message)
+    if not _installed("torchvision"):
+        return _check("torchvision", "note", f"{missing('torchvision')}: LPIPS and video understanding do not run")
     return _check_import("torchvision", "torchvision")
 
 
 def check_diffusers() -> Check:
-    """diffusers is importable and in the range that is tested."""
-    version = versions(["diffusers"])["diffusers"]
-    if version is None:
-        return _check("diffusers", "broken", "not installed; mend: pip install diffusers")
-    low, high = DIFFUSERS_RANGE
-    if not _numbers(low) <= _numbers(version) < _numbers(high):
-        return _check("diffusers", "broken", f"{version} is outside of >={low},<{high}; mend: {_pip(low, high)}")
-    check = _check_import("diffusers", "diffusers.pipelines.wan.pipeline_wan")
-    return check if check["status"] == "broken" else _check("diffusers", "ok", f"{version}, in >={low},<{high}")
+    """diffusers is importable, not too old, and lets `XAttnProcessor` attach."""
+    if not _installed("diffusers"):
+        return _check("diffusers", "broken", missing("diffusers"))
+    version = metadata.version("diffusers")
+    if _numbers(version) < _numbers(OLDEST_DIFFUSERS):
+        wanted = f"diffusers>={OLDEST_DIFFUSERS}"
+        return _check("diffusers", "broken", f"{version} is older than {OLDEST_DIFFUSERS}; pip install '{wanted}'")
+    for module in ("diffusers.pipelines.wan.pipeline_wan", "xattn_video.integrations.diffusers"):
+        check = _check_import("diffusers", module)
+        if check["status"] == "broken":
+            return check
+    return _check("diffusers", "ok", f"{version}, not older than {OLDEST_DIFFUSERS}")
+
+
+def check_transformers() -> Check:
+    """The text encoders of video models, and the models of `qa`."""
+    if not _installed("transformers"):
+        return _check("transformers", "broken", missing("transformers"))
+    return _check_import("transformers", "transformers.models.umt5.modeling_umt5")
 
 
 def check_ftfy() -> Check:
     """Without ftfy diffusers cleans Wan's prompts differently, silently."""
-    if versions(["ftfy"])["ftfy"] is None:
-        return _check("ftfy", "note", "not installed: Wan prompts are cleaned differently; mend: pip install ftfy")
+    if not _installed("ftfy"):
+        return _check("ftfy", "note", f"{missing('ftfy')}: Wan prompts are cleaned differently")
     return _check_import("ftfy", "ftfy")
+
+
+def check_small_packages() -> list[Check]:
+    """A line for each small package that is missing."""
+    return [
+        _check(name, status, f"{missing(name)}: {loss}")
+        for name, (status, loss) in _SMALL.items()
+        if not _installed(name)
+    ]
+
+
+def check_demo_data() -> Check:
+    """The weights of the demo's models, which no wheel of the code holds."""
+    if DEMO_WEIGHTS.is_dir():
+        return _check("demo", "ok", f"its weights are in {DEMO_WEIGHTS}")
+    return _check("demo", "note", f"its weights are missing: {HOW_TO_GET}")
 
 
 def check_ffmpeg() -> Check:
     """The ffmpeg that imageio-ffmpeg brings, which writes and reads every video."""
+    if not _installed("imageio_ffmpeg"):
+        return _check("ffmpeg", "broken", missing("imageio_ffmpeg"))
     try:
         path = importlib.import_module("imageio_ffmpeg").get_ffmpeg_exe()
     except (ImportError, RuntimeError) as error:
-        return _check("ffmpeg", "broken", f"{_line(error)}; mend: pip install imageio-ffmpeg")
+        return _check("ffmpeg", "broken", f"{_line(error)}; pip install --force-reinstall imageio-ffmpeg")
     return _check("ffmpeg", "ok", Path(path).name)
 
 
@@ -129,8 +162,8 @@ def check_lpips() -> Check:
     """LPIPS is optional: compare says `unavailable` without it."""
     import torch
 
-    if versions(["lpips"])["lpips"] is None:
-        return _check("lpips", "note", "not installed: compare leaves LPIPS out; mend: pip install lpips")
+    if not _installed("lpips"):
+        return _check("lpips", "note", f"{missing('lpips')}: compare leaves LPIPS out")
     if (Path(torch.hub.get_dir()) / "checkpoints" / _ALEXNET).is_file():
         return _check("lpips", "ok", "AlexNet's weights are here")
     return _check(
@@ -180,6 +213,10 @@ def _check_import(name: str, module: str) -> Check:
     return _check(name, "ok", versions([name])[name] or "importable")
 
 
+def _installed(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
+
+
 def _check(name: str, status: str, message: str) -> Check:
     return {"name": name, "status": status, "message": message}
 
@@ -188,10 +225,6 @@ def _built_for_gpu() -> bool:
     import torch
 
     return torch.version.cuda is not None or torch.version.hip is not None
-
-
-def _pip(low: str, high: str) -> str:
-    return f'pip install "diffusers>={low},<{high}"'
 
 
 def _numbers(version: str) -> tuple[int, ...]:

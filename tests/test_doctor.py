@@ -10,6 +10,8 @@ import pytest
 import torch
 
 from tests.cli_tools import Run, tool
+from tests.test_extras import in_a_fresh_python
+from xattn_video.extras import install_command
 from xattn_video_pipelines import doctor
 from xattn_video_pipelines.common import environment
 
@@ -71,21 +73,48 @@ def test_a_device_without_a_fast_backend_says_dense_and_why():
     assert device["backends"]["flex"] == "it runs on a CPU and on an NVIDIA or AMD GPU, not on mps"
 
 
-def test_a_diffusers_out_of_range_is_broken_with_its_mend(xattn, monkeypatch):
-    monkeypatch.setattr(doctor, "DIFFUSERS_RANGE", ("0.1", "0.2"))
+def test_a_diffusers_that_is_too_old_is_broken_and_names_what_to_install(xattn, monkeypatch):
+    monkeypatch.setattr(doctor, "OLDEST_DIFFUSERS", "7.5")
     done = xattn("doctor")
     assert done.code == 1
-    assert 'is outside of >=0.1,<0.2; mend: pip install "diffusers>=0.1,<0.2"' in done.out
+    assert "is older than 7.5; pip install 'diffusers>=7.5'" in done.out
     assert "videos cannot be generated here" in done.out
 
 
-def test_the_range_is_that_of_pyproject():
+def test_the_oldest_diffusers_is_that_of_pyproject_and_has_no_upper_bound():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    (requirement,) = [entry for entry in project["dependencies"] if entry.startswith("diffusers")]
-    assert requirement == "diffusers>={},<{}".format(*doctor.DIFFUSERS_RANGE)
+    extra = project["optional-dependencies"]["diffusers"]
+    assert f"diffusers>={doctor.OLDEST_DIFFUSERS}" in extra
     # which make test-lowest installs
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
-    assert f"LOWEST_DIFFUSERS := {doctor.DIFFUSERS_RANGE[0]}.0\n" in makefile
+    assert f"LOWEST_DIFFUSERS := {doctor.OLDEST_DIFFUSERS}.0\n" in makefile
+
+
+REPORT = "from xattn_video_pipelines.cli import main\nsys.exit(main(['doctor', '--json']))"
+
+
+def test_without_torch_it_says_that_torch_is_missing():
+    done = in_a_fresh_python(REPORT, without=("torch",))
+    assert (done.returncode, done.stderr) == (1, "")
+    report = json.loads(done.stdout)
+    assert (report["ok"], report["versions"]["torch"], report["devices"]) == (False, None, [])
+    broken = [check for check in report["checks"] if check["status"] == "broken"]
+    assert [check["name"] for check in broken] == ["torch"]
+    assert broken[0]["message"] == "not installed, and everything needs it: pip install torch"
+
+
+def test_with_torch_alone_it_says_what_each_extra_would_add():
+    names = ("diffusers", "transformers", "torchvision", "lpips", "ftfy", "imageio_ffmpeg", "numpy", "tqdm")
+    done = in_a_fresh_python(REPORT, without=(*names, "skimage", "PIL", "matplotlib", "cyclopts"))
+    assert done.returncode == 1, done.stderr
+    report = json.loads(done.stdout)
+    assert report["devices"][0]["auto"] == "cpu"
+    messages = {check["name"]: (check["status"], check["message"]) for check in report["checks"]}
+    for name, extra in [("diffusers", "diffusers"), ("transformers", "transformers"), ("numpy", "cli")]:
+        assert messages[name] == ("broken", messages[name][1])
+        assert f"{name} is not installed; {install_command(extra)}" in messages[name][1]
+    assert messages["skimage"][0] == messages["matplotlib"][0] == messages["lpips"][0] == "note"
+    assert install_command("plot") in messages["matplotlib"][1]
 
 
 def test_an_import_that_fails_is_reported_and_not_raised(tmp_path, monkeypatch):
@@ -96,5 +125,5 @@ def test_an_import_that_fails_is_reported_and_not_raised(tmp_path, monkeypatch):
     assert "operator x::y does not exist" in check["message"]
 
 
-def test_torchvision_is_healthy_or_mended_here():
-    assert doctor.check_torchvision()["status"] in ("ok", "mended")
+def test_torchvision_is_healthy_or_repaired_here():
+    assert doctor.check_torchvision()["status"] in ("ok", "repaired")

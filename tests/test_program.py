@@ -12,6 +12,7 @@ from typing import Annotated, Literal
 
 import pytest
 
+from xattn_video.extras import install_command
 from xattn_video_pipelines.common.errors import UserError
 from xattn_video_pipelines.common.program import Parser, add_command, guarded, program, run_app, run_program
 from xattn_video_pipelines.common.settings import Json, Option, Settings
@@ -162,4 +163,4 @@ def test_help_shows_texts_defaults_groups_and_an_example_in_one_line(capsys):
 def test_a_missing_library_is_one_line(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "cyclopts", None)
     assert painting("a") == 2
-    assert capsys.readouterr().err.endswith("pip install cyclopts\n")
+    assert capsys.readouterr().err.endswith(f"cyclopts is not installed; {install_command('cli')}\n")

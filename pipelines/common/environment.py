@@ -76,7 +76,7 @@ def _version(package: str) -> str | None:
     if package == "torch":
         try:
             import torch
-        except ImportError:
+        except ModuleNotFoundError:
             return None
         # its build too, which the metadata of some wheels leaves out: 2.13.0+cu130
         return torch.__version__

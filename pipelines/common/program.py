@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import MISSING, fields
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn, get_args, get_origin, get_type_hints
 
+from xattn_video.extras import explain
 from xattn_video_pipelines.common.errors import UserError
 from xattn_video_pipelines.common.settings import Option, Settings
 
@@ -43,8 +44,8 @@ def program(name: str, about: str, example: str, version: Callable[[], str] | No
     try:
         from cyclopts import App, Parameter
         from rich.console import Console
-    except ImportError as error:
-        raise UserError(f"the command line needs cyclopts ({error}): pip install cyclopts") from None
+    except ModuleNotFoundError as error:
+        raise UserError(f"the command line needs it: {explain(error) or error}") from None
     return App(
         name,
         help=about,
@@ -112,6 +113,12 @@ def guarded(name: str, call: Callable[[], int]) -> int:
         return code
     except UserError as error:
         print(f"{name}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except ModuleNotFoundError as error:
+        line = explain(error)
+        if line is None:
+            raise
+        print(f"{name}: error: {line}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(

@@ -6,9 +6,11 @@ pipe.set_attn_processor(None)                                                   
 """
 
 from ..torchvision_ops import repair_torchvision
+from .release import check_release
 
 # A torchvision built for another torch breaks the import of diffusers, so this comes first.
 repair_torchvision()
+check_release()
 
 from .processor import XAttnProcessor, attached_processor, install, pipeline_transformers  # noqa: E402
 

@@ -17,6 +17,7 @@ from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_a
 from torch import Tensor
 
 from .layers import SparseSelfAttention
+from .release import unsupported
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +71,7 @@ def register() -> AttentionBackendName:
     is injected, as other extensions of diffusers do.
 
     Raises:
-        RuntimeError: this release of diffusers keeps its backends in another way.
+        UnsupportedDiffusers: this release of diffusers does not let a member be added.
     """
     existing = AttentionBackendName.__members__.get(NAME.upper())
     if existing is not None:
@@ -84,8 +85,5 @@ def register() -> AttentionBackendName:
         AttentionBackendName._value2member_map_[NAME] = member
         attention_dispatch._AttentionBackendRegistry.register(member)(xattention_backend)
     except (AttributeError, TypeError) as error:
-        raise RuntimeError(
-            f"this release of diffusers does not take the attention backend {NAME!r}: {error}; "
-            "the supported releases are in the README"
-        ) from error
+        raise unsupported(f"it does not take the attention backend {NAME!r} ({error})") from error
     return member

@@ -12,8 +12,10 @@ is every call that `AttentionStats.summary()["dense_calls"]` names. Dense calls 
 transformers 4 a static cache is dense too (`mask`): it then asks for whole masks and reads positions off them.
 """
 
+from ...extras import require
 from ..torchvision_ops import repair_torchvision
 
+require("xattn_video.integrations.transformers", "transformers")
 # A torchvision built for another torch breaks the import of transformers, so this comes first.
 repair_torchvision()
 
