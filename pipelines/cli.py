@@ -120,8 +120,11 @@ def _run(command: str | None, arguments: Sequence[str]) -> int:
     if command is not None and command not in COMMANDS:
         choices = ", ".join(map(repr, COMMANDS))
         raise UsageError("xattn-video", f"argument COMMAND: invalid choice: {command!r} (choose from {choices})")
+    # What tells how to install the rest must not need it.
+    if importlib.util.find_spec("cyclopts") is None and arguments == ["--version"]:
+        print(f"xattn-video {own_version()}")
+        return 0
     if importlib.util.find_spec("cyclopts") is None and arguments in (["doctor"], ["doctor", "--json"]):
-        # The command that says what is missing must not need it.
         from xattn_video_pipelines import doctor
 
         return doctor.command(json="--json" in arguments)

@@ -31,6 +31,8 @@ _PACKAGES = (
 )  # fmt: skip
 # Name to import -> status without it, and what does not work then.
 _SMALL = {
+    "cyclopts": ("broken", "no command but this one runs"),
+    "rich": ("broken", "no command but this one runs"),
     "numpy": ("broken", "no video is written"),
     "tqdm": ("broken", "no video is written"),
     "skimage": ("note", "compare and judge do not run"),

@@ -110,7 +110,12 @@ def test_with_torch_alone_it_says_what_each_extra_would_add():
     report = json.loads(done.stdout)
     assert report["devices"][0]["auto"] == "cpu"
     messages = {check["name"]: (check["status"], check["message"]) for check in report["checks"]}
-    for name, extra in [("diffusers", "diffusers"), ("transformers", "transformers"), ("numpy", "cli")]:
+    for name, extra in [
+        ("diffusers", "diffusers"),
+        ("transformers", "transformers"),
+        ("numpy", "cli"),
+        ("cyclopts", "cli"),
+    ]:
         assert messages[name] == ("broken", messages[name][1])
         assert f"{name} is not installed; {install_command(extra)}" in messages[name][1]
     assert messages["skimage"][0] == messages["matplotlib"][0] == messages["lpips"][0] == "note"

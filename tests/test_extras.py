@@ -141,7 +141,7 @@ COMMAND = "from xattn_video_pipelines.cli import main\nsys.exit(main({arguments!
     ("arguments", "absent", "error"),
     [
         (["doctor", "--help"], "cyclopts", "the command line needs it: cyclopts is not installed; {cli}"),
-        (["judge", "videos"], "skimage", "scikit-image is not installed; {eval}"),
+        (["compare", "dense", "sparse"], "numpy", "numpy is not installed; {cli}"),
         (["bench", "--plot", "charts"], "matplotlib", "--plot needs matplotlib; install it with: {plot}"),
     ],
 )
@@ -149,3 +149,8 @@ def test_a_command_without_its_package_says_so_in_one_line(arguments: list[str],
     done = in_a_fresh_python(COMMAND.format(arguments=arguments), without=(absent,))
     commands = {extra: extras.install_command(extra) for extra in ("cli", "eval", "plot")}
     assert (done.returncode, done.stdout, done.stderr) == (2, "", f"xattn-video: error: {error.format(**commands)}\n")
+
+
+def test_the_version_needs_nothing_but_the_core() -> None:
+    done = in_a_fresh_python(COMMAND.format(arguments=["--version"]), without=("cyclopts", "rich", "torch"))
+    assert (done.returncode, done.stdout) == (0, f"xattn-video {xattn_video.__version__}\n"), done.stderr

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from xattn_video.extras import require
 from xattn_video_pipelines.common.errors import UserError
 from xattn_video_pipelines.video.models import Model, import_diffusers, offline_message, pipeline_class
 from xattn_video_pipelines.video.prompts import Prompt
@@ -90,6 +91,8 @@ def load_pipeline(
     if dtype != "float32":
         dtypes |= {part: getattr(torch, name) for part, name in model.dtypes.items()}
     diffusers = import_diffusers()
+    # Before the minutes that loading and the first video take, and not when that video is written.
+    require("generate", "imageio_ffmpeg")
     # diffusers renamed the argument in 0.40.
     major, minor = (int(number) for number in diffusers.__version__.split(".")[:2])
     argument = "dtype" if (major, minor) >= (0, 40) else "torch_dtype"
