@@ -138,6 +138,8 @@ def make_inputs(case: Case, locality: float | None, device: torch.device) -> tup
 
         (entry,) = (entry for entry in load_demo_qkv() if f"demo-{entry.name}" == case.name)
         parts = (entry.query, entry.key, entry.value)
+    elif locality is None:
+        raise ValueError(f"locality must be a number for inputs {case.inputs!r}, got None")
     elif case.inputs == "text":
         parts = causal_text_like_qkv(1, made, case.tokens, case.head_dim, locality=locality, dtype=dtype, device=device)
     else:

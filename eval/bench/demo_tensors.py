@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from xattn_video_pipelines.demo.files import DEMO_QKV
+from xattn_video_pipelines.demo.files import DEMO_QKV as DEMO_QKV
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -79,7 +79,7 @@ def load_demo_qkv(path: str | Path | None = None) -> list[DemoTensors]:
     for entry, tensors in parts.items():
         _check(f"{path}: {entry}", tensors, grid)
     return [
-        DemoTensors(entry, *indices[entry], **parts[entry], grid=grid)
+        DemoTensors(entry, *indices[entry], parts[entry]["query"], parts[entry]["key"], parts[entry]["value"], grid)
         for entry in sorted(parts, key=indices.__getitem__)
     ]
 

@@ -200,9 +200,10 @@ def _causal_mask(length: int, device: torch.device) -> Any:
 def _flash_attn(problem: Problem, module: str) -> Tensor:
     attend = importlib.import_module(module).flash_attn_func
     query, key, value = (part.transpose(1, 2) for part in (problem.query, problem.key, problem.value))
-    output = attend(query, key, value, causal=problem.causal)
+    found = attend(query, key, value, causal=problem.causal)
     # some versions return the log-sum-exp as well
-    return (output[0] if isinstance(output, tuple) else output).transpose(1, 2)
+    output: Tensor = found[0] if isinstance(found, tuple) else found
+    return output.transpose(1, 2)
 
 
 def _flashinfer(problem: Problem) -> Tensor:
@@ -246,7 +247,7 @@ def _rows(problem: Problem, rows: Tensor, double: bool) -> Iterator[Tensor]:
 
 def relative_error(output: Tensor, truth: Tensor) -> float:
     """Norm of the difference over the norm of the truth, in float64; NaN where the output has one."""
-    return ((output.double() - truth.double()).norm() / truth.double().norm()).item()
+    return float((output.double() - truth.double()).norm() / truth.double().norm())
 
 
 def reason_of(error: Exception) -> str:

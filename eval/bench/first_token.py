@@ -90,7 +90,8 @@ def _prompt(tokenizer: Any, length: int) -> Tensor:
         text = make_item("single", length, 50.0, 0, count).prompt
     except ValueError as error:
         raise UserError(f"--tokens: {error}") from None
-    return tokenizer(text, return_tensors="pt").input_ids
+    ids: Tensor = tokenizer(text, return_tensors="pt").input_ids
+    return ids
 
 
 def _gate(model: Any, prompt: Tensor, config: XAttnConfig) -> list[str]:
@@ -161,6 +162,7 @@ def _logits(model: Any, prompt: Tensor, config: XAttnConfig | None) -> Tensor:
 def _forward(model: Any, prompt: Tensor) -> Tensor:
     """The logits of the first token to come, `[1, 1, vocabulary]`; the keys and values are kept as for an answer."""
     try:
-        return model(prompt, use_cache=True, logits_to_keep=1).logits
+        logits: Tensor = model(prompt, use_cache=True, logits_to_keep=1).logits
     except torch.OutOfMemoryError:
         raise UserError(f"--tokens: {model.device} is out of memory with {prompt.shape[1]:,} tokens") from None
+    return logits

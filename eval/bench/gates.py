@@ -22,13 +22,17 @@ def gate_small(device: torch.device, dtype: torch.dtype, config: XAttnConfig, ca
     length, ulp = 5 * config.block_size + 37, torch.finfo(dtype).eps
     parts = causal_text_like_qkv(1, 4, length, 64, dtype=dtype, kv_heads=2)
     query, key, value = (part.to(device) for part in parts)
-    exact = [part.double() for part in (query, key, value)]
+    exact = query.double(), key.double(), value.double()
     settings: dict[str, Any] = {"block_size": config.block_size, "causal": causal}
     scores = score_blocks(query, key, stride=config.stride, **settings)
     wanted = score_blocks(exact[0], exact[1], stride=config.stride, backend="reference", **settings)
+    # the options give one threshold for all heads
+    assert isinstance(config.threshold, float)
     block_mask = select_blocks(wanted, threshold=config.threshold, q_len=length, kv_len=length, **settings)
     output = block_sparse_attention(query, key, value, block_mask, **settings)
     truth = block_sparse_attention(*exact, block_mask, backend="reference", **settings)
+    assert isinstance(output, Tensor)
+    assert isinstance(truth, Tensor)
     eager = _eager(query, key, value, block_mask, config.block_size, causal)
     failures = []
     if not _error(scores, wanted) <= SCORES_ERROR:
@@ -98,6 +102,7 @@ def gate_choice(
             if not (error := _error(got, wanted)) <= SCORES_ERROR:
                 failures.append(f"scores of head {head}, block {block} are off by {error:.2e}")
         own = [part.expand(scores.shape)[:, :, row] for part in (valid, forced)]
+        assert isinstance(config.threshold, float)
         wanted_mask = reference.select(scores[:, :, row], *own, threshold=config.threshold)
         # sums in another order may end a block earlier or later
         wrong = (block_mask[:, :, row] != wanted_mask).sum(-1).amax().item()

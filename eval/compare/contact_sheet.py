@@ -138,7 +138,7 @@ def _draw_pair(sheet: Image.Image, pair: Pair, strips: list[list[np.ndarray]], l
             sheet.paste(Image.fromarray(frame), (x, y))
 
 
-def _fitting(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
+def _fitting(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> str:
     """`text`, or as much of its beginning as has room for an ellipsis."""
     if font.getlength(text) <= width:
         return text

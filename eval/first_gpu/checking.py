@@ -57,8 +57,10 @@ def _make(call: Call, device: torch.device) -> _Made:
         padding = torch.arange(call.tokens, device=device) >= kv_lens[:, None]
         for part in (key, value):
             part.masked_fill_(padding[:, None, :, None], torch.nan)
-    geometry = {"block_size": BLOCK_SIZE, "causal": call.causal, "kv_lens": kv_lens, "device": device}
-    valid = valid_blocks(call.batch, call.tokens, call.tokens, **geometry)
+    tokens = call.tokens
+    valid = valid_blocks(
+        call.batch, tokens, tokens, block_size=BLOCK_SIZE, causal=call.causal, kv_lens=kv_lens, device=device
+    )
     shape = (call.batch, call.heads[0], *valid.shape[2:])
     mask = (torch.rand(shape, device=device, generator=generator) < 0.5) & valid
     # a row that keeps nothing

@@ -50,7 +50,10 @@ def settings(call: Call, kv_lens: Tensor | None = None) -> dict[str, Any]:
 
 
 def arguments_without_memory(variant: Variant, call: Call, stride: int | None) -> tuple[Any, dict[str, Any]]:
-    """The kernel and what its launcher would pass for a call, in tensors that hold no memory; stride for scores."""
+    """The kernel and what its launcher would pass for a call, in tensors that hold no memory.
+
+    The kernel of the scores takes a `stride`; an attention kernel takes None.
+    """
     blocks, dtype = num_blocks(call.tokens, BLOCK_SIZE), DTYPES[call.dtype]
     query, key = (
         _meta(call.batch, call.tokens, heads, call.head_dim, dtype=dtype).transpose(1, 2) for heads in call.heads
@@ -58,7 +61,7 @@ def arguments_without_memory(variant: Variant, call: Call, stride: int | None) -
     kv_lens = None if call.kv_lens is None else _meta(call.batch, dtype=torch.int32)
     options = {**settings(call, kv_lens), "config": variant.config}
     lists = (call.batch, call.heads[0], blocks)
-    if variant.kernel == "antidiagonal_scores":
+    if stride is not None:
         scores = _meta(*lists, blocks, dtype=torch.float32)
         _, arguments = antidiagonal_scores.scores_arguments(query, key, scores, stride=stride, **options)
         return antidiagonal_scores._antidiagonal_scores_kernel, arguments

@@ -152,7 +152,7 @@ def _whole_call(look: Look, parts: tuple[Tensor, Tensor, Tensor], config: XAttnC
     try:
         found = score_blocks(query, key, stride=config.stride, backend=config.backend)
         mask = select_blocks(
-            found, threshold=config.threshold, q_len=query.shape[2], kv_len=key.shape[2], backend=config.backend
+            found, threshold=SPARSE_THRESHOLD, q_len=query.shape[2], kv_len=key.shape[2], backend=config.backend
         )
         check = row_check(Problem(query, key, value, False, mask, config.block_size))
         peak = peak_extra_mb(call, look.device)

@@ -42,7 +42,7 @@ class Scorer:
 
     def cost(self, stride: int) -> float:
         """Multiply-adds relative to the whole query-key product, `Sq * Sk * D` a head."""
-        return 1 / stride**self.power
+        return 1 / float(stride**self.power)
 
     @property
     def formula(self) -> str:

@@ -69,6 +69,7 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"--stories must be 1 or more, got {args.stories}")
     options = argparse.Namespace(**vars(args), attention="both", block_size=128, min_tokens=0)
     _, (label, config) = configurations(options).items()
+    assert config is not None, "the second of both is sparse"
     make_writable(args.out)
     rows = []
     for scenes in args.scenes:

@@ -107,7 +107,7 @@ class Runner:
 
     def reference(self) -> Tensor:
         """The same in float64."""
-        exact = [part.double() for part in (self.query, self.key, self.value)]
+        exact = self.query.double(), self.key.double(), self.value.double()
         if self.kernel == SCORES:
             return reference.antidiagonal_scores(*exact[:2], stride=STRIDE, **self._options)
         return reference.block_sparse_forward(*exact, self.block_mask, **self._options)[0]

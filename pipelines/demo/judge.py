@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import asdict, dataclass
+from typing import Protocol
 
 import numpy as np
 from skimage.color import rgb2lab
@@ -102,14 +103,24 @@ def judge(video: np.ndarray) -> Verdict:
     )
 
 
-def _only_thing(mask: np.ndarray) -> object | None:
+class _Thing(Protocol):
+    """What is read of a region that scikit-image found in a frame; its own class has no types."""
+
+    area: float
+    bbox: tuple[int, int, int, int]
+    centroid: tuple[float, float]
+    coords: np.ndarray
+    image: np.ndarray
+
+
+def _only_thing(mask: np.ndarray) -> _Thing | None:
     """The region of the one thing in a frame, or None if there is none or more than one."""
     speck = (_SPECK_SIDE * mask.shape[0]) ** 2
-    regions = [region for region in regionprops(label(mask)) if region.area >= speck]
+    regions: list[_Thing] = [region for region in regionprops(label(mask)) if region.area >= speck]
     return regions[0] if len(regions) == 1 else None
 
 
-def _core(thing: object) -> tuple[np.ndarray, np.ndarray]:
+def _core(thing: _Thing) -> tuple[np.ndarray, np.ndarray]:
     """Rows and columns of the thing's pixels near its centre, away from blended edges and codec ringing."""
     rows, columns = thing.coords.T
     away = np.hypot(rows - thing.centroid[0], columns - thing.centroid[1])
@@ -140,14 +151,14 @@ def _outline(shape: str) -> np.ndarray:
 _OUTLINES = {shape: _outline(shape) for shape in SHAPES}
 
 
-def _shape(found: list) -> tuple[str | None, float]:
+def _shape(found: list[tuple[int, _Thing]]) -> tuple[str | None, float]:
     """The shape whose outline overlaps best, on average over the frames, and that overlap."""
     overlaps = np.mean([_overlaps(thing) for _, thing in found], axis=0)
     best = int(overlaps.argmax())
     return (SHAPES[best] if overlaps[best] >= _SHAPE_OVERLAP else None), float(overlaps[best])
 
 
-def _overlaps(thing: object) -> list[float]:
+def _overlaps(thing: _Thing) -> list[float]:
     """Intersection over union of a thing, moved and scaled to the outlines' grid, with each of them."""
     radius = np.sqrt(thing.area / np.pi)
     line = ((np.arange(_GRID) + 0.5) / _GRID * 2 * _HALF_WIDTH - _HALF_WIDTH) * radius
@@ -161,7 +172,7 @@ def _overlaps(thing: object) -> list[float]:
     return [(seen & ideal).sum() / (seen | ideal).sum() for ideal in _OUTLINES.values()]
 
 
-def _motion(found: list, frames: int, height: int) -> str | None:
+def _motion(found: list[tuple[int, _Thing]], frames: int, height: int) -> str | None:
     """The direction of the straight line that fits the centres best, or `still`."""
     if frames == 1:
         return None
@@ -182,7 +193,7 @@ def _motion(found: list, frames: int, height: int) -> str | None:
     return next(word for word, step in MOTIONS.items() if step == tuple(direction))
 
 
-def _size(found: list, shape: str | None) -> str | None:
+def _size(found: list[tuple[int, _Thing]], shape: str | None) -> str | None:
     """The word whose area, in pixels of this world, is nearest in ratio; the median over the frames."""
     if shape is None:
         return None

@@ -176,15 +176,22 @@ def signed_distance(shape: str, x: np.ndarray, y: np.ndarray, size: float) -> np
 
     Exact along the sides, a little too small beyond the corners of polygons.
     """
-    if shape == "circle":
-        return np.hypot(x, y) - np.float32(size)
-    if shape == "square":
-        return np.maximum(np.abs(x), np.abs(y)) - np.float32(_SQUARE * size)
     corner = np.float32(_CORNER * size)
-    if shape == "triangle":
+    distance: np.ndarray
+    if shape == "circle":
+        distance = np.hypot(x, y) - np.float32(size)
+    elif shape == "square":
+        distance = np.maximum(np.abs(x), np.abs(y)) - np.float32(_SQUARE * size)
+    elif shape == "triangle":
         # Three sides at half the corner's distance: one below, two leaning.
         leaning = np.float32(np.sqrt(0.75)) * np.abs(x) - np.float32(0.5) * y
-        return np.maximum(y, leaning) - np.float32(0.5) * corner
+        distance = np.maximum(y, leaning) - np.float32(0.5) * corner
+    else:
+        distance = _star_distance(x, y, corner)
+    return distance
+
+
+def _star_distance(x: np.ndarray, y: np.ndarray, corner: np.float32) -> np.ndarray:
     # The star has ten equal half-sides: fold the plane into one, between a tip (angle 0) and a waist (pi / 5).
     sector = 2 * np.pi / 5
     angle = np.arctan2(x, -y)
@@ -193,7 +200,8 @@ def signed_distance(shape: str, x: np.ndarray, y: np.ndarray, size: float) -> np
     waist_x, waist_y = _STAR_WAIST * np.cos(np.pi / 5), _STAR_WAIST * np.sin(np.pi / 5)
     normal = np.array([waist_y, 1.0 - waist_x]) / np.hypot(waist_y, 1.0 - waist_x)
     along, across = radius * np.cos(angle), radius * np.sin(angle)
-    return ((along - corner) * np.float32(normal[0]) + across * np.float32(normal[1])).astype(np.float32)
+    distance: np.ndarray = (along - corner) * np.float32(normal[0]) + across * np.float32(normal[1])
+    return distance.astype(np.float32)
 
 
 def _path(scene: Scene, seed: int, frames: int, height: int, width: int) -> tuple[np.ndarray, np.ndarray]:

@@ -24,7 +24,7 @@ def mend_positions(model: Any) -> bool:
 
     Other models and other releases are left as they are, and so is one that is mended already.
     """
-    inner = getattr(model, "model", None)
+    inner: Any = getattr(model, "model", None)
     original = getattr(inner, "get_rope_index", None)
     if original is None or getattr(model.config, "model_type", None) not in _MODELS:
         return False

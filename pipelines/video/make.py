@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,7 +46,7 @@ def resolve_device(name: str) -> torch.device:
     """
     import torch
 
-    available = {
+    available: dict[str, Callable[[], bool]] = {
         "cuda": torch.cuda.is_available,
         "xpu": torch.xpu.is_available,
         "mps": torch.backends.mps.is_available,
@@ -146,7 +147,8 @@ def make_frames(pipe: Any, prompt: Prompt, seed: int, settings: Settings) -> np.
         arguments["negative_prompt"] = prompt.negative_prompt
     if prompt.image is not None:
         arguments["image"] = _load_image(prompt.image)
-    return pipe(**arguments).frames[0]
+    frames: np.ndarray = pipe(**arguments).frames[0]
+    return frames
 
 
 def check_prompts(model: Model, path: Path, prompts: list[Prompt], parameters: dict[str, inspect.Parameter]) -> None:

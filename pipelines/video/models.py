@@ -241,7 +241,7 @@ def import_diffusers() -> Any:
     return importlib.import_module("diffusers")
 
 
-def pipeline_class(model: Model) -> type:
+def pipeline_class(model: Model) -> Any:
     """The diffusers class of the model's pipeline.
 
     Raises:
@@ -313,9 +313,11 @@ def _geometry(vae: dict[str, Any] | None, transformer: dict[str, Any] | None, mu
     if isinstance(patch, int):
         patch = [transformer.get("patch_size_t", 1), patch, patch]
     numbers = [time, space, *(patch if isinstance(patch, list) and len(patch) == 3 else [None])]
-    if not all(isinstance(number, int) and number > 0 for number in numbers):
+    whole = [number for number in numbers if isinstance(number, int) and number > 0]
+    if len(whole) != 5:
         return None
-    return Geometry(vae_time=time, vae_space=space, patch=tuple(patch), multiple=multiple)
+    vae_time, vae_space, *sides = whole
+    return Geometry(vae_time=vae_time, vae_space=vae_space, patch=(sides[0], sides[1], sides[2]), multiple=multiple)
 
 
 def _completed(config: dict[str, Any]) -> dict[str, Any]:

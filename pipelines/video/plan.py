@@ -145,13 +145,13 @@ def _checked_seeds(seeds: list[int] | None) -> list[int]:
 
 def _resolve_settings(model: Model, args: argparse.Namespace) -> runner.Settings:
     for name in ("height", "width", "num_frames", "fps", "steps"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise UserError(f"--{name.replace('_', '-')} must be 1 or more, got {value}")
+        given = getattr(args, name)
+        if given is not None and given < 1:
+            raise UserError(f"--{name.replace('_', '-')} must be 1 or more, got {given}")
     for name in ("guidance_scale", "flow_shift"):
-        value = getattr(args, name)
-        if value is not None and not 0 <= value < float("inf"):
-            raise UserError(f"--{name.replace('_', '-')} must be a number from 0, got {value}")
+        given = getattr(args, name)
+        if given is not None and not 0 <= given < float("inf"):
+            raise UserError(f"--{name.replace('_', '-')} must be a number from 0, got {given}")
     defaults = model.defaults if model.name in KNOWN_MODELS else with_pipeline_defaults(model)
 
     def value(name: str) -> Any:

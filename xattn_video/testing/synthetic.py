@@ -215,7 +215,7 @@ def _head(
         tokens = torch.cat([tokens, text])
         noise = torch.randn(tokens.shape, generator=generator, device=device) * 0.05
         # The default scale of attention divides by sqrt(head_dim).
-        return (tokens + noise) * head_dim**0.25
+        return (tokens + noise) * math.pow(head_dim, 0.25)
 
     key = assembled(code, sink_code)
     ones = torch.full((code.shape[0], 1), math.sqrt(peak / 2), device=device)

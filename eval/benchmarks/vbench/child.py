@@ -21,7 +21,7 @@ def main(arguments: list[str]) -> None:
     import torch
     from vbench import VBench
 
-    class Given(VBench):
+    class Given(VBench):  # type: ignore[misc]  # the package vbench has no types
         """VBench with the videos that it is told, instead of those whose names begin with a prompt."""
 
         def build_full_info_json(self, *_args: object, **_kwargs: object) -> str:

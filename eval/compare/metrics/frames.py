@@ -40,7 +40,8 @@ def signed(frame: np.ndarray) -> np.ndarray:
 
 def squared(difference: np.ndarray) -> np.ndarray:
     """The square of a difference of `signed` frames, without overflow."""
-    return np.square(difference, dtype=np.int32 if difference.dtype == np.int16 else np.float64)
+    square: np.ndarray = np.square(difference, dtype=np.int32 if difference.dtype == np.int16 else np.float64)
+    return square
 
 
 def _check(reference: Any, test: Any, dimensions: int, wanted: str) -> float:

@@ -145,7 +145,7 @@ def _load_lpips(net: str, weights: str | os.PathLike[str] | None) -> torch.nn.Mo
         # lpips asks torchvision for its network in the older spelling.
         warnings.filterwarnings("ignore", message=".*'pretrained'.*", category=UserWarning)
         warnings.filterwarnings("ignore", message=".*weight enum.*", category=UserWarning)
-        network = lpips.LPIPS(net=net, version="0.1", pnet_rand=True, verbose=False)
+        network: Any = lpips.LPIPS(net=net, version="0.1", pnet_rand=True, verbose=False)
     try:
         if not isinstance(state, dict):
             raise TypeError(f"a {type(state).__name__} instead of named tensors")
@@ -155,7 +155,8 @@ def _load_lpips(net: str, weights: str | os.PathLike[str] | None) -> torch.nn.Mo
         folder = _cache() if weights is None else weights
         file = Path(folder) / _NETS[net].file_name
         raise LpipsUnavailable(f"{file} does not hold {_NETS[net].title}'s weights: {_one_line(error)}") from error
-    return network
+    module: torch.nn.Module = network
+    return module
 
 
 def _torchvision_name(name: str) -> str:

@@ -7,6 +7,7 @@ logits are raised by the logarithm of how many each stands for.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ class TrainingAttention:
 
     def __init__(self) -> None:
         self.text_bias: torch.Tensor | None = None
-        self.rotary: tuple[torch.Tensor, ...] | None = None
+        self.rotary: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def __call__(
         self,
@@ -40,8 +41,8 @@ class TrainingAttention:
         key = _normed(attn.norm_k, attn.to_k(context)).unflatten(2, (attn.heads, -1))
         value = attn.to_v(context).unflatten(2, (attn.heads, -1))
         if rotary_emb is not None:
-            rotary_emb = self.rotary or rotary_emb
-            turn = torch.complex(rotary_emb[0][..., 0::2].float(), rotary_emb[1][..., 1::2].float())
+            cosines, sines = self.rotary or rotary_emb
+            turn = torch.complex(cosines[..., 0::2].float(), sines[..., 1::2].float())
             query, key = _rotate(query, turn), _rotate(key, turn)
         # [batch, tokens, heads, dim] to [batch, heads, tokens, dim], in the dtype that the projections give
         query, key, value = (x.to(value.dtype).transpose(1, 2).contiguous() for x in (query, key, value))
@@ -56,10 +57,12 @@ class TrainingAttention:
             items = [torch.softmax(q @ k.transpose(-1, -2), -1) @ v for q, k, v in zip(query, key, value, strict=True)]
             output = torch.stack(items)
         else:
-            output = _RowAttention.apply(query.flatten(0, 1), key.flatten(0, 1), value.flatten(0, 1))
-            output = output.unflatten(0, query.shape[:2])
+            # torch gives this method no types
+            apply: Callable[..., torch.Tensor] = _RowAttention.apply
+            output = apply(query.flatten(0, 1), key.flatten(0, 1), value.flatten(0, 1)).unflatten(0, query.shape[:2])
         output = output.transpose(1, 2).flatten(2).type_as(hidden_states)
-        return attn.to_out[1](attn.to_out[0](output))
+        projected: torch.Tensor = attn.to_out[1](attn.to_out[0](output))
+        return projected
 
 
 def padding_bias(text: torch.Tensor, length: int) -> torch.Tensor:

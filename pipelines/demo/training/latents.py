@@ -53,7 +53,8 @@ def clip_scene(number: int) -> world.Scene:
     """The scene of the `number`-th clip of any size: all training scenes in a mixed order, then again in another."""
     scenes = world.training_scenes()
     rounds, place = divmod(number, len(scenes))
-    return scenes[np.random.default_rng(rounds).permutation(len(scenes))[place]]
+    order = np.random.default_rng(rounds).permutation(len(scenes))
+    return scenes[int(order[place])]
 
 
 def load_latents(vae: Any, size: ClipSize, count: int, folder: Path) -> torch.Tensor:
@@ -77,7 +78,7 @@ def load_latents(vae: Any, size: ClipSize, count: int, folder: Path) -> torch.Te
 def _encode(vae: Any, size: ClipSize, number: int) -> torch.Tensor:
     clip = world.render(clip_scene(number), number, frames=size.frames, height=size.side, width=size.side)
     with torch.no_grad(), torch.autocast(vae.device.type, torch.bfloat16):
-        latents = vae.encode(to_tensor(clip[None]).to(vae.device)).latent_dist.mode().float().cpu()
+        latents: torch.Tensor = vae.encode(to_tensor(clip[None]).to(vae.device)).latent_dist.mode().float().cpu()
     mean = torch.tensor(vae.config.latents_mean).view(1, -1, 1, 1, 1)
     deviation = torch.tensor(vae.config.latents_std).view(1, -1, 1, 1, 1)
     return ((latents - mean) / deviation).bfloat16().contiguous()

@@ -93,16 +93,16 @@ def build_optimizers(plan: Plan, model: torch.nn.Module) -> list[torch.optim.Opt
         RuntimeError: Muon is asked for and torch has none (before 2.9).
     """
     named = [(name, value) for name, value in model.named_parameters() if value.requires_grad]
-    matrices, others = [], [value for _, value in named]
+    inside: set[str] = set()
     if plan.matrix_learning_rate is not None:
         if not hasattr(torch.optim, "Muon"):
             raise RuntimeError(f"training needs torch 2.9 or newer for torch.optim.Muon, this is {torch.__version__}")
         inside = {name for name, value in named if value.ndim == 2 and any(part in name for part in plan.blocks)}
-        matrices = [value for name, value in named if name in inside]
-        others = [value for name, value in named if name not in inside]
+    others = [value for name, value in named if name not in inside]
     adamw = torch.optim.AdamW(others, lr=plan.learning_rate, betas=(0.9, 0.98), weight_decay=plan.weight_decay)
-    if not matrices:
+    if plan.matrix_learning_rate is None or not inside:
         return [adamw]
+    matrices = [value for name, value in named if name in inside]
     muon = torch.optim.Muon(
         matrices, lr=plan.matrix_learning_rate, weight_decay=plan.weight_decay, adjust_lr_fn="match_rms_adamw"
     )
@@ -224,7 +224,7 @@ def _load(
 
 def _checkpoint_step(plan: Plan) -> int:
     with safe_open(plan.checkpoint, framework="pt") as file:
-        return json.loads(file.metadata()["state"])["step"]
+        return int(json.loads(file.metadata()["state"])["step"])
 
 
 def _log(plan: Plan, step: int, losses: dict[str, list[float]], rate: float, seconds: float) -> None:

@@ -227,7 +227,7 @@ def _finished_vae(plan: Plan, device: torch.device, seed: int) -> Any | None:
     return vae
 
 
-def _load(cls: type, folder: Path, device: torch.device) -> Any:
+def _load(cls: Any, folder: Path, device: torch.device) -> Any:
     return cls.from_pretrained(folder, torch_dtype=torch.float32).to(device).eval().requires_grad_(False)
 
 

@@ -27,6 +27,7 @@ import torch
 
 from xattn_video_pipelines.common.program import Parser, run_program
 from xattn_video_pipelines.demo import stories, watcher, world
+from xattn_video_pipelines.demo.stories import Asked, Story
 from xattn_video_pipelines.demo.training.eyes import SHOWN, Eyes, judged, shown, train_eyes
 from xattn_video_pipelines.demo.training.loop import Plan, phase_at, train
 
@@ -72,8 +73,8 @@ PHASES = (
 class Batch:
     """What a step sees: stories of the same number of scenes, and for each its questions and the first frame shown."""
 
-    stories: list[stories.Story]
-    asked: list[list[stories.Asked]]
+    stories: list[Story]
+    asked: list[list[Asked]]
     offsets: list[int]
 
 
@@ -129,7 +130,8 @@ def tokenise(tokenizer: Any, batch: Batch, grid: tuple[int, int, int]) -> Tokens
     texts = [text for asked in batch.asked for one in asked for text in (one.question, one.answer)]
     words = iter(tokenizer(texts).input_ids)
     for asked in batch.asked:
-        ids, row_labels, spots, owner = list(head), [_IGNORED] * len(head), [], [0] * len(head)
+        ids, row_labels, owner = list(head), [_IGNORED] * len(head), [0] * len(head)
+        spots: list[int] = []
         for number in range(1, len(asked) + 1):
             question, reply = [*next(words), answer], [*next(words), stop]
             ids += question + reply[:-1]
@@ -172,7 +174,7 @@ class Learner(torch.nn.Module):
 def scene_labels(batch: Batch) -> torch.Tensor:
     """What READ names of each scene, int64 `[stories, scenes, len(READ)]`."""
 
-    def label(story: stories.Story, number: int) -> list[int]:
+    def label(story: Story, number: int) -> list[int]:
         before = shown(story.scenes[number - 1])[:2] if number else [len(world.COLOURS), len(world.SHAPES)]
         return [*shown(story.scenes[number]), number, *before]
 

@@ -39,10 +39,11 @@ def build_transformer(seed: int = 0) -> Any:
         )
 
 
-def rotary_of(transformer: Any, clip: torch.Tensor, frames: torch.Tensor) -> tuple[torch.Tensor, ...]:
+def rotary_of(transformer: Any, clip: torch.Tensor, frames: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The rotary embedding of the tokens of `frames`, each at its place in `clip` `[B, C, F, H, W]`."""
     whole = (part.unflatten(1, (clip.shape[2], -1)) for part in transformer.rope(clip))
-    return tuple(part[:, frames.to(part.device)].flatten(1, 2) for part in whole)
+    cosines, sines = (part[:, frames.to(part.device)].flatten(1, 2) for part in whole)
+    return cosines, sines
 
 
 def cut_out(clips: torch.Tensor, batch: Batch) -> torch.Tensor:

@@ -182,7 +182,14 @@ def _is_conv(module: Any) -> bool:
     return isinstance(module.conv_shortcut, torch.nn.Conv3d)
 
 
-def _set(conv: Any, place: tuple, matrix: torch.Tensor, *, constant: bool = False, rows: int | None = None) -> None:
+def _set(
+    conv: Any,
+    place: tuple[int | slice, int, int],
+    matrix: torch.Tensor,
+    *,
+    constant: bool = False,
+    rows: int | None = None,
+) -> None:
     """Make `conv` apply `matrix` `[out, in]` at one `place` of its kernel; the other outputs keep a tenth."""
     rows = matrix.shape[0] if rows is None else rows
     conv.weight.mul_(0.1)
@@ -201,7 +208,7 @@ def _paired(matrix: torch.Tensor) -> torch.Tensor:
 
 def _unpaired(matrix: torch.Tensor, conv: Any) -> torch.Tensor:
     """`matrix` applied to silu(x) - silu(-x), with the scale that the norm before took away."""
-    scale = _CONSTANT / conv.in_channels**0.5
+    scale: float = _CONSTANT / conv.in_channels**0.5
     return torch.cat([matrix, -matrix, torch.zeros(matrix.shape[0], conv.in_channels - 6)], dim=1) * scale
 
 

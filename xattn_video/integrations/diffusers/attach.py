@@ -98,7 +98,7 @@ class Attachment:
                 module.set_processor(wrapper.original)
 
     # not part of the graph where the whole model is compiled: the step is found in Python
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch gives it no types
     def _before_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         thread = threading.get_ident()
         if self._running is not None and self._running != thread and _is_inside(self._running, model):
@@ -118,7 +118,7 @@ class Attachment:
             if wrapper.threshold is not None and wrapper.threshold.device.type != device.type:
                 wrapper.place(device)
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch gives it no types
     def _after_forward(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         self._running = None
         self._state.end()

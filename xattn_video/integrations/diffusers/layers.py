@@ -6,7 +6,7 @@ import copy
 import functools
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from diffusers.models import attention_dispatch
@@ -17,6 +17,8 @@ from ...config import XAttnConfig
 from ...ops.call_blocks import exact_type
 from ...ops.xattention import dense_reason, xattention
 from ...stats import LayerCounts
+
+Value = TypeVar("Value")
 
 
 class ForwardState:
@@ -36,7 +38,7 @@ class ForwardState:
         """The forward is over: let go of its tensors."""
         self._known.clear()
 
-    def once(self, what: str, tensor: Tensor, compute: Callable[[Tensor], Any]) -> Any:
+    def once(self, what: str, tensor: Tensor, compute: Callable[[Tensor], Value]) -> Value:
         """`compute(tensor)`, done once a forward for a tensor that every layer gets."""
         if torch.compiler.is_compiling():
             # a compiled block sees each tensor once and must not leave anything behind
@@ -45,7 +47,8 @@ class ForwardState:
         if entry is None:
             # holding the tensor keeps its id from being used again
             entry = self._known[what, id(tensor)] = (tensor, compute(tensor))
-        return entry[1]
+        value: Value = entry[1]
+        return value
 
 
 class SparseSelfAttention:
@@ -157,7 +160,7 @@ class SparseSelfAttention:
             self.counts.place(query.device)
         if reason is not None:
             self.counts.add_dense(reason)
-            return dispatch_attention_fn(
+            dense: Tensor = dispatch_attention_fn(
                 query,
                 key,
                 value,
@@ -169,6 +172,7 @@ class SparseSelfAttention:
                 backend=self._attention_backend,
                 parallel_config=parallel,
             )
+            return dense
         # a layer of a model that is split over GPUs
         self.place(query.device)
         if parallel is not None:
@@ -223,9 +227,10 @@ class SparseSelfAttention:
         def forward_op(ctx: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             return self._attend_sparse(query, key, value, is_causal, scale, None, threshold)
 
-        return attention_dispatch._templated_context_parallel_attention(
+        output: Tensor = attention_dispatch._templated_context_parallel_attention(
             query, key, value, scale=scale, forward_op=forward_op, backward_op=None, _parallel_config=parallel
         )
+        return output
 
     def _read_call(
         self, query: Tensor, key: Tensor, mask: Tensor | None, dropout_p: float

@@ -196,7 +196,8 @@ def _dense(
     """transformers' SDPA, with the masks of `range_mask`."""
     if is_range(attention_mask):
         attention_mask = dense_mask(attention_mask, query.shape[2], key.shape[2])
-    return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    dense: tuple[Tensor, None] = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    return dense
 
 
 def _unknown_to_kernels(module: nn.Module) -> str | None:

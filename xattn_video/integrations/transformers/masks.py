@@ -68,7 +68,7 @@ def range_mask(
             return ranges
     if local_size is not None:
         kwargs["local_size"] = local_size
-    return sdpa_mask(
+    mask: Tensor | None = sdpa_mask(
         batch_size,
         *args,
         kv_length=kv_length,
@@ -77,6 +77,7 @@ def range_mask(
         allow_is_causal_skip=allow_is_causal_skip,
         **kwargs,
     )
+    return mask
 
 
 def padding_before(attention_mask: Tensor | None, batch: int, end: int) -> tuple[Tensor | None, bool]:
@@ -118,7 +119,7 @@ def dense_mask(ranges: Tensor, queries: int, keys: int) -> Tensor:
 
     A small one, such as that of a few queries against a long cache, is kept with the range for the other layers.
     """
-    kept = getattr(ranges, _ATTRIBUTE, None)
+    kept: Tensor | None = getattr(ranges, _ATTRIBUTE, None)
     if kept is not None and kept.shape[2:] == (queries, keys):
         return kept
     start, end = ranges[:, 0, 0, 0], ranges.shape[-1]

@@ -42,4 +42,5 @@ class CosmosSelfAttention:
             parallel_config=self._parallel_config,
         )
         output = output.flatten(2, 3).type_as(query)
-        return attn.to_out[1](attn.to_out[0](output))
+        projected: Tensor = attn.to_out[1](attn.to_out[0](output))
+        return projected

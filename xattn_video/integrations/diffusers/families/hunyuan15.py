@@ -10,6 +10,8 @@ from diffusers.models.embeddings import apply_rotary_emb
 from torch import Tensor
 from torch.nn.functional import pad
 
+from ..layers import ForwardState
+
 
 class HunyuanVideo15JointAttention:
     """Does what the model's own processor does, with a key mask in place of the mask of all pairs.
@@ -71,7 +73,8 @@ class HunyuanVideo15JointAttention:
         """`[B, 1, 1, tokens]` from the mask of the text `[B, T]`: the video before it is all valid."""
         if text_mask is None:
             return None
-        return self._parallel_config.state.once("key_mask", text_mask, lambda mask: _extend(mask, tokens))
+        state: ForwardState = self._parallel_config.state
+        return state.once("key_mask", text_mask, lambda mask: _extend(mask, tokens))
 
 
 def _extend(text_mask: Tensor, tokens: int) -> Tensor:
