@@ -167,14 +167,13 @@ def check_selection(selection: str, top_k: int | None, top_ratio: float | None) 
         raise ValueError(f"top_ratio must be in (0, 1], got {top_ratio}")
 
 
-def _check_integer(name: str, value: Any) -> None:
+def _check_integer(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} must be an integer, got {value!r}")
 
 
-def _checked_threshold(threshold: Any) -> float | tuple[float, ...]:
-    many = isinstance(threshold, (tuple, list))
-    values = tuple(threshold) if many else (threshold,)
+def _checked_threshold(threshold: object) -> float | tuple[float, ...]:
+    values = tuple(threshold) if isinstance(threshold, (tuple, list)) else (threshold,)
     if not values:
         raise ValueError("threshold must hold at least one value, got an empty sequence")
     for value in values:
@@ -182,7 +181,8 @@ def _checked_threshold(threshold: Any) -> float | tuple[float, ...]:
             raise TypeError(f"threshold must be a number or a sequence of numbers, got {value!r}")
         if not 0 < value <= 1:
             raise ValueError(f"threshold must be in (0, 1], got {value}")
-    return tuple(float(value) for value in values) if many else float(values[0])
+    numbers = tuple(float(value) for value in values)
+    return numbers if isinstance(threshold, (tuple, list)) else numbers[0]
 
 
 def _decimal(value: float | None) -> str:
@@ -191,7 +191,7 @@ def _decimal(value: float | None) -> str:
     return short if float(short) == value else repr(value)
 
 
-def _digest(values: tuple[Any, ...]) -> str:
+def _digest(values: tuple[object, ...]) -> str:
     import hashlib
 
     return hashlib.sha256(repr(values).encode()).hexdigest()[:6]

@@ -11,7 +11,7 @@ import types
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,6 +20,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from xattn_video.ops import flex
 from xattn_video.ops.blocks import mask_to_lists, valid_blocks
 from xattn_video.ops.xattention import dense_attention
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
 
 Kernel = Callable[[], Tensor]
 
@@ -189,7 +192,7 @@ class _Flex:
         return partial(attend, problem.query, problem.key, problem.value, block_mask=mask, **options)
 
 
-def _causal_mask(length: int, device: torch.device) -> Any:
+def _causal_mask(length: int, device: torch.device) -> BlockMask:
     bounds: dict[str, Any] = {"block_size": 128, "causal": True, "kv_start": None, "kv_lens": None}
     mask = flex.make_block_mask(valid_blocks(1, length, length, device=device, **bounds), length, length, **bounds)
     # All heads share these lists, so the test of a token may not look a head up.

@@ -5,12 +5,11 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
-from typing import Any
 
 import torch
 
 
-def seconds_of(function: Callable[[], Any], device: torch.device) -> float:
+def seconds_of(function: Callable[[], object], device: torch.device) -> float:
     """The seconds of one call, from an idle device to an idle device."""
     _wait_for(device)
     begin = time.perf_counter()
@@ -19,7 +18,7 @@ def seconds_of(function: Callable[[], Any], device: torch.device) -> float:
     return time.perf_counter() - begin
 
 
-def median_seconds(function: Callable[[], Any], device: torch.device, rounds: int) -> float:
+def median_seconds(function: Callable[[], object], device: torch.device, rounds: int) -> float:
     """The median of so many calls. The caller has run it once before, as the first call may compile."""
     return statistics.median(seconds_of(function, device) for _ in range(rounds))
 
@@ -29,7 +28,7 @@ def _wait_for(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def peak_extra_mb(function: Callable[[], Any], device: torch.device) -> float | None:
+def peak_extra_mb(function: Callable[[], object], device: torch.device) -> float | None:
     """Memory beyond what is there already, the output included; None on a CPU, where nobody counts it."""
     if device.type != "cuda":
         return None

@@ -64,5 +64,5 @@ class Look:
         return {"rehearsal": self.rehearse, "device": device_name(self.device), **provenance("triton", "numpy")}
 
 
-def _as_json(value: Any) -> Any:
+def _as_json(value: object) -> object:
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value

@@ -164,7 +164,7 @@ def _whole_call(look: Look, parts: tuple[Tensor, Tensor, Tensor], config: XAttnC
     time_call(look, call, check, None, **named, density=mask.float().mean().item(), extra_mib=extra)
 
 
-def time_call(look: Look, call: Callable[[], Any], check: Check, flop: float | None, **named: Any) -> float | None:
+def time_call(look: Look, call: Callable[[], object], check: Check, flop: float | None, **named: Any) -> float | None:
     """Check and time one call and write its row; the median seconds, or None where it failed or is wrong."""
     try:
         off, allowed = check(call())

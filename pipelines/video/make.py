@@ -17,6 +17,7 @@ from xattn_video_pipelines.video.prompts import Prompt
 if TYPE_CHECKING:
     import numpy as np
     import torch
+    from PIL.Image import Image
 
     from xattn_video import XAttnConfig
 
@@ -193,22 +194,23 @@ def _parameters(pipe: Any) -> dict[str, inspect.Parameter]:
     return dict(inspect.signature(pipe.__call__).parameters)
 
 
-def _load_image(path: Path) -> Any:
+def _load_image(path: Path) -> Image:
     from PIL import ImageOps
 
     try:
         # Upright: photographs of phones say beside their pixels how they are to be turned.
-        return ImageOps.exif_transpose(_open_image(path)).convert("RGB")
+        image: Image = ImageOps.exif_transpose(_open_image(path))
+        return image.convert("RGB")
     except OSError as error:
         raise UserError(f"{path}: damaged image: {' '.join(str(error).split())}") from None
 
 
-def _open_image(path: Path) -> Any:
+def _open_image(path: Path) -> Image:
     """The image with its header read, which is quick; its pixels are read when they are used."""
-    from PIL import Image
+    from PIL.Image import open as open_image
 
     try:
-        return Image.open(path)
+        return open_image(path)
     except OSError as error:
         raise UserError(f"{path}: cannot be read as an image: {' '.join(str(error).split())}") from None
 

@@ -11,6 +11,7 @@ import inspect
 import json
 import math
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -281,9 +282,9 @@ def with_pipeline_defaults(model: Model) -> Defaults:
     )
 
 
-def _describe(name: str, source: str, read: Any) -> Model:
-    index = read("model_index.json")
-    pipeline = (index or {}).get("_class_name")
+def _describe(name: str, source: str, read: Callable[[str], dict[str, Any] | None]) -> Model:
+    index = read("model_index.json") or {}
+    pipeline = index.get("_class_name")
     if not isinstance(pipeline, str):
         raise UserError(f"--model {name}: model_index.json names no diffusers pipeline, but {pipeline!r}")
     part = next((part for part in _TRANSFORMERS if part in index and index[part][0] is not None), None)

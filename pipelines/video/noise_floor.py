@@ -58,10 +58,10 @@ def reversed_keys(transformers: list[torch.nn.Module]) -> Iterator[None]:
     """
     mode = _ReversedKeys()
 
-    def enter(*_: Any) -> None:
+    def enter(*_: object) -> None:
         mode.depth += 1
 
-    def leave(*_: Any) -> None:
+    def leave(*_: object) -> None:
         mode.depth -= 1
 
     handles = []

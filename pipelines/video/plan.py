@@ -25,6 +25,8 @@ from xattn_video_pipelines.video.models import (
 from xattn_video_pipelines.video.prompts import MAX_SEED, Prompt, evenly_spaced, read_prompts
 
 if TYPE_CHECKING:
+    import torch
+
     from xattn_video import XAttnConfig
 
     # A folder's name and the settings of its videos; None for dense and dense-alt.
@@ -68,7 +70,7 @@ class Plan:
 
     model: Model
     settings: runner.Settings
-    device: Any
+    device: torch.device
     dtype: str
     jobs: tuple[Job, ...]
     pending: tuple[Job, ...]

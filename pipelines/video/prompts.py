@@ -159,7 +159,7 @@ def _text(where: str, record: dict[str, Any], key: str) -> str | None:
     return value
 
 
-def _id(where: str, value: Any, position: str) -> str:
+def _id(where: str, value: object, position: str) -> str:
     if value is None:
         return position
     if isinstance(value, int) and not isinstance(value, bool):
@@ -172,6 +172,6 @@ def _id(where: str, value: Any, position: str) -> str:
     return value
 
 
-def _short(value: Any) -> str:
+def _short(value: object) -> str:
     text = json.dumps(value) if not isinstance(value, str) else repr(value)
     return text if len(text) <= 60 else text[:57] + "..."

@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 
 Value = TypeVar("Value")
 
 
-def check_frames(reference: Any, test: Any) -> float:
+def check_frames(reference: np.ndarray, test: np.ndarray) -> float:
     """The data range of two comparable frames `[H, W, 3]`: 255 for uint8, 1 for floats. Raises ValueError."""
     return _check(reference, test, 3, "frame [H, W, 3]")
 
 
-def check_videos(reference: Any, test: Any) -> float:
+def check_videos(reference: np.ndarray, test: np.ndarray) -> float:
     """The data range of two comparable videos `[T, H, W, 3]`, T at least 1. Raises ValueError."""
     return _check(reference, test, 4, "video [T, H, W, 3]")
 
 
-def is_video(reference: Any, test: Any) -> bool:
+def is_video(reference: np.ndarray, test: np.ndarray) -> bool:
     """Whether either is meant as a video, by its number of dimensions; nothing else is checked here."""
     return 4 in (np.ndim(reference), np.ndim(test))
 
@@ -44,7 +44,7 @@ def squared(difference: np.ndarray) -> np.ndarray:
     return square
 
 
-def _check(reference: Any, test: Any, dimensions: int, wanted: str) -> float:
+def _check(reference: np.ndarray, test: np.ndarray, dimensions: int, wanted: str) -> float:
     for name, pixels in (("reference", reference), ("test", test)):
         if not isinstance(pixels, np.ndarray):
             raise ValueError(f"{name} must be a numpy array, got {type(pixels).__name__}")

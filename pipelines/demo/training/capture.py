@@ -11,7 +11,7 @@ import hashlib
 import logging
 import re
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -126,13 +126,13 @@ def recording(transformer: Any, entries: Sequence[Entry]) -> Iterator[_Recorder]
     """
     recorder = _Recorder(entries)
 
-    def begin(layer: int) -> Any:
+    def begin(layer: int) -> Callable[..., None]:
         return lambda *_: setattr(recorder, "layer", layer)
 
-    def end(*_: Any) -> None:
+    def end(*_: object) -> None:
         recorder.layer = None
 
-    def next_step(*_: Any) -> None:
+    def next_step(*_: object) -> None:
         recorder.step += 1
 
     handles = [transformer.register_forward_hook(next_step)]

@@ -40,7 +40,7 @@ class Eyes(torch.nn.Module):
         self._seen: torch.Tensor
         self.hook = visual.merger.register_forward_hook(self._keep)
 
-    def _keep(self, module: torch.nn.Module, inputs: Any, output: torch.Tensor) -> None:
+    def _keep(self, module: torch.nn.Module, inputs: object, output: torch.Tensor) -> None:
         self._seen = output
 
     def read(self, frames: int) -> list[torch.Tensor]:
