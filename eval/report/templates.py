@@ -27,4 +27,5 @@ def render(name: str, **values: Any) -> str:
 
 def macro(name: str, template: str, *arguments: Any) -> Markup:
     """What a macro of a template gives."""
-    return getattr(_ENVIRONMENT.get_template(template).module, name)(*arguments)
+    text: Markup = getattr(_ENVIRONMENT.get_template(template).module, name)(*arguments)
+    return text
