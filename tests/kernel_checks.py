@@ -11,7 +11,8 @@ from torch import Tensor
 
 from xattn_video import xattention
 from xattn_video.ops import reference
-from xattn_video.ops.blocks import mask_to_lists, num_blocks, valid_and_forced_blocks, valid_blocks
+from xattn_video.ops.block_lists import mask_to_lists
+from xattn_video.ops.key_mask import KeyMask, num_blocks
 from xattn_video.ops.triton import attention as attention_kernel
 from xattn_video.ops.triton import attention_forward as attention_operator
 from xattn_video.ops.triton import block_lists as lists_kernel
@@ -118,6 +119,12 @@ class Problem:
             last = torch.arange(self.lengths[0])[:, None] + stop - self.lengths[0]
             visible = visible & (torch.arange(self.lengths[1]) <= last)
         return visible
+
+    def valid_and_forced_blocks(self, device: str) -> tuple[Tensor, Tensor]:
+        """Which blocks hold a visible pair, and which of them every selection keeps, bool [B, 1, Nq, Nk]."""
+        mask = KeyMask(self.causal, self.bound("kv_start", device), self.bound("kv_lens", device))
+        sizes = (self.batch, *self.lengths)
+        return mask.valid_and_forced_blocks(*sizes, block_size=self.block_size, device=torch.device(device))
 
     def block_mask(self, device: str, density: float = 0.5) -> Tensor:
         """A random block mask; blocks without a visible pair may be set too, and one row is empty."""
@@ -264,9 +271,8 @@ def check_listed_attention(
 
 def _visible_block_mask(problem: Problem, device: str) -> Tensor:
     """The problem's block mask without the blocks that hold no visible pair."""
-    sizes = (problem.batch, *problem.lengths)
-    geometry = {name: value for name, value in problem.options(device).items() if name != "scale"}
-    return problem.block_mask(device) & valid_blocks(*sizes, **geometry, device=torch.device(device))
+    valid, _ = problem.valid_and_forced_blocks(device)
+    return problem.block_mask(device) & valid
 
 
 def check_launch(
@@ -390,10 +396,7 @@ def check_same_twice(problem: Problem, device: str) -> None:
 
 def check_selection(problem: Problem, device: str, kind: str) -> None:
     """The very set that sorting keeps: forced blocks first, ties by lower index, rows without mass or candidates."""
-    geometry = {**problem.options("cpu"), "device": torch.device("cpu")}
-    del geometry["scale"]
-    valid = valid_blocks(problem.batch, *problem.lengths, **geometry).to(device)
-    forced = valid_and_forced_blocks(problem.batch, *problem.lengths, **geometry)[1].to(device)
+    valid, forced = problem.valid_and_forced_blocks(device)
     shape = (problem.batch, problem.heads[0], *valid.shape[2:])
     scores = torch.rand(shape, generator=torch.Generator().manual_seed(problem.seed + 2)).to(device)
     kinds = {"even": scores, "sharp": scores**20, "ties": (scores * 4).floor() / 4, "zero": scores * 0}

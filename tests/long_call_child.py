@@ -23,7 +23,7 @@ from torch import Tensor
 
 from xattn_video import XAttnConfig, xattention
 from xattn_video.ops import reference
-from xattn_video.ops.blocks import num_blocks, valid_and_forced_blocks
+from xattn_video.ops.key_mask import KeyMask, num_blocks
 from xattn_video.testing.synthetic import video_like_qkv
 from xattn_video_pipelines.common.memory import peak_bytes, reset_peak
 
@@ -44,10 +44,10 @@ def exact_block(query: Tensor, key: Tensor, value: Tensor, row: int) -> Tensor:
     size, tokens = CONFIG.block_size, key.shape[2]
     begin = row * size
     rows = query[:, :, begin : begin + size].double()
-    settings = {"block_size": size, "causal": False, "kv_start": None, "kv_lens": None}
-    scale = HEAD_DIM**-0.5
-    scores = reference.antidiagonal_scores(rows, key.double(), stride=CONFIG.stride, scale=scale, **settings)
-    valid, forced = valid_and_forced_blocks(1, rows.shape[2], tokens, device=CPU, **settings)
+    mask, scale = KeyMask(), HEAD_DIM**-0.5
+    settings = {"stride": CONFIG.stride, "block_size": size, "scale": scale, **mask.keywords}
+    scores = reference.antidiagonal_scores(rows, key.double(), **settings)
+    valid, forced = mask.valid_and_forced_blocks(1, rows.shape[2], tokens, block_size=size, device=CPU)
     kept = reference.select(scores, valid, forced, threshold=CONFIG.threshold)[0, 0, 0].nonzero()[:, 0]
     chosen = (kept[:, None] * size + torch.arange(size)).flatten()
     keys, values = (part[0, 0, chosen[chosen < tokens]].double() for part in (key, value))

@@ -12,11 +12,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from xattn_video import xattention
 from xattn_video.ops import call_blocks as module
-from xattn_video.ops.blocks import valid_and_forced_blocks, valid_blocks
 from xattn_video.ops.call_blocks import call_blocks, head_thresholds
+from xattn_video.ops.key_mask import KeyMask
 
-RULES = {"block_size": 32, "causal": False, "dense_tokens": None, "dense_last": 0}
-NO_BOUNDS = {"kv_start": None, "kv_lens": None}
+RULES = {"block_size": 32, "dense_tokens": None, "dense_last": 0}
+NO_BOUNDS = KeyMask()
 
 
 @pytest.fixture(autouse=True)
@@ -64,28 +64,27 @@ def test_each_kind_of_call_gets_its_own():
     calls = itertools.product((1, 2), (200, 180), (200, 300), (16, 32), (False, True), (None, (150, 180)), (0, 40))
     calls = [call for call in calls if not call[6] or call[4]]
     for batch, q_len, kv_len, block_size, causal, dense_tokens, dense_last in [*calls, *calls]:
-        rules = {"block_size": block_size, "causal": causal}
-        exact = {"dense_tokens": dense_tokens, "dense_last": dense_last}
-        got = call_blocks(query(batch, q_len), kv_len, **NO_BOUNDS, **rules, **exact)
-        sizes, device = (batch, q_len, kv_len), torch.device("cpu")
-        valid = valid_blocks(*sizes, **rules, device=device)
+        rules = {"block_size": block_size, "dense_tokens": dense_tokens, "dense_last": dense_last}
+        mask = KeyMask(causal)
+        got = call_blocks(query(batch, q_len), kv_len, mask, **rules)
+        valid, forced = mask.valid_and_forced_blocks(batch, q_len, kv_len, device=torch.device("cpu"), **rules)
         assert torch.equal(got.valid, valid)
-        assert torch.equal(got.forced, valid_and_forced_blocks(*sizes, **rules, **exact, device=device)[1])
+        assert torch.equal(got.forced, forced)
         assert int(got.total) == int(valid.sum())
 
 
 def test_calls_with_bounds_start_anew():
     """Their values may have changed in place."""
     bound = torch.tensor([200])
-    full = call_blocks(query(), 200, kv_start=None, kv_lens=bound, **RULES)
+    full = call_blocks(query(), 200, KeyMask(kv_lens=bound), **RULES)
     bound.fill_(40)
-    short = call_blocks(query(), 200, kv_start=None, kv_lens=bound, **RULES)
+    short = call_blocks(query(), 200, KeyMask(kv_lens=bound), **RULES)
     assert int(short.total) == 2 * 7 < int(full.total)
 
 
 def test_few_are_kept():
     for tokens in range(100, 200):
-        call_blocks(query(tokens=tokens), 200, **NO_BOUNDS, **RULES)
+        call_blocks(query(tokens=tokens), 200, NO_BOUNDS, **RULES)
     assert module._kept_blocks.cache_info().currsize == module.KEPT_CALLS
 
 
@@ -95,16 +94,16 @@ def test_the_masks_of_long_calls_are_not_kept():
     rules = {**RULES, "block_size": 16}
     tokens = 16 * 1448
     for length, kept in ((tokens, 1), (tokens + 16, 1)):
-        call_blocks(query(tokens=tokens), length, **NO_BOUNDS, **rules)
+        call_blocks(query(tokens=tokens), length, NO_BOUNDS, **rules)
         assert module._kept_blocks.cache_info().currsize == kept
-    call_blocks(query(batch=2, tokens=tokens), tokens, **NO_BOUNDS, **rules)
+    call_blocks(query(batch=2, tokens=tokens), tokens, NO_BOUNDS, **rules)
     assert module._kept_blocks.cache_info().currsize == 1
 
 
 def test_what_inference_mode_made_serves_outside_of_it():
     with torch.inference_mode():
-        first = call_blocks(query(), 200, **NO_BOUNDS, **RULES)
-    second = call_blocks(query(), 200, **NO_BOUNDS, **RULES)
+        first = call_blocks(query(), 200, NO_BOUNDS, **RULES)
+    second = call_blocks(query(), 200, NO_BOUNDS, **RULES)
     assert second.valid is first.valid
     assert not first.valid.is_inference()
 
@@ -122,13 +121,13 @@ def test_tracing_and_fake_tensors_leave_nothing_behind():
     """What a tracer makes has no values; and it warns of memories that it looks through."""
 
     def blocks(tensor):
-        return call_blocks(tensor, 200, **NO_BOUNDS, **RULES).forced
+        return call_blocks(tensor, 200, NO_BOUNDS, **RULES).forced
 
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         traced = torch.compile(blocks, fullgraph=True, backend="eager")(query())
     with torch._subclasses.FakeTensorMode() as mode:
-        call_blocks(mode.from_tensor(query()), 200, **NO_BOUNDS, **RULES)
+        call_blocks(mode.from_tensor(query()), 200, NO_BOUNDS, **RULES)
     assert module._kept_blocks.cache_info().currsize == 0
     assert torch.equal(traced, blocks(query()))
     assert type(blocks(query())) is torch.Tensor
@@ -157,9 +156,9 @@ def test_a_captured_graph_leaves_nothing_behind():
     tensor = query().cuda()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        call_blocks(tensor, 200, **NO_BOUNDS, **RULES)
+        call_blocks(tensor, 200, NO_BOUNDS, **RULES)
     assert module._kept_blocks.cache_info().currsize == 0
-    here = call_blocks(tensor, 200, **NO_BOUNDS, **RULES)
+    here = call_blocks(tensor, 200, NO_BOUNDS, **RULES)
     with torch.cuda.stream(torch.cuda.Stream()):
-        there = call_blocks(tensor, 200, **NO_BOUNDS, **RULES)
+        there = call_blocks(tensor, 200, NO_BOUNDS, **RULES)
     assert here.valid is not there.valid

@@ -13,9 +13,9 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from xattn_video import XAttnConfig, block_sparse_attention, score_blocks, xattention
 from xattn_video.ops import reference
-from xattn_video.ops.blocks import valid_blocks
 from xattn_video.ops.cpu import backend as cpu
 from xattn_video.ops.cpu import workers
+from xattn_video.ops.key_mask import KeyMask
 from xattn_video.testing.synthetic import causal_text_like_qkv, video_like_qkv
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -280,7 +280,7 @@ def test_in_pieces_too_nan_shows_where_it_is_seen(bad: float, causal: bool, shor
     settings: dict[str, Any] = {"block_size": 32, "causal": causal}
     scores, truth = (score_blocks(query, key, stride=8, backend=name, **settings) for name in ("cpu", "reference"))
     # What is said of a block that no query of the row sees does not matter.
-    valid = valid_blocks(1, 300, 300, device=key.device, **settings)
+    valid = KeyMask(causal).valid_blocks(1, 300, 300, block_size=32, device=key.device)
     assert torch.equal(scores.isnan() & valid, truth.isnan() & valid)
     mask = torch.ones(1, 2, 10, 10, dtype=torch.bool)
     output, exact = (

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from xattn_video import XAttnConfig, xattention
 from xattn_video.ops import reference
-from xattn_video.ops.blocks import valid_and_forced_blocks
 from xattn_video.ops.cpu import backend
+from xattn_video.ops.key_mask import KeyMask
 from xattn_video.ops.xattention import dense_attention
 from xattn_video_eval.bench.demo_tensors import DemoTensors, load_demo_qkv
 from xattn_video_pipelines.demo.files import DEMO_QKV
@@ -89,9 +89,8 @@ def test_the_chosen_blocks_hold_the_mass_that_was_asked_for(threshold: float, nu
     query, key, _ = entry(number)
     tokens, scale = query.shape[2], query.shape[3] ** -0.5
     geometry = {"block_size": BLOCK, "causal": False}
-    where = {**geometry, "device": query.device}
     scores = backend.antidiagonal_scores(query, key, stride=8, scale=scale, **geometry, kv_start=None, kv_lens=None)
-    valid, forced = valid_and_forced_blocks(1, tokens, tokens, **where)
+    valid, forced = KeyMask().valid_and_forced_blocks(1, tokens, tokens, block_size=BLOCK, device=query.device)
     chosen = reference.select(scores, valid, forced, threshold=threshold)
     # the share of each query block's real attention that lies in each key block
     mass = torch.softmax(query @ key.transpose(-1, -2) * scale, dim=-1)

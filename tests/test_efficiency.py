@@ -18,7 +18,7 @@ from torch import Tensor
 
 from xattn_video import XAttnConfig
 from xattn_video.ops.backends import ListStages, resolve
-from xattn_video.ops.blocks import lists_to_mask, mask_to_lists
+from xattn_video.ops.block_lists import lists_to_mask, mask_to_lists
 from xattn_video_eval.bench import cases as bench_cases
 from xattn_video_eval.bench import command, demo_tensors, gates
 from xattn_video_eval.bench import plots as bench_plots

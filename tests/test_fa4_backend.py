@@ -17,7 +17,8 @@ from torch import Tensor
 from xattn_video import XAttnConfig, block_sparse_attention, xattention
 from xattn_video.ops import backends
 from xattn_video.ops.backends import unavailable_reason
-from xattn_video.ops.blocks import lists_to_mask, mask_to_lists, query_key_range
+from xattn_video.ops.block_lists import lists_to_mask, mask_to_lists
+from xattn_video.ops.key_mask import KeyMask
 
 pytest.importorskip("triton", reason="Triton is for Linux only")
 
@@ -194,9 +195,7 @@ def low_precision(
 ) -> tuple[Tensor, Tensor]:
     """A right kernel: sums in float32, with probabilities and output rounded to the inputs' dtype."""
     q_len, kv_len = query.shape[2], key.shape[2]
-    first, end = query_key_range(q_len, kv_len, causal=causal, kv_start=None, kv_lens=kv_lens, device=CPU)
-    position = torch.arange(kv_len)
-    seen = (position >= first[:, None, :, None]) & (position < end[:, None, :, None])
+    seen = KeyMask(causal, None, kv_lens).visible(q_len, kv_len, CPU)[:, None]
     kept = lists_to_mask(indices, counts).repeat_interleave(block_size, 2).repeat_interleave(block_size, 3)
     group = query.shape[1] // key.shape[1]
     keys, values = (part.float().nan_to_num(0).repeat_interleave(group, 1) for part in (key, value))

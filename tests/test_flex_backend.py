@@ -15,8 +15,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from xattn_video import XAttnConfig, block_sparse_attention, xattention
 from xattn_video.ops import flex, reference
 from xattn_video.ops.backends import resolve
-from xattn_video.ops.blocks import query_key_range, valid_blocks
 from xattn_video.ops.cpu import backend as cpu
+from xattn_video.ops.key_mask import KeyMask
 from xattn_video.testing.synthetic import causal_text_like_qkv, video_like_qkv
 
 BLOCK_SIZE = 32
@@ -45,9 +45,7 @@ def eager(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float)
 
 def visible_pairs(block_mask: Tensor, lengths: tuple[int, int], **bounds: Any) -> Tensor:
     """Which keys each query attends to, bool `[B, H, Sq, Sk]`."""
-    first, end = query_key_range(*lengths, device=block_mask.device, **bounds)
-    position = torch.arange(lengths[1])
-    inside = (position >= first[:, :, None]) & (position < end[:, :, None])
+    inside = KeyMask(**bounds).visible(*lengths, block_mask.device)
     kept = block_mask.repeat_interleave(BLOCK_SIZE, 2).repeat_interleave(BLOCK_SIZE, 3)
     return kept[:, :, : lengths[0], : lengths[1]] & inside[:, None]
 
@@ -118,8 +116,9 @@ def some_mask(causal: bool) -> tuple[Any, Tensor, tuple[int, int], dict[str, Any
         "kv_lens": torch.tensor([333, 290], dtype=torch.int32),
     }
     block_mask = torch.rand(2, 4, 7, 11, generator=torch.Generator().manual_seed(0)) < 0.5
-    block_mask &= valid_blocks(2, *lengths, block_size=BLOCK_SIZE, device=torch.device("cpu"), **bounds)
-    return flex.make_block_mask(block_mask, *lengths, block_size=BLOCK_SIZE, **bounds), block_mask, lengths, bounds
+    mask = KeyMask(**bounds)
+    block_mask &= mask.valid_blocks(2, *lengths, block_size=BLOCK_SIZE, device=torch.device("cpu"))
+    return flex.make_block_mask(block_mask, *lengths, mask, BLOCK_SIZE), block_mask, lengths, bounds
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -142,7 +141,7 @@ def test_the_lists_name_the_kept_blocks_and_which_need_a_mask(causal):
 def test_compiled_flex_attention_visits_the_listed_blocks_and_no_others(causal):
     """Uncompiled FlexAttention reads no lists; compiled it reads nothing else, once the token mask forgets them."""
     mask, block_mask, lengths, bounds = some_mask(causal)
-    first, end = (part.contiguous() for part in query_key_range(*lengths, device=block_mask.device, **bounds))
+    first, end = (part.contiguous() for part in KeyMask(**bounds).query_range(*lengths, block_mask.device))
     mask.mask_mod = lambda item, head, query, key: (key >= first[item, query]) & (key < end[item, query])
     inputs = [torch.randn(2, heads, length, 32) for heads, length in ((4, 200), (2, 333), (2, 333))]
     compiled = torch.compile(flex.torch_flex.flex_attention, fullgraph=True)

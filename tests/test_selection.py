@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from xattn_video import select_blocks
-from xattn_video.ops.blocks import valid_and_forced_blocks, valid_blocks
+from xattn_video.ops.key_mask import KeyMask
 
 CPU = torch.device("cpu")
 
@@ -36,9 +36,11 @@ def test_the_kept_set_is_the_smallest_that_suffices(tau, causal, dense_tokens, k
     scores = torch.rand(2, 3, 8, 8, generator=generator, dtype=torch.float64) ** 4
     lens = None if kv_lens is None else torch.tensor(kv_lens)
     geometry = {"block_size": 16, "causal": causal, "kv_lens": lens}
-    valid = valid_blocks(2, 128, 128, device=CPU, **geometry).expand(scores.shape)
-    forced = valid_and_forced_blocks(2, 128, 128, dense_tokens=dense_tokens, device=CPU, **geometry)[1].expand(
-        scores.shape
+    valid, forced = (
+        blocks.expand(scores.shape)
+        for blocks in KeyMask(causal, None, lens).valid_and_forced_blocks(
+            2, 128, 128, block_size=16, dense_tokens=dense_tokens, device=CPU
+        )
     )
     kept = select_blocks(scores, threshold=tau, dense_tokens=dense_tokens, **geometry)
     assert not (kept & ~valid).any()

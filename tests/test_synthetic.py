@@ -8,7 +8,7 @@ from torch import Tensor
 
 from xattn_video import block_sparse_attention, score_blocks, select_blocks
 from xattn_video.ops import reference
-from xattn_video.ops.blocks import valid_and_forced_blocks, valid_blocks
+from xattn_video.ops.key_mask import KeyMask
 from xattn_video.testing.synthetic import causal_text_like_qkv, video_like_qkv
 
 BLOCK = 128
@@ -25,7 +25,7 @@ def relative_error(output: Tensor, truth: Tensor) -> float:
 
 def density(block_mask: Tensor, causal: bool = False) -> float:
     length = block_mask.shape[-1] * BLOCK
-    valid = valid_blocks(1, length, length, block_size=BLOCK, causal=causal, device=block_mask.device)
+    valid = KeyMask(causal).valid_blocks(1, length, length, block_size=BLOCK, device=block_mask.device)
     return block_mask.sum().item() / (valid.sum().item() * block_mask.shape[1])
 
 
@@ -42,7 +42,7 @@ def test_leaving_out_the_best_block_costs_over_ten_percent(name: str) -> None:
     length = query.shape[2]
     scores = score_blocks(query, key, causal=causal)
     kept = select_blocks(scores, causal=causal)
-    forced = valid_and_forced_blocks(1, length, length, block_size=BLOCK, causal=causal, device=query.device)[1]
+    forced = KeyMask(causal).valid_and_forced_blocks(1, length, length, block_size=BLOCK, device=query.device)[1]
     free = scores.masked_fill(~kept | forced, -1)
     # Rows that keep a block of their own choice, beside another one.
     chosen = (free.amax(-1) > 0) & (kept.sum(-1) > 1)
@@ -61,8 +61,7 @@ def test_another_score_chooses_worse_blocks_at_equal_density(name: str, wrong: s
     make, causal = INPUTS[name]
     query, key, value = make()
     length = query.shape[2]
-    geometry = {"block_size": BLOCK, "causal": causal, "device": query.device}
-    valid, forced = valid_and_forced_blocks(1, length, length, **geometry)
+    valid, forced = KeyMask(causal).valid_and_forced_blocks(1, length, length, block_size=BLOCK, device=query.device)
     scores = score_blocks(query, key, causal=causal)
     kept = select_blocks(scores, causal=causal)
     other = diagonal_scores(query, key, causal) if wrong == "diagonal" else torch.rand_like(scores)

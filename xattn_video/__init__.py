@@ -14,9 +14,7 @@ from .version import __version__
 if TYPE_CHECKING:
     from .config import XAttnConfig
     from .integrations.diffusers import XAttnProcessor
-    from .ops.scoring import score_blocks
-    from .ops.selection import select_blocks
-    from .ops.sparse import block_sparse_attention
+    from .ops.stages import block_sparse_attention, score_blocks, select_blocks
     from .ops.xattention import CallStats, xattention
 
 __all__ = [
@@ -34,9 +32,9 @@ _MODULES = {
     "CallStats": ".ops.xattention",
     "XAttnConfig": ".config",
     "XAttnProcessor": ".integrations.diffusers",
-    "block_sparse_attention": ".ops.sparse",
-    "score_blocks": ".ops.scoring",
-    "select_blocks": ".ops.selection",
+    "block_sparse_attention": ".ops.stages",
+    "score_blocks": ".ops.stages",
+    "select_blocks": ".ops.stages",
     "xattention": ".ops.xattention",
 }
 

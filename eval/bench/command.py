@@ -32,8 +32,9 @@ from torch import Tensor
 
 from xattn_video import XAttnConfig, xattention
 from xattn_video.ops.backends import resolve
-from xattn_video.ops.blocks import lists_to_mask
+from xattn_video.ops.block_lists import lists_to_mask
 from xattn_video.ops.call_blocks import call_blocks
+from xattn_video.ops.key_mask import KeyMask
 from xattn_video.ops.xattention import Kept, attend_kept, select_kept
 from xattn_video_eval.bench import goals as bench_goals
 from xattn_video_eval.bench import plots as bench_plots
@@ -297,22 +298,22 @@ def _measure(
     wrong = gate_timed(case, query, key, value, config)
     if wrong:
         return None, wrong
-    geometry: dict[str, Any] = {"block_size": config.block_size, "causal": case.causal}
-    masking: dict[str, Any] = {**geometry, "scale": case.head_dim**-0.5, "kv_start": None, "kv_lens": None}
+    mask = KeyMask(case.causal)
+    masking: dict[str, Any] = {"block_size": config.block_size, "scale": case.head_dim**-0.5, **mask.keywords}
     backend = resolve(config.backend, device, query.dtype)
     score = partial(backend.antidiagonal_scores, query, key, stride=config.stride, **masking)
     scores = score()
 
     # as in the whole call, where all layers share them
-    rules: dict[str, Any] = {**geometry, "kv_start": None, "kv_lens": None, "dense_tokens": None, "dense_last": 0}
+    rules: dict[str, Any] = {"block_size": config.block_size, "dense_tokens": None, "dense_last": 0}
 
     def select() -> Kept:
-        blocks = call_blocks(query, length, **rules)
+        blocks = call_blocks(query, length, mask, **rules)
         return select_kept(backend, scores, blocks.valid, blocks.forced, config, config.threshold)
 
     kept = select()
     block_mask = kept if isinstance(kept, Tensor) else lists_to_mask(*kept)
-    blocks = call_blocks(query, length, **rules)
+    blocks = call_blocks(query, length, mask, **rules)
     wrong = gate_choice(case, query, key, scores, block_mask, blocks.valid, blocks.forced, config)
     if wrong:
         return None, wrong

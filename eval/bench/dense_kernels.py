@@ -18,7 +18,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from xattn_video.ops import flex
-from xattn_video.ops.blocks import mask_to_lists, valid_blocks
+from xattn_video.ops.block_lists import mask_to_lists
+from xattn_video.ops.key_mask import KeyMask
 from xattn_video.ops.xattention import dense_attention
 
 if TYPE_CHECKING:
@@ -193,8 +194,9 @@ class _Flex:
 
 
 def _causal_mask(length: int, device: torch.device) -> BlockMask:
-    bounds: dict[str, Any] = {"block_size": 128, "causal": True, "kv_start": None, "kv_lens": None}
-    mask = flex.make_block_mask(valid_blocks(1, length, length, device=device, **bounds), length, length, **bounds)
+    causal = KeyMask(causal=True)
+    blocks = causal.valid_blocks(1, length, length, block_size=128, device=device)
+    mask = flex.make_block_mask(blocks, length, length, causal, block_size=128)
     # All heads share these lists, so the test of a token may not look a head up.
     mask.mask_mod = lambda item, head, query, key: query >= key
     return mask

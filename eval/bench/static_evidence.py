@@ -30,7 +30,7 @@ from triton.compiler import ASTSource, CompiledKernel, make_backend
 from triton.experimental.gluon._runtime import GluonASTSource
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
-from xattn_video.ops.blocks import num_blocks
+from xattn_video.ops.key_mask import num_blocks
 from xattn_video.ops.triton import attention, attention_choice, launch_tables
 from xattn_video.ops.triton import scores as antidiagonal_scores
 from xattn_video.ops.triton.launch_tables import LaunchConfig

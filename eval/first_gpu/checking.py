@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from xattn_video.ops import reference
-from xattn_video.ops.blocks import mask_to_lists, valid_blocks
+from xattn_video.ops.block_lists import mask_to_lists
+from xattn_video.ops.key_mask import KeyMask
 from xattn_video_eval.bench.dense_kernels import reason_of, relative_error
 from xattn_video_eval.first_gpu.inputs import normal_inputs
 from xattn_video_eval.first_gpu.kernels import ATTENTION, BLOCK_SIZE, GPU_ONLY, settings
@@ -57,10 +58,8 @@ def _make(call: Call, device: torch.device) -> _Made:
         padding = torch.arange(call.tokens, device=device) >= kv_lens[:, None]
         for part in (key, value):
             part.masked_fill_(padding[:, None, :, None], torch.nan)
-    tokens = call.tokens
-    valid = valid_blocks(
-        call.batch, tokens, tokens, block_size=BLOCK_SIZE, causal=call.causal, kv_lens=kv_lens, device=device
-    )
+    key_mask = KeyMask(call.causal, None, kv_lens)
+    valid = key_mask.valid_blocks(call.batch, call.tokens, call.tokens, block_size=BLOCK_SIZE, device=device)
     shape = (call.batch, call.heads[0], *valid.shape[2:])
     mask = (torch.rand(shape, device=device, generator=generator) < 0.5) & valid
     # a row that keeps nothing

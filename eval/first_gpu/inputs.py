@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from xattn_video.ops.blocks import num_blocks
+from xattn_video.ops.key_mask import num_blocks
 from xattn_video_eval.bench.cases import DTYPES
 from xattn_video_eval.bench.dense_kernels import Problem
 from xattn_video_eval.first_gpu.kernels import BLOCK_SIZE

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from xattn_video.ops.blocks import num_blocks
+from xattn_video.ops.key_mask import num_blocks
 from xattn_video.ops.triton import attention as block_sparse
 from xattn_video.ops.triton import attention_hopper
 from xattn_video.ops.triton import scores as antidiagonal_scores

@@ -17,7 +17,8 @@ from xattn_video import XAttnConfig, score_blocks, select_blocks, xattention
 from xattn_video.config import BACKENDS
 from xattn_video.ops import reference
 from xattn_video.ops.backends import unavailable_reason
-from xattn_video.ops.blocks import lists_to_mask, mask_to_lists, num_blocks
+from xattn_video.ops.block_lists import lists_to_mask, mask_to_lists
+from xattn_video.ops.key_mask import num_blocks
 from xattn_video.ops.triton.scores import launch_antidiagonal_scores
 from xattn_video.ops.triton.selection import select_lists
 from xattn_video_eval.bench.dense_kernels import Problem, dense_candidates, reason_of, relative_error, sampled_truth

@@ -17,8 +17,8 @@ from torch.nn.functional import pad
 
 from xattn_video import score_blocks
 from xattn_video.config import check_geometry
-from xattn_video.ops.blocks import num_blocks
 from xattn_video.ops.checks import default_scale
+from xattn_video.ops.key_mask import num_blocks
 from xattn_video.ops.reference import compute_dtype
 
 # Logits held at once: 64 MB of float32.

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from xattn_video import score_blocks, select_blocks
-from xattn_video.ops.blocks import valid_blocks
+from xattn_video.ops.key_mask import KeyMask
 from xattn_video.ops.reference import select, select_top
 from xattn_video_eval.studies.block_scorers import EXACT, SCORERS, exact_block_mass
 from xattn_video_eval.studies.ranking import recalled_mass, roc_auc, spearman
@@ -46,7 +46,7 @@ class Problem:
     def of(cls, query: Tensor, key: Tensor, *, block_size: int, causal: bool) -> Problem:
         mass = exact_block_mass(query, key, block_size=block_size, causal=causal)
         length = query.shape[2]
-        valid = valid_blocks(1, length, length, block_size=block_size, causal=causal, device=query.device)
+        valid = KeyMask(causal).valid_blocks(1, length, length, block_size=block_size, device=query.device)
         return cls(query, key, block_size, causal, mass, valid.expand(mass.shape))
 
     def oracle_keeps(self, threshold: float) -> Tensor:

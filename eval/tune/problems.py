@@ -10,7 +10,8 @@ from torch import Tensor
 
 from xattn_video import score_blocks, select_blocks
 from xattn_video.ops import reference
-from xattn_video.ops.blocks import mask_to_lists, num_blocks, valid_blocks
+from xattn_video.ops.block_lists import mask_to_lists
+from xattn_video.ops.key_mask import KeyMask, num_blocks
 from xattn_video.ops.triton.launch_tables import LaunchConfig
 from xattn_video.testing.synthetic import causal_text_like_qkv
 from xattn_video_eval.bench.cases import DTYPES, Case, make_inputs
@@ -123,7 +124,7 @@ def small_runner(kernel: str, dtype: torch.dtype, head_dim: int, causal: bool, d
     block_mask |= torch.eye(blocks, dtype=torch.bool)
     if kernel == HOPPER:
         # its lists hold no block that nothing can see
-        block_mask &= valid_blocks(1, length, length, block_size=BLOCK_SIZE, causal=causal, device=block_mask.device)
+        block_mask &= KeyMask(causal).valid_blocks(1, length, length, block_size=BLOCK_SIZE, device=block_mask.device)
     query, key, value, block_mask = (part.to(device) for part in (*parts, block_mask))
     return Runner(kernel, query, key, value, block_mask, causal)
 

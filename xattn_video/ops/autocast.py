@@ -17,8 +17,8 @@ def autocasts(device: torch.device) -> bool:
 
 
 def cast_as_autocast(tensor: Tensor) -> Tensor:
-    """The tensor in the dtype that autocast asks for on its device; float64 and integers stay."""
-    if tensor.dtype == torch.float64 or not tensor.is_floating_point():
+    """The tensor in the dtype that autocast asks for, where it is on; float64 and integers stay."""
+    if tensor.dtype == torch.float64 or not tensor.is_floating_point() or not autocasts(tensor.device):
         return tensor
     return tensor.to(torch.get_autocast_dtype(tensor.device.type))
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .blocks import num_blocks, valid_and_forced_blocks
+from .key_mask import KeyMask, num_blocks
 
 # two lengths or so at a time (a pipeline with two stages, self-attention and a decoder's), and some room
 KEPT_CALLS = 8
@@ -29,9 +29,7 @@ class CallBlocks(NamedTuple):
     total: Tensor
 
 
-def call_blocks(
-    query: Tensor, kv_len: int, *, kv_start: Tensor | None, kv_lens: Tensor | None, **rules: Any
-) -> CallBlocks:
+def call_blocks(query: Tensor, kv_len: int, mask: KeyMask, **rules: Any) -> CallBlocks:
     """The blocks of a call with that query `[B, Hq, Sq, D]`; `rules` are what `valid_and_forced_blocks` takes.
 
     Without bounds they follow from sizes alone and are kept for the next such call of the same stream: on a GPU some
@@ -40,10 +38,10 @@ def call_blocks(
     sizes = (query.shape[0], query.shape[2], kv_len)
     block_size = rules["block_size"]
     mask_bytes = 2 * sizes[0] * num_blocks(sizes[1], block_size) * num_blocks(kv_len, block_size)
-    if kv_start is None and kv_lens is None and mask_bytes <= KEPT_MASK_BYTES and _may_keep(query):
+    if not mask.bounded and mask_bytes <= KEPT_MASK_BYTES and _may_keep(query):
         stream = torch.cuda.current_stream(query.device).cuda_stream if query.is_cuda else 0
-        return _kept_blocks(*sizes, stream, device=query.device, **rules)
-    return _make(*sizes, kv_start=kv_start, kv_lens=kv_lens, device=query.device, **rules)
+        return _kept_blocks(*sizes, mask.causal, stream, device=query.device, **rules)
+    return _make(mask, *sizes, device=query.device, **rules)
 
 
 def _may_keep(query: Tensor) -> bool:
@@ -66,14 +64,14 @@ def _is_plain(query: Tensor) -> bool:
 
 
 @lru_cache(maxsize=KEPT_CALLS)
-def _kept_blocks(batch: int, q_len: int, kv_len: int, stream: int, **rules: Any) -> CallBlocks:
+def _kept_blocks(batch: int, q_len: int, kv_len: int, causal: bool, stream: int, **rules: Any) -> CallBlocks:
     """`stream`: another stream might read before this one has written."""
     with torch.inference_mode(False):
-        return _make(batch, q_len, kv_len, kv_start=None, kv_lens=None, **rules)
+        return _make(KeyMask(causal), batch, q_len, kv_len, **rules)
 
 
-def _make(batch: int, q_len: int, kv_len: int, **rules: Any) -> CallBlocks:
-    valid, forced = valid_and_forced_blocks(batch, q_len, kv_len, **rules)
+def _make(mask: KeyMask, *sizes: int, **rules: Any) -> CallBlocks:
+    valid, forced = mask.valid_and_forced_blocks(*sizes, **rules)
     return CallBlocks(valid, forced, valid.sum())
 
 

@@ -43,31 +43,15 @@ def check_value(key: Tensor, value: Tensor) -> None:
         )
 
 
-def check_key_bounds(
-    kv_start: Tensor | None, kv_lens: Tensor | None, batch: int, kv_len: int, device: torch.device
-) -> tuple[Tensor | None, Tensor | None]:
-    """Both as contiguous int32 `[B]` on `device`, or None.
-
-    Raises `ValueError` for a wrong shape or dtype, and on a CPU for a value out of range.
-    """
-    kv_start = _as_bound("kv_start", kv_start, batch, kv_len, device)
-    kv_lens = _as_bound("kv_lens", kv_lens, batch, kv_len, device)
-    return kv_start, kv_lens
-
-
-def _as_bound(name: str, bound: Tensor | None, batch: int, kv_len: int, device: torch.device) -> Tensor | None:
-    if bound is None:
-        return None
-    if not isinstance(bound, Tensor) or bound.is_floating_point() or bound.dtype == torch.bool:
-        raise ValueError(f"{name} must be an integer tensor [batch], got {bound!r}")
-    if bound.shape != (batch,):
-        raise ValueError(f"{name} must have shape ({batch},), got {tuple(bound.shape)}")
-    # Reading values of a device tensor would make the host wait for it.
-    readable = bound.device.type == "cpu" and not torch.compiler.is_compiling()
-    if readable and (int(bound.min()) < 0 or int(bound.max()) > kv_len):
-        raise ValueError(f"{name} must lie between 0 and the key length {kv_len}, got {bound.tolist()}")
-    # the kernels read item after item
-    return bound.to(device=device, dtype=torch.int32).contiguous()
+def check_block_mask(block_mask: Tensor, shape: tuple[int, ...], device: torch.device) -> None:
+    """Raise `ValueError` unless it is bool on that device and can be expanded to that shape over batch and heads."""
+    if block_mask.dtype != torch.bool:
+        raise ValueError(f"block_mask must be bool, got {block_mask.dtype}")
+    fits = block_mask.ndim == 4 and block_mask.shape[2:] == shape[2:]
+    if not fits or any(have not in (1, want) for have, want in zip(block_mask.shape[:2], shape[:2], strict=True)):
+        raise ValueError(f"block_mask must have shape {shape}, got {tuple(block_mask.shape)}")
+    if block_mask.device != device:
+        raise ValueError(f"block_mask must be on query's device {device}, got {block_mask.device}")
 
 
 def check_dense_tokens(dense_tokens: tuple[int, int] | None, q_len: int, kv_len: int) -> None:

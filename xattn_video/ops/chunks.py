@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from .blocks import num_blocks
+from .key_mask import KeyMask, num_blocks
 
 # Bytes for each pair of blocks and each batch item: which are valid and which are forced.
 _MASK_BYTES = 2
@@ -55,31 +55,26 @@ class Part(NamedTuple):
     Attributes:
         query: `[B, Hq, n, D]`.
         key, value: `[B, Hkv, m, D]`.
-        kv_start, kv_lens: int32 `[B]` or None, the range of valid keys of those m.
+        mask: which of those m keys each query sees.
     """
 
     query: Tensor
     key: Tensor
     value: Tensor
-    kv_start: Tensor | None
-    kv_lens: Tensor | None
+    mask: KeyMask
 
-    def cut(self, begin: int, end: int, *, causal: bool) -> Part | None:
+    def cut(self, begin: int, end: int) -> Part | None:
         """The query tokens `[begin, end)` as a call, or None where they can see no key.
 
         In a causal call the last query sees the last valid key. So that this holds for the part too, its keys end as
         many tokens earlier as its queries do.
         """
-        query, key, value, kv_start, kv_lens = self
+        query, key, value, mask = self
         later = query.shape[2] - end
         query = query[:, :, begin:end]
-        if not causal or later == 0:
+        if not mask.causal or later == 0:
             return self._replace(query=query)
         keys = key.shape[2] - later
         if keys <= 0:
             return None
-        if kv_start is not None:
-            kv_start = kv_start.clamp(max=keys)
-        if kv_lens is not None:
-            kv_lens = (kv_lens - later).clamp(min=0)
-        return Part(query, key[:, :, :keys], value[:, :, :keys], kv_start, kv_lens)
+        return Part(query, key[:, :, :keys], value[:, :, :keys], mask.without_last(later, keys))

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .blocks import mask_to_lists, num_blocks, valid_blocks
+from .block_lists import mask_to_lists
+from .key_mask import KeyMask, num_blocks
 from .triton.block_lists import mask_to_lists as mask_to_lists_on_gpu
 from .triton.launch import device_guard, positive_scale
 
@@ -260,15 +261,15 @@ def check_small_problem(compute: Attend, kind: Kind) -> None:
         kv_lens = torch.tensor([kv_len, 2 * block_size - 7], dtype=torch.int32, device=device)
         for part in (key, value):
             part[1, :, 2 * block_size - 7 :] = torch.nan
-    bounds: dict[str, Any] = {"causal": kind.causal, "kv_lens": kv_lens}
+    mask = KeyMask(kind.causal, None, kv_lens)
     blocks = num_blocks(q_len, block_size), num_blocks(kv_len, block_size)
     block_mask = (torch.rand(2, 2 * kind.group, *blocks, generator=generator) < 0.6).to(device)
     block_mask[0, 0, 0] = False
     block_mask[0, 1] = True
-    block_mask &= valid_blocks(2, q_len, kv_len, block_size=block_size, device=device, **bounds)
+    block_mask &= mask.valid_blocks(2, q_len, kv_len, block_size=block_size, device=device)
 
     scale = kind.head_dim**-0.5
-    settings: dict[str, Any] = {"block_size": block_size, "scale": scale, **bounds}
+    settings: dict[str, Any] = {"block_size": block_size, "scale": scale, "causal": kind.causal, "kv_lens": kv_lens}
     output, lse = compute(query, key, value, *mask_to_lists(block_mask), **settings)
     truth, truth_lse = reference.block_sparse_forward(
         query.double(), key.double(), value.double(), block_mask, kv_start=None, **settings

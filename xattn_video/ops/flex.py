@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.nn.attention import flex_attention as torch_flex
 from torch.nn.attention.flex_attention import BlockMask
 
-from .blocks import mask_to_lists, num_blocks, query_key_range
+from .block_lists import mask_to_lists
+from .key_mask import KeyMask, num_blocks
 from .reference import compute_dtype
 
 _HAS_AUX = hasattr(torch_flex, "AuxRequest")
@@ -42,27 +43,23 @@ def make_block_mask(
     block_mask: Tensor,
     q_len: int,
     kv_len: int,
-    *,
+    mask: KeyMask,
     block_size: int,
-    causal: bool,
-    kv_start: Tensor | None,
-    kv_lens: Tensor | None,
 ) -> BlockMask:
     """FlexAttention's mask of the kept blocks, made of their lists; no `[Sq, Sk]` mask is built.
 
     Args:
         block_mask: bool `[B, H, Nq, Nk]`.
         q_len, kv_len: tokens.
-        block_size, causal, kv_start, kv_lens: as in `block_sparse_attention`.
+        mask: which keys each query sees.
+        block_size: tokens per block.
 
     Returns:
         a mask whose whole lists name the kept blocks that are visible to the last pair, and whose partial lists name
         those that the key range, the diagonal or the end of the keys cuts: only in these are tokens masked.
     """
     batch = block_mask.shape[0]
-    first, end = query_key_range(
-        q_len, kv_len, causal=causal, kv_start=kv_start, kv_lens=kv_lens, device=block_mask.device
-    )
+    first, end = mask.query_range(q_len, kv_len, block_mask.device)
     begin = torch.arange(num_blocks(kv_len, block_size), device=block_mask.device) * block_size
     # Of the queries of a block the first one sees the fewest keys.
     whole = (first[:, ::block_size, None] <= begin) & (begin + block_size <= end[:, ::block_size, None])
@@ -122,14 +119,11 @@ def _flex_attend(
     kv_lens: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     q_len, kv_len = query.shape[2], key.shape[2]
-    if kv_start is not None or kv_lens is not None:
+    key_mask = KeyMask(causal, kv_start, kv_lens)
+    if key_mask.bounded:
         # A masked probability is 0, and 0 times whatever lies in the padding must be 0 too.
-        start, stop = query_key_range(1, kv_len, causal=False, kv_start=kv_start, kv_lens=kv_lens, device=query.device)
-        position = torch.arange(kv_len, device=query.device)
-        valid = (position >= start) & (position < stop)
-        value = value.masked_fill(~valid[:, None, :, None], 0)
-    bounds: dict[str, Any] = {"causal": causal, "kv_start": kv_start, "kv_lens": kv_lens}
-    mask = make_block_mask(block_mask, q_len, kv_len, block_size=block_size, **bounds)
+        value = value.masked_fill(~key_mask.valid_keys(kv_len, query.device)[:, None, :, None], 0)
+    mask = make_block_mask(block_mask, q_len, kv_len, key_mask, block_size)
     # detached: FlexAttention refuses on a CPU what could ask for a gradient
     query, key, value = ((part if part.stride(-1) == 1 else part.contiguous()).detach() for part in (query, key, value))
     with torch.no_grad():

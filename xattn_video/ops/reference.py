@@ -6,30 +6,16 @@ Float64 inputs are computed in float64, all others in float32.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from .blocks import num_blocks, query_key_range
+from .key_mask import KeyMask, num_blocks
 
 
 def compute_dtype(tensor: Tensor) -> torch.dtype:
     """What a backend computes in, and the dtype of scores and log-sum-exps: float32, or float64 for float64."""
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
-
-
-def _token_masks(
-    query: Tensor, key: Tensor, causal: bool, kv_start: Tensor | None, kv_lens: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """First and end of the keys that each query sees `[B or 1, Sq]`, and which keys are valid `[B or 1, Sk]`."""
-    q_len, kv_len = query.shape[2], key.shape[2]
-    bounds: dict[str, Any] = {"kv_start": kv_start, "kv_lens": kv_lens, "device": query.device}
-    first, end = query_key_range(q_len, kv_len, causal=causal, **bounds)
-    any_first, any_end = query_key_range(1, kv_len, causal=False, **bounds)
-    position = torch.arange(kv_len, device=query.device)
-    return first, end, (position >= any_first) & (position < any_end)
 
 
 def _groups(tokens: Tensor, stride: int) -> Tensor:
@@ -62,9 +48,10 @@ def antidiagonal_scores(
         `[B, Hq, Nq, Nk]`, float64 for float64 inputs, else float32. A row sums to the number of query groups in
         it that hold a query which sees a key.
     """
-    dtype = compute_dtype(query)
-    first, end, key_valid = _token_masks(query, key, causal, kv_start, kv_lens)
-    query_valid = first < end
+    dtype, mask = compute_dtype(query), KeyMask(causal, kv_start, kv_lens)
+    q_len, kv_len, device = query.shape[2], key.shape[2], query.device
+    first, end = mask.query_range(q_len, kv_len, device)
+    key_valid, query_valid = mask.valid_keys(kv_len, device), first < end
     queries = query.to(dtype).masked_fill(~query_valid[:, None, :, None], 0)
     keys = key.to(dtype).masked_fill(~key_valid[:, None, :, None], 0)
     keys = keys.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
@@ -76,20 +63,17 @@ def antidiagonal_scores(
     # A group row sees a key group that holds a valid key and starts at or before its last token's last key.
     visible = _any_in_group(key_valid, stride)[:, None, :]
     if causal:
-        rows = torch.arange(query_groups.shape[2], device=query.device)
-        _, stop = query_key_range(
-            1, key.shape[2], causal=False, kv_start=kv_start, kv_lens=kv_lens, device=query.device
-        )
-        last_key = rows * stride + stride - 1 + (stop - query.shape[2])
-        columns = torch.arange(key_groups.shape[2], device=query.device) * stride
+        rows = torch.arange(query_groups.shape[2], device=device)
+        _, stop = mask.valid_range(kv_len, device)
+        last_key = rows * stride + stride - 1 + (stop - q_len)[:, None]
+        columns = torch.arange(key_groups.shape[2], device=device) * stride
         visible = visible & (columns <= last_key[:, :, None])
     visible = visible & _any_in_group(query_valid, stride)[:, :, None]
 
     logits = logits.masked_fill(~visible[:, None], -torch.inf)
     prob = torch.softmax(logits, dim=-1).masked_fill(~visible[:, None], 0)
     ratio = block_size // stride
-    query_blocks = num_blocks(query.shape[2], block_size)
-    key_blocks = num_blocks(key.shape[2], block_size)
+    query_blocks, key_blocks = num_blocks(q_len, block_size), num_blocks(kv_len, block_size)
     prob = pad(prob, (0, key_blocks * ratio - prob.shape[3], 0, query_blocks * ratio - prob.shape[2]))
     return prob.unflatten(3, (key_blocks, ratio)).sum(-1).unflatten(2, (query_blocks, ratio)).sum(3)
 
@@ -167,13 +151,12 @@ def block_sparse_forward(
         float64 inputs); 0 and -inf for a query that sees no kept key.
     """
     dtype = compute_dtype(query)
-    repeats = query.shape[1] // key.shape[1]
-    first, end, key_valid = _token_masks(query, key, causal, kv_start, kv_lens)
-    position = torch.arange(key.shape[2], device=query.device)
-    visible = (position >= first[:, :, None]) & (position < end[:, :, None])
-    kept = block_mask.repeat_interleave(block_size, 2)[:, :, : query.shape[2]]
-    kept = kept.repeat_interleave(block_size, 3)[:, :, :, : key.shape[2]]
-    mask = kept & visible[:, None]
+    q_len, kv_len, repeats = query.shape[2], key.shape[2], query.shape[1] // key.shape[1]
+    masking = KeyMask(causal, kv_start, kv_lens)
+    key_valid = masking.valid_keys(kv_len, query.device)
+    kept = block_mask.repeat_interleave(block_size, 2)[:, :, :q_len]
+    kept = kept.repeat_interleave(block_size, 3)[:, :, :, :kv_len]
+    mask = kept & masking.visible(q_len, kv_len, query.device)[:, None]
 
     keys = key.to(dtype).masked_fill(~key_valid[:, None, :, None], 0).repeat_interleave(repeats, dim=1)
     values = value.to(dtype).masked_fill(~key_valid[:, None, :, None], 0).repeat_interleave(repeats, dim=1)

@@ -12,13 +12,13 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from ..config import XAttnConfig
-from .autocast import autocasts, cast_as_autocast
+from .autocast import cast_as_autocast, without_autocast
 from .backends import SORT_BYTES, Backend, auto_name, resolve
-from .blocks import count_valid_blocks, key_range, num_blocks, query_key_range, valid_and_forced_blocks
 from .call_blocks import call_blocks, head_thresholds
-from .checks import check_dense_tokens, check_key_bounds, check_query_key, check_threshold, check_value, default_scale
+from .checks import check_dense_tokens, check_query_key, check_threshold, check_value, default_scale
 from .chunks import Part, rows_per_chunk
-from .selection import select_valid
+from .key_mask import KeyMask, num_blocks
+from .stages import select_valid
 
 # A block mask, bool [B, H, Nq, Nk]; or lists of kept blocks, int32 of that shape, and their counts, int32 [B, H, Nq].
 Kept: TypeAlias = Tensor | tuple[Tensor, Tensor]
@@ -90,50 +90,55 @@ def xattention(
         >>> output.shape, 0 < stats.density <= 1
         (torch.Size([1, 4, 4096, 64]), True)
     """
-    if autocasts(query.device):
-        # as PyTorch's own attention does; and what the stages compute in float32 stays so
-        query, key, value = cast_as_autocast(query), cast_as_autocast(key), cast_as_autocast(value)
-        with torch.autocast(query.device.type, enabled=False):
-            return xattention(
-                query,
-                key,
-                value,
-                config,
-                causal=causal,
-                scale=scale,
-                kv_start=kv_start,
-                kv_lens=kv_lens,
-                dense_tokens=dense_tokens,
-                return_stats=return_stats,
-                **config_overrides,
-            )
     config, threshold = _settings(config, config_overrides)
+    # As PyTorch's own attention does.
+    query, key, value = cast_as_autocast(query), cast_as_autocast(key), cast_as_autocast(value)
     check_query_key(query, key)
     check_value(key, value)
     batch, heads, q_len, head_dim = query.shape
     kv_len, device = key.shape[2], query.device
-    kv_start, kv_lens = check_key_bounds(kv_start, kv_lens, batch, kv_len, device)
+    mask = KeyMask.checked(causal, kv_start, kv_lens, batch=batch, kv_len=kv_len, device=device)
     check_dense_tokens(dense_tokens, q_len, kv_len)
     if isinstance(threshold, tuple):
         threshold = head_thresholds(query, threshold)
     check_threshold(threshold, heads)
-    masking: dict[str, Any] = {"causal": causal, "kv_start": kv_start, "kv_lens": kv_lens}
 
-    reason = dense_reason(query, key, config, causal=causal, value=value)
-    geometry: dict[str, Any] = {"block_size": config.block_size, **masking}
-    if reason is not None:
-        output = dense_attention(query, key, value, scale=scale, **masking)
+    with without_autocast(device):
+        reason = dense_reason(query, key, config, causal=causal, value=value)
+        if reason is None:
+            # A list is taken too, and a key of the cache of blocks must be a tuple.
+            exact = None if dense_tokens is None else (dense_tokens[0], dense_tokens[1])
+            factor = default_scale(scale, head_dim)
+            output, kept, valid = _attend_sparse(Part(query, key, value, mask), config, threshold, exact, factor)
+        else:
+            output, kept, valid = dense_attention(query, key, value, scale=scale, **mask.keywords), None, None
         if not return_stats:
             return output
-        valid = count_valid_blocks(batch, q_len, kv_len, device=device, **geometry) * heads
-        return output, CallStats(valid, valid, reason)
+        if valid is None:
+            valid = mask.count_valid_blocks(batch, q_len, kv_len, block_size=config.block_size, device=device)
+        valid = valid * heads
+        return output, CallStats(valid if kept is None else kept.sum(), valid, reason)
 
-    backend = resolve(config.backend, device, query.dtype)
-    factor = default_scale(scale, head_dim)
-    exact = None if dense_tokens is None else tuple(dense_tokens)
-    rules: dict[str, Any] = {"dense_tokens": exact, "dense_last": config.dense_last, **geometry}
-    call = Part(query, key, value, kv_start, kv_lens)
-    part = partial(_attend_part, backend, config, threshold, causal=causal, scale=factor)
+
+def _attend_sparse(
+    call: Part,
+    config: XAttnConfig,
+    threshold: float | Tensor,
+    dense_tokens: tuple[int, int] | None,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Output of a call, its kept blocks in parts that sum to their number, and its valid blocks where they are known.
+
+    The valid blocks are those of one head, int64 0-d.
+    """
+    query, kv_len = call.query, call.key.shape[2]
+    backend = resolve(config.backend, query.device, query.dtype)
+    rules: dict[str, Any] = {
+        "block_size": config.block_size,
+        "dense_tokens": dense_tokens,
+        "dense_last": config.dense_last,
+    }
+    attend = partial(_attend_part, backend, config, threshold, scale)
     rows = rows_per_chunk(
         query,
         kv_len,
@@ -141,50 +146,36 @@ def xattention(
         pair_bytes=backend.pair_bytes if config.selection == "threshold" else SORT_BYTES,
         max_bytes=config.max_extra_mib << 20,
     )
-    if rows == num_blocks(q_len, config.block_size):
-        blocks = call_blocks(query, kv_len, **rules)
-        output, kept = part(call, call, blocks.valid, blocks.forced)
-        return (output, CallStats(kept.sum(), blocks.total * heads, None)) if return_stats else output
-    output, kept = _attend_in_chunks(call, rows, part, causal, config, rules)
-    if not return_stats:
-        return output
-    total = count_valid_blocks(batch, q_len, kv_len, device=device, **geometry)
-    return output, CallStats(kept, total * heads, None)
+    if rows < num_blocks(query.shape[2], config.block_size):
+        return *_attend_in_chunks(call, rows, attend, config, rules), None
+    blocks = call_blocks(query, kv_len, call.mask, **rules)
+    return *attend(call, call, blocks.valid, blocks.forced), blocks.total
 
 
 def _attend_part(
     backend: Backend,
     config: XAttnConfig,
     threshold: float | Tensor,
+    scale: float,
     scored: Part,
     part: Part,
     valid: Tensor,
     forced: Tensor,
-    *,
-    causal: bool,
-    scale: float,
 ) -> tuple[Tensor, Tensor]:
     """Output of a part, and its kept blocks: the counts of the lists, or the flags of the mask.
 
     `scored` are the part's queries, or those and a few more, which its scores come from; valid and forced bool
-    `[B, 1, Nq, Nk]` are the part's.
+    `[B, 1, Nq, Nk]` are the part's. Of the eight parameters the first four are the call's and bound once.
     """
-    settings: dict[str, Any] = {"block_size": config.block_size, "causal": causal, "scale": scale}
+    sizes: dict[str, Any] = {"block_size": config.block_size, "scale": scale}
     scores = backend.antidiagonal_scores(
-        scored.query,
-        scored.key,
-        stride=config.stride,
-        kv_start=scored.kv_start,
-        kv_lens=scored.kv_lens,
-        **settings,
+        scored.query, scored.key, stride=config.stride, **sizes, **scored.mask.keywords
     )
     if scored is not part:
         scores = scores[:, :, : valid.shape[2], : valid.shape[3]]
     kept = select_kept(backend, scores, valid, forced, config, threshold)
     del scores
-    output = attend_kept(
-        backend, part.query, part.key, part.value, kept, kv_start=part.kv_start, kv_lens=part.kv_lens, **settings
-    )
+    output = attend_kept(backend, part.query, part.key, part.value, kept, **sizes, **part.mask.keywords)
     return output, kept if isinstance(kept, Tensor) else kept[1]
 
 
@@ -192,33 +183,34 @@ def _attend_in_chunks(
     call: Part,
     rows: int,
     attend: Callable[[Part, Part, Tensor, Tensor], tuple[Tensor, Tensor]],
-    causal: bool,
     config: XAttnConfig,
     rules: dict[str, Any],
 ) -> tuple[Tensor, Tensor]:
     """Output `[B, Hq, Sq, D]` in query's layout, and the number of kept blocks, int64 0-d; `rows` query blocks at a
     time. `attend` is `_attend_part`, and `rules` are what `valid_and_forced_blocks` takes.
     """
-    query, key, *_ = call
+    query, key, _, mask = call
     batch, _, q_len, _ = query.shape
     kv_len, size = key.shape[2], config.block_size
     # The last group of keys that a query group sees may hold keys which are later than that group of queries. The
     # scores of the whole call take them in, so a chunk's last group must not be the last one that is scored.
-    more = config.stride if causal and (call.kv_lens is not None or (kv_len - q_len) % config.stride) else 0
+    cut = mask.causal and (mask.kv_lens is not None or (kv_len - q_len) % config.stride)
+    more = config.stride if cut else 0
     output = torch.empty_like(query)
     total = torch.zeros((), dtype=torch.int64, device=query.device)
     for first in range(0, num_blocks(q_len, size), rows):
         begin, end = first * size, min((first + rows) * size, q_len)
-        part = call.cut(begin, end, causal=causal)
+        part = call.cut(begin, end)
         if part is None:
             output[:, :, begin:end] = 0
             continue
-        scored = call.cut(begin, min(end + more, q_len), causal=causal) if more else part
+        scored = call.cut(begin, min(end + more, q_len)) if more else part
         assert scored is not None
-        stop = num_blocks(end, size)
-        valid, forced = valid_and_forced_blocks(batch, q_len, kv_len, rows=(first, stop), device=query.device, **rules)
+        blocks = mask.valid_and_forced_blocks(
+            batch, q_len, kv_len, rows=(first, num_blocks(end, size)), device=query.device, **rules
+        )
         columns = num_blocks(part.key.shape[2], size)
-        output[:, :, begin:end], kept = attend(scored, part, valid[..., :columns], forced[..., :columns])
+        output[:, :, begin:end], kept = attend(scored, part, *(flags[..., :columns] for flags in blocks))
         total = total + kept.sum()
     return output, total
 
@@ -238,7 +230,7 @@ def select_kept(
     if backend.lists is not None and config.selection == "threshold":
         return backend.lists.select(scores, valid, forced, threshold=threshold)
     rule: dict[str, Any] = {"threshold": threshold, "top_k": config.top_k, "top_ratio": config.top_ratio}
-    return select_valid(scores, valid, forced, select=backend.select, **rule)
+    return select_valid(backend, scores, valid, forced, **rule)
 
 
 def attend_kept(backend: Backend, query: Tensor, key: Tensor, value: Tensor, kept: Kept, **settings: Any) -> Tensor:
@@ -291,17 +283,16 @@ def dense_attention(
         query, scale = query * scale, 1.0
     gqa = query.shape[1] != key.shape[1]
     q_len, kv_len = query.shape[2], key.shape[2]
-    if kv_start is None and kv_lens is None and (not causal or q_len == kv_len):
+    mask = KeyMask(causal, kv_start, kv_lens)
+    if not mask.bounded and (not causal or q_len == kv_len):
         return scaled_dot_product_attention(query, key, value, is_causal=causal, scale=scale, enable_gqa=gqa)
-    first, end = query_key_range(q_len, kv_len, causal=causal, kv_start=kv_start, kv_lens=kv_lens, device=query.device)
-    position = torch.arange(kv_len, device=query.device)
-    if kv_start is not None or kv_lens is not None:
-        # padding may hold anything, and a masked NaN is still one
-        start, stop = key_range(kv_len, kv_start, kv_lens, query.device)
-        padding = (position < start[:, None]) | (position >= stop[:, None])
-        key, value = (part.masked_fill(padding[:, None, :, None], 0) for part in (key, value))
-    visible = (position >= first[:, None, :, None]) & (position < end[:, None, :, None])
+    if mask.bounded:
+        # Padding may hold anything, and NaN stays NaN when it is masked.
+        padding = ~mask.valid_keys(kv_len, query.device)[:, None, :, None]
+        key, value = key.masked_fill(padding, 0), value.masked_fill(padding, 0)
+    visible = mask.visible(q_len, kv_len, query.device)[:, None]
     output = scaled_dot_product_attention(query, key, value, attn_mask=visible, scale=scale, enable_gqa=gqa)
+    first, end = mask.query_range(q_len, kv_len, query.device)
     return output.masked_fill((first >= end)[:, None, :, None], 0)
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers.masking_utils import sdpa_mask
 
-from ...ops.blocks import query_key_range
+from ...ops.key_mask import KeyMask
 
 # Both attributes hang on the range itself, because transformers hands nothing else from the mask function to the
 # layers. Without the first one every layer would make the dense mask again: 26 operators, 0.33 ms for one query and
@@ -124,9 +124,7 @@ def dense_mask(ranges: Tensor, queries: int, keys: int) -> Tensor:
         return kept
     start, end = ranges[:, 0, 0, 0], ranges.shape[-1]
     lens = torch.full_like(start, end)
-    first, stop = query_key_range(queries, keys, causal=True, kv_start=start, kv_lens=lens, device=ranges.device)
-    position = torch.arange(keys, device=ranges.device)
-    mask = (position >= first[:, None, :, None]) & (position < stop[:, None, :, None])
+    mask = KeyMask(True, start, lens).visible(queries, keys, ranges.device)[:, None]
     if queries * keys <= _KEPT:
         setattr(ranges, _ATTRIBUTE, mask)
     return mask

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..blocks import num_blocks
+from ..key_mask import num_blocks
 from .tensors import Geometry, fill, head_slabs, product
 from .workers import Scratch, for_each
 

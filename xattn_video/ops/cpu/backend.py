@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..blocks import num_blocks, valid_blocks
+from ..key_mask import KeyMask, num_blocks
 from ..reference import compute_dtype
 from .attend import attend_item
 from .scores import score_item
@@ -81,7 +81,7 @@ def _cpu_scores(
 ) -> Tensor:
     shape = (*query.shape[:2], num_blocks(query.shape[2], block_size), num_blocks(key.shape[2], block_size))
     scores = torch.zeros(shape, dtype=compute_dtype(query))
-    for item, geometry in enumerate(geometries(query, key, block_size, causal, scale, kv_start, kv_lens)):
+    for item, geometry in enumerate(geometries(query, key, KeyMask(causal, kv_start, kv_lens), block_size, scale)):
         score_item(query[item], key[item], scores[item], geometry, stride)
     return scores
 
@@ -114,19 +114,11 @@ def _cpu_attend(
     kv_lens: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     batch, heads, q_len, head_dim = query.shape
-    block_mask = block_mask & valid_blocks(
-        batch,
-        q_len,
-        key.shape[2],
-        block_size=block_size,
-        causal=causal,
-        kv_start=kv_start,
-        kv_lens=kv_lens,
-        device=query.device,
-    )
+    mask = KeyMask(causal, kv_start, kv_lens)
+    block_mask = block_mask & mask.valid_blocks(batch, q_len, key.shape[2], block_size=block_size, device=query.device)
     output = torch.empty(batch, heads, q_len, head_dim, dtype=query.dtype)
     lse = torch.empty(batch, heads, q_len, dtype=compute_dtype(query))
-    for item, geometry in enumerate(geometries(query, key, block_size, causal, scale, kv_start, kv_lens)):
+    for item, geometry in enumerate(geometries(query, key, mask, block_size, scale)):
         attend_item(query[item], key[item], value[item], block_mask[item], output[item], lse[item], geometry)
     return output, lse
 

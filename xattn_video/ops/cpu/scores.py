@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ..blocks import num_blocks
+from ..key_mask import num_blocks
 from .tensors import Geometry, fill, head_slabs, product
 from .workers import Scratch, for_each
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..blocks import key_range
+from ..key_mask import KeyMask
 
 # Copies of keys and values that are alive at once (at least one head's): what the masks leave of the default bound.
 _COPY_BYTES = 64 << 20
@@ -26,20 +26,12 @@ class Geometry(NamedTuple):
     scale: float
 
 
-def geometries(
-    query: Tensor,
-    key: Tensor,
-    block_size: int,
-    causal: bool,
-    scale: float,
-    kv_start: Tensor | None,
-    kv_lens: Tensor | None,
-) -> list[Geometry]:
-    """One a batch item."""
+def geometries(query: Tensor, key: Tensor, mask: KeyMask, block_size: int, scale: float) -> list[Geometry]:
+    """The geometry of each batch item."""
     batch, q_len, kv_len = query.shape[0], query.shape[2], key.shape[2]
-    starts, stops = (part.expand(batch).tolist() for part in key_range(kv_len, kv_start, kv_lens, query.device))
+    starts, stops = (part.expand(batch).tolist() for part in mask.valid_range(kv_len, query.device))
     return [
-        Geometry(block_size, q_len, start, stop, stop - q_len if causal else None, scale)
+        Geometry(block_size, q_len, start, stop, stop - q_len if mask.causal else None, scale)
         for start, stop in zip(starts, stops, strict=True)
     ]
 

@@ -88,7 +88,8 @@ def _(block_mask):
 
 
 def mask_to_lists(block_mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """`blocks.mask_to_lists` by one kernel: indices int32 [B, H, Nq, Nk], ascending, 0 past the count; counts int32
-    [B, H, Nq].
+    """`ops.block_lists.mask_to_lists` by one kernel.
+
+    Returns indices int32 [B, H, Nq, Nk], ascending, 0 past the count, and counts int32 [B, H, Nq].
     """
     return _block_lists(block_mask)

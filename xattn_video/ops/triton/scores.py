@@ -22,7 +22,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..blocks import num_blocks
+from ..key_mask import num_blocks
 from .launch import (
     COMPILE_OPTIONS,
     LOG2E,

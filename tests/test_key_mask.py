@@ -5,14 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from xattn_video.ops.blocks import (
-    count_valid_blocks,
-    lists_to_mask,
-    mask_to_lists,
-    num_blocks,
-    valid_and_forced_blocks,
-    valid_blocks,
-)
+from xattn_video.ops.block_lists import lists_to_mask, mask_to_lists
+from xattn_video.ops.key_mask import KeyMask, num_blocks
+
+CPU = torch.device("cpu")
 
 CASES = [
     # batch, q_len, kv_len, block, causal, kv_start, kv_lens
@@ -47,16 +43,8 @@ def as_tensor(values):
 def test_valid_blocks_hold_a_visible_pair(case):
     batch, q_len, kv_len, block, causal, kv_start, kv_lens = case
     visible = token_visible(batch, q_len, kv_len, causal, kv_start, kv_lens)
-    got = valid_blocks(
-        batch,
-        q_len,
-        kv_len,
-        block_size=block,
-        causal=causal,
-        kv_start=as_tensor(kv_start),
-        kv_lens=as_tensor(kv_lens),
-        device=torch.device("cpu"),
-    )
+    mask = KeyMask(causal, as_tensor(kv_start), as_tensor(kv_lens))
+    got = mask.valid_blocks(batch, q_len, kv_len, block_size=block, device=CPU)
     assert got.shape == (batch, 1, num_blocks(q_len, block), num_blocks(kv_len, block))
     for b in range(batch):
         for i in range(got.shape[2]):
@@ -69,16 +57,8 @@ def test_valid_blocks_hold_a_visible_pair(case):
 def test_causal_keeps_the_first_block_and_the_querys_own(case):
     batch, q_len, kv_len, block, causal, kv_start, kv_lens = case
     visible = token_visible(batch, q_len, kv_len, causal, kv_start, kv_lens)
-    forced = valid_and_forced_blocks(
-        batch,
-        q_len,
-        kv_len,
-        block_size=block,
-        causal=True,
-        kv_start=as_tensor(kv_start),
-        kv_lens=as_tensor(kv_lens),
-        device=torch.device("cpu"),
-    )[1][:, 0]
+    mask = KeyMask(True, as_tensor(kv_start), as_tensor(kv_lens))
+    forced = mask.valid_and_forced_blocks(batch, q_len, kv_len, block_size=block, device=CPU)[1][:, 0]
     for b in range(batch):
         offset = (kv_lens[b] if kv_lens else kv_len) - q_len
         for row in range(forced.shape[1]):
@@ -91,55 +71,52 @@ def test_causal_keeps_the_first_block_and_the_querys_own(case):
 
 
 def test_an_unaligned_offset_forces_two_own_blocks():
-    forced = valid_and_forced_blocks(1, 32, 72, block_size=32, causal=True, device=torch.device("cpu"))[1]
+    forced = KeyMask(causal=True).valid_and_forced_blocks(1, 32, 72, block_size=32, device=CPU)[1]
     assert forced[0, 0].tolist() == [[True, True, True]]
-    aligned = valid_and_forced_blocks(1, 32, 96, block_size=32, causal=True, device=torch.device("cpu"))[1]
+    aligned = KeyMask(causal=True).valid_and_forced_blocks(1, 32, 96, block_size=32, device=CPU)[1]
     assert aligned[0, 0].tolist() == [[True, False, True]]
 
 
 @pytest.mark.parametrize(("dense_last", "rows"), [(0, 0), (1, 1), (4, 1), (5, 2), (20, 2), (21, 3), (1000, 7)])
 def test_the_blocks_of_the_last_queries_are_dense(dense_last, rows):
     # 100 queries are six blocks of 16 and one of 4.
-    geometry = {"block_size": 16, "causal": True, "device": torch.device("cpu")}
-    forced = valid_and_forced_blocks(1, 100, 132, dense_last=dense_last, **geometry)[1]
-    valid = valid_blocks(1, 100, 132, **geometry)
+    mask, geometry = KeyMask(causal=True), {"block_size": 16, "device": CPU}
+    valid, forced = mask.valid_and_forced_blocks(1, 100, 132, dense_last=dense_last, **geometry)
     assert torch.equal(forced[:, :, 7 - rows :], valid[:, :, 7 - rows :])
-    assert torch.equal(forced[:, :, : 7 - rows], valid_and_forced_blocks(1, 100, 132, **geometry)[1][:, :, : 7 - rows])
-    assert not valid_and_forced_blocks(1, 100, 100, block_size=16, dense_last=9, device=torch.device("cpu"))[1].any()
+    paper = mask.valid_and_forced_blocks(1, 100, 132, **geometry)[1]
+    assert torch.equal(forced[:, :, : 7 - rows], paper[:, :, : 7 - rows])
+    assert not KeyMask().valid_and_forced_blocks(1, 100, 100, dense_last=9, **geometry)[1].any()
 
 
 def test_text_rows_and_columns_are_dense():
-    forced = valid_and_forced_blocks(1, 100, 100, block_size=16, dense_tokens=(70, 81), device=torch.device("cpu"))[1][
-        0, 0
-    ]
+    geometry = {"block_size": 16, "device": CPU}
+    forced = KeyMask().valid_and_forced_blocks(1, 100, 100, dense_tokens=(70, 81), **geometry)[1][0, 0]
     touching = torch.tensor([False, False, False, False, True, True, False])
     assert torch.equal(forced, touching[:, None] | touching[None, :])
-    empty = valid_and_forced_blocks(1, 100, 100, block_size=16, dense_tokens=(70, 70), device=torch.device("cpu"))[1]
+    empty = KeyMask().valid_and_forced_blocks(1, 100, 100, dense_tokens=(70, 70), **geometry)[1]
     assert not empty.any()
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_the_number_of_valid_blocks_needs_no_mask(case):
     batch, q_len, kv_len, block, causal, kv_start, kv_lens = case
-    settings = {"block_size": block, "causal": causal, "device": torch.device("cpu")}
-    settings |= {"kv_start": as_tensor(kv_start), "kv_lens": as_tensor(kv_lens)}
-    count = count_valid_blocks(batch, q_len, kv_len, **settings)
+    mask, settings = KeyMask(causal, as_tensor(kv_start), as_tensor(kv_lens)), {"block_size": block, "device": CPU}
+    count = mask.count_valid_blocks(batch, q_len, kv_len, **settings)
     assert count.dtype == torch.int64
-    assert int(count) == int(valid_blocks(batch, q_len, kv_len, **settings).sum())
+    assert int(count) == int(mask.valid_blocks(batch, q_len, kv_len, **settings).sum())
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_the_masks_of_some_rows_are_those_rows_of_the_masks(case):
     batch, q_len, kv_len, block, causal, kv_start, kv_lens = case
-    settings = {"block_size": block, "causal": causal, "device": torch.device("cpu")}
-    settings |= {"kv_start": as_tensor(kv_start), "kv_lens": as_tensor(kv_lens)}
+    mask, settings = KeyMask(causal, as_tensor(kv_start), as_tensor(kv_lens)), {"block_size": block, "device": CPU}
     exact = [{}, {"dense_last": 20}] if causal else [{}]
     exact += [{"dense_tokens": (20, 25)}, {"dense_tokens": (50, q_len)}] if q_len == kv_len else []
     for rules in exact:
-        whole = valid_and_forced_blocks(batch, q_len, kv_len, **settings, **rules)
+        whole = mask.valid_and_forced_blocks(batch, q_len, kv_len, **settings, **rules)
         for begin in range(num_blocks(q_len, block)):
             for end in range(begin + 1, num_blocks(q_len, block) + 1):
-                part = valid_and_forced_blocks(batch, q_len, kv_len, rows=(begin, end), **settings, **rules)
+                part = mask.valid_and_forced_blocks(batch, q_len, kv_len, rows=(begin, end), **settings, **rules)
                 for got, wanted in zip(part, whole, strict=True):
                     assert torch.equal(got, wanted[:, :, begin:end]), (rules, begin, end)
 
