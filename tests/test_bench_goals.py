@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from xattn_video import XAttnConfig, block_sparse_attention
+from xattn_video.ops.block_lists import lists_to_mask, mask_to_lists
 from xattn_video_eval.bench import cases as bench_cases
 from xattn_video_eval.bench import command, dense_kernels
 from xattn_video_eval.bench import goals as bench_goals
@@ -158,17 +159,21 @@ def test_a_failed_gate_leaves_out_its_case_alone(
     cases = [replace(SMALL, stride=stride) for stride in (4, 8, 16)]
     monkeypatch.setattr(command, "chosen_cases", lambda args, device: cases)
     monkeypatch.setattr(command, "LEDGER", tmp_path / "efficiency.jsonl")
-    select = command.select_kept
+    measure, select, strides = command._measure, command.select_lists, []
 
-    def select_kept(
-        backend: Any, scores: Tensor, valid: Tensor, forced: Tensor, config: XAttnConfig, share: Any
-    ) -> Any:
-        if config.stride == 8:
+    def measure_one(case: Case, prepared: Any, config: XAttnConfig, *rest: Any) -> Any:
+        strides.append(config.stride)
+        return measure(case, prepared, config, *rest)
+
+    def select_lists(*parts: Any, **rule: Any) -> tuple[Tensor, Tensor]:
+        if strides[-1] == 8:
             raise RuntimeError("out of registers\nin ptxas")
-        kept = select(backend, scores, valid, forced, config, share)
-        return kept & (torch.arange(kept.shape[-1]) > 2) if config.stride == 4 else kept
+        lists = select(*parts, **rule)
+        kept = lists_to_mask(*lists)
+        return mask_to_lists(kept & (torch.arange(kept.shape[-1]) > 2)) if strides[-1] == 4 else lists
 
-    monkeypatch.setattr(command, "select_kept", select_kept)
+    monkeypatch.setattr(command, "_measure", measure_one)
+    monkeypatch.setattr(command, "select_lists", select_lists)
     out = tmp_path / "new" / "out"
     assert main(["bench", "--device", "cpu", "--goals", "--rounds", "1", "--record", "--out", str(out)]) == 1
     captured = capsys.readouterr()

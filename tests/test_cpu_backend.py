@@ -13,6 +13,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from xattn_video import XAttnConfig, block_sparse_attention, score_blocks, xattention
 from xattn_video.ops import reference
+from xattn_video.ops.block_lists import mask_to_lists
 from xattn_video.ops.cpu import backend as cpu
 from xattn_video.ops.cpu import workers
 from xattn_video.ops.key_mask import KeyMask
@@ -92,11 +93,14 @@ def test_attention_and_log_sum_exp_are_the_references(seeds: range) -> None:
         (query, key, value), settings = random_call(seed)
         shape = reference.antidiagonal_scores(query, key, stride=4, **settings).shape
         block_mask = torch.rand(shape, generator=torch.Generator().manual_seed(seed)) < 0.5
+        mask = KeyMask(settings["causal"], settings["kv_start"], settings["kv_lens"])
+        sizes = (query.shape[0], query.shape[2], key.shape[2])
+        block_mask &= mask.valid_blocks(*sizes, block_size=settings["block_size"], device=query.device)
         exact = [part.double() for part in (query, key, value)]
         truth, truth_lse = reference.block_sparse_forward(*exact, block_mask, **settings)
         # NaN in padding must reach neither output.
         key, value = poisoned(key, settings), poisoned(value, settings)
-        output, lse = cpu.block_sparse_forward(query, key, value, block_mask, **settings)
+        output, lse = cpu.block_sparse_forward(query, key, value, *mask_to_lists(block_mask), **settings)
         assert output.is_contiguous()
         torch.testing.assert_close(output.double(), truth, atol=1e-5, rtol=1e-5, msg=f"seed {seed}")
         torch.testing.assert_close(lse.double(), truth_lse, atol=1e-5, rtol=1e-5, msg=f"seed {seed}")
@@ -229,9 +233,13 @@ def test_operators_and_their_fakes_agree() -> None:
     block_mask = torch.rand(1, 4, 4, 4) < 0.7
     kv_lens = torch.tensor([150], dtype=torch.int32)
     tests = ("test_schema", "test_faketensor")
-    torch.library.opcheck(cpu._cpu_scores, (query, key, 8, 64, True, 0.2, None, kv_lens), test_utils=tests)
-    arguments = (query, key, value, block_mask, 64, True, 0.2, None, kv_lens)
-    torch.library.opcheck(cpu._cpu_attend, arguments, test_utils=tests)
+    settings = {"causal": True, "block_size": 64, "scale": 0.2}
+    scored = (query, key, None, kv_lens), {"stride": 8, **settings}
+    torch.library.opcheck(cpu.antidiagonal_scores, *scored, test_utils=tests)
+    valid = KeyMask(True, None, kv_lens).valid_blocks(1, 200, 200, block_size=64, device=query.device)
+    lists = mask_to_lists(block_mask & valid)
+    attended = (query, key, value, *lists, None, kv_lens), settings
+    torch.library.opcheck(cpu.block_sparse_forward, *attended, test_utils=tests)
 
 
 @pytest.mark.parametrize("causal", [False, True])

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from xattn_video import XAttnConfig
-from xattn_video.ops.backends import ListStages, resolve
+from xattn_video.ops.backends import resolve
 from xattn_video.ops.block_lists import lists_to_mask, mask_to_lists
 from xattn_video_eval.bench import cases as bench_cases
 from xattn_video_eval.bench import command, demo_tensors, gates
@@ -220,8 +220,13 @@ def test_a_kernel_that_is_wrong_or_raises_is_listed_and_not_timed(
 def test_attention_that_is_wrong_on_the_timed_problem_ends_the_bench(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    right = command.attend_kept
-    monkeypatch.setattr(command, "attend_kept", lambda *parts, **settings: right(*parts, **settings) * 1.001)
+    own = resolve("cpu", torch.device("cpu"), torch.float32)
+
+    def wrong(*parts: Tensor, **settings: Any) -> tuple[Tensor, Tensor]:
+        output, lse = own.block_sparse_forward(*parts, **settings)
+        return output * 1.001, lse
+
+    monkeypatch.setattr(command, "resolve", lambda *_: own._replace(block_sparse_forward=wrong))
     assert main(ARGUMENTS) == 1
     report = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert report["rows"] == []
@@ -240,11 +245,12 @@ def test_scores_and_choice_are_judged_on_the_timed_problem(
     own = resolve("cpu", torch.device("cpu"), torch.float32)
     right = getattr(own, stage)
 
-    def wrong(*parts: Tensor, **settings: Any) -> Tensor:
-        result = right(*parts, **settings)
+    def wrong(*parts: Tensor, **settings: Any) -> Any:
+        lists = stage == "select"
+        result = lists_to_mask(*right(*parts, **settings)) if lists else right(*parts, **settings)
         if result.shape[2] > 8:
             result[:, 1:, 8:] = result[:, 1:, 8:].flip(-1)
-        return result
+        return mask_to_lists(result) if lists else result
 
     monkeypatch.setattr(command, "resolve", lambda *_: own._replace(**{stage: wrong}))
     assert main([*ARGUMENTS, "--causal"] if causal else ARGUMENTS) == 1
@@ -253,30 +259,24 @@ def test_scores_and_choice_are_judged_on_the_timed_problem(
     assert any(words in failure for failure in report["failures"]), report["failures"]
 
 
-def test_stages_are_those_of_the_call_also_where_lists_take_the_place_of_a_mask(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_stages_are_those_of_the_call(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     calls = {"select": 0, "attend": 0}
     own = resolve("cpu", torch.device("cpu"), torch.float32)
 
     def select(*parts: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
         calls["select"] += 1
-        return mask_to_lists(own.select(*parts, threshold=threshold))
+        return own.select(*parts, threshold=threshold)
 
-    def attend(query: Tensor, key: Tensor, value: Tensor, *lists: Tensor, **settings: Any) -> tuple[Tensor, Tensor]:
+    def attend(*parts: Tensor, **settings: Any) -> tuple[Tensor, Tensor]:
         calls["attend"] += 1
-        return own.block_sparse_forward(query, key, value, lists_to_mask(*lists), **settings)
+        return own.block_sparse_forward(*parts, **settings)
 
-    with_lists = own._replace(lists=ListStages(select, attend))
-    monkeypatch.setattr(command, "resolve", lambda *_: with_lists)
+    counted = own._replace(select=select, block_sparse_forward=attend)
+    monkeypatch.setattr(command, "resolve", lambda *_: counted)
     assert main(ARGUMENTS) == 0
-    (listed,) = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
+    (row,) = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
     # Once to know what is kept and what is right, once unmeasured, and once a round.
-    assert calls == {"select": 2 + listed["rounds"], "attend": 2 + listed["rounds"]}
-    monkeypatch.undo()
-    assert main(ARGUMENTS) == 0
-    (masked,) = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
-    assert listed["density"] == masked["density"]
+    assert calls == {"select": 2 + row["rounds"], "attend": 2 + row["rounds"]}
 
 
 def test_both_pictures_are_written_and_show_the_rows(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -107,7 +107,8 @@ def test_the_operator_promises_the_layout_of_the_package():
     indices = torch.empty(2, 4, 3, 2, dtype=torch.int32, device="meta")
 
     def call(query: Tensor) -> tuple[Tensor, Tensor]:
-        return fa4._fa4_attend(query, key, key, indices, indices[..., 0], 128, False, 0.1, None)
+        settings = {"causal": False, "block_size": 128, "scale": 0.1}
+        return fa4.block_sparse_forward(query, key, key, indices, indices[..., 0], None, None, **settings)
 
     for run in (call, torch.compile(call, fullgraph=True, backend="aot_eager")):
         output, lse = run(query)
@@ -120,8 +121,6 @@ def test_scores_and_selection_are_those_of_triton():
     own, triton = (backends._import(name, torch.device("cuda")) for name in ("fa4", "triton"))
     assert own.name == "fa4"
     assert (own.antidiagonal_scores, own.select) == (triton.antidiagonal_scores, triton.select)
-    assert own.lists.select is triton.lists.select
-    assert own.lists.block_sparse_forward is fa4.block_sparse_forward_lists
     assert own.block_sparse_forward is fa4.block_sparse_forward
 
 

@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from xattn_video import XAttnConfig, block_sparse_attention, xattention
 from xattn_video.ops import flex, reference
 from xattn_video.ops.backends import resolve
+from xattn_video.ops.block_lists import mask_to_lists
 from xattn_video.ops.cpu import backend as cpu
 from xattn_video.ops.key_mask import KeyMask
 from xattn_video.testing.synthetic import causal_text_like_qkv, video_like_qkv
@@ -155,11 +156,13 @@ def test_compiled_flex_attention_visits_the_listed_blocks_and_no_others(causal):
 def test_operator_and_its_fake_agree():
     (query, key, value), block_mask = problem(2, heads=(4, 2), lengths=(70, 90), head_dim=24, dtype=torch.float32)
     kv_lens = torch.tensor([80, 90], dtype=torch.int32)
-    arguments = (query, key, value, block_mask, BLOCK_SIZE, True, 0.2, None, kv_lens)
+    arguments = (query, key, value, *mask_to_lists(block_mask), None, kv_lens)
+    settings = {"causal": True, "block_size": BLOCK_SIZE, "scale": 0.2}
     # torch.library.opcheck runs under modes that the vmap inside uncompiled FlexAttention does not bear.
     with FakeTensorMode() as mode:
-        faked = flex._flex_attend(*(mode.from_tensor(item) if isinstance(item, Tensor) else item for item in arguments))
-    for fake, real in zip(faked, flex._flex_attend(*arguments), strict=True):
+        parts = (mode.from_tensor(item) if isinstance(item, Tensor) else item for item in arguments)
+        faked = flex.block_sparse_forward(*parts, **settings)
+    for fake, real in zip(faked, flex.block_sparse_forward(*arguments, **settings), strict=True):
         assert (fake.shape, fake.stride(), fake.dtype) == (real.shape, real.stride(), real.dtype)
 
 

@@ -16,6 +16,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("TRITON_INTERPRET=1 excludes compiling kernels", allow_module_level=True)
 
 # after the skips: these import triton
+from xattn_video.ops.block_lists import empty_lists  # noqa: E402
 from xattn_video.ops.triton import attention_choice, block_lists, launch_tables  # noqa: E402
 from xattn_video.ops.triton import selection as block_selection  # noqa: E402
 from xattn_video_eval.bench import static_evidence  # noqa: E402
@@ -133,30 +134,25 @@ def test_a_video_of_another_size_compiles_nothing(case, monkeypatch):
 
 
 def selection_kernels(blocks: int, target: str) -> list[str]:
-    """Compile selection, with a mask and with lists, and the lists of a mask; what identifies the three."""
+    """Compile selection and the lists of a mask; what identifies the two."""
     scores = torch.empty(1, 24, blocks, blocks, device="meta")
     flags = scores.to(torch.int8)
-    indices, counts = block_lists.empty_lists(scores)
+    indices, counts = empty_lists(scores)
+    lists = {"indices_ptr": indices, "counts_ptr": counts}
     sizes = {"heads": 24, "Nq": blocks, "Nk": blocks, **block_lists.row_options(blocks)}
-    made = []
-    for lists in (False, True):
-        tensors = {"scores_ptr": scores, "valid_ptr": flags, "forced_ptr": flags}
-        tensors |= {"threshold_ptr": torch.empty(24, dtype=torch.float64, device="meta")}
-        tensors |= {"kept_ptr": None, "indices_ptr": indices, "counts_ptr": counts} if lists else {}
-        tensors |= {} if lists else {"kept_ptr": flags, "indices_ptr": None, "counts_ptr": None}
-        strides = {f"stride_{name}{axis}": scores.stride(at) for name in "svf" for at, axis in enumerate("bhqk")}
-        compiled = static_evidence.compile_like_jit(
-            block_selection._block_selection_kernel,
-            {**tensors, **strides, **sizes, "LISTS": lists},
-            static_evidence.TARGETS[target],
-        )
-        assert compiled.metadata.shared < 16 * 1024
-        made.append(compiled.hash)
-    strides = {f"stride_m{axis}": scores.stride(at) for at, axis in enumerate("bhqk")}
-    tensors = {"mask_ptr": flags, "indices_ptr": indices, "counts_ptr": counts}
-    arguments = {**tensors, **strides, **sizes}
-    kernel = block_lists._block_lists_kernel
-    return [*made, static_evidence.compile_like_jit(kernel, arguments, static_evidence.TARGETS[target]).hash]
+
+    def strides(names: str) -> dict[str, int]:
+        return {f"stride_{name}{axis}": scores.stride(at) for name in names for at, axis in enumerate("bhqk")}
+
+    tensors = {"scores_ptr": scores, "valid_ptr": flags, "forced_ptr": flags}
+    tensors |= {"threshold_ptr": torch.empty(24, dtype=torch.float64, device="meta"), **lists}
+    calls = [
+        (block_selection._block_selection_kernel, {**tensors, **strides("svf"), **sizes}),
+        (block_lists._block_lists_kernel, {"mask_ptr": flags, **lists, **strides("m"), **sizes}),
+    ]
+    made = [static_evidence.compile_like_jit(*call, static_evidence.TARGETS[target]) for call in calls]
+    assert all(compiled.metadata.shared < 16 * 1024 for compiled in made)
+    return [compiled.hash for compiled in made]
 
 
 @pytest.mark.parametrize("target", static_evidence.TARGETS)

@@ -22,6 +22,7 @@ from tests.kernel_checks import Problem
 from tests.kernel_problems import HUGE, SMALL, STRIPS, TILES, WIDE_TILES
 from tests.memory_check import checked_memory
 from xattn_video import xattention
+from xattn_video.ops.block_lists import mask_to_lists
 from xattn_video.ops.triton import attention_forward as attention_operator
 from xattn_video.ops.triton import block_lists as lists_kernel
 from xattn_video.ops.triton import descriptors, launch_tables
@@ -153,7 +154,7 @@ def test_a_list_is_searched_from_its_ends(causal, touched):
     query, key, value = problem.tensors("cpu")
     indices = torch.arange(64, dtype=torch.int32).expand(1, 1, 1, 64).contiguous()
     counts = torch.full((1, 1, 1), 64, dtype=torch.int32)
-    attention_operator.block_sparse_forward_lists(query, key, value, indices, counts, **problem.options("cpu"))
+    attention_operator.block_sparse_forward(query, key, value, indices, counts, **problem.options("cpu"))
     # tiles have more elements than one; the count and the two bounds are no entries
     entries = touched.count(1) - 3
     # the first and the last block are cut, causal also the last but one; and at each end the one that is not is read
@@ -224,21 +225,20 @@ def test_operators_keep_their_contract():
     query, key, value = problem.tensors("cpu")
     options = problem.options("cpu")
     bounds = (options["kv_start"], options["kv_lens"])
-    torch.library.opcheck(scores_kernel._antidiagonal_scores, (query, key, 8, 32, False, 0.2, *bounds))
+    sizes = {"causal": False, "block_size": 32, "scale": 0.2}
+    torch.library.opcheck(scores_kernel.antidiagonal_scores, (query, key, *bounds), {"stride": 8, **sizes})
     block_mask = problem.block_mask("cpu")
-    indices, counts = lists_kernel.mask_to_lists(block_mask)
-    torch.library.opcheck(lists_kernel._block_lists, (block_mask,))
+    lists = lists_kernel.mask_to_lists(block_mask)
+    torch.library.opcheck(lists_kernel.mask_to_lists, (block_mask,))
     chosen = (torch.rand(block_mask.shape), torch.ones_like(block_mask), block_mask)
     shares = torch.full(block_mask.shape[1:2], 0.9, dtype=torch.float64)
-    for operator in (selection_kernel._block_selection, selection_kernel._block_selection_lists):
-        torch.library.opcheck(operator, (*chosen, shares))
-    torch.library.opcheck(
-        attention_operator._block_sparse, (query, key, value, indices, counts, 32, False, 0.2, *bounds, None)
-    )
+    torch.library.opcheck(selection_kernel._block_selection, (*chosen, shares))
+    torch.library.opcheck(attention_operator.block_sparse_forward, (query, key, value, *lists, *bounds), sizes)
 
     def both(query, key, value):
         scores = scores_kernel.antidiagonal_scores(query, key, stride=8, **options)
-        return attention_operator.block_sparse_forward(query, key, value, scores > scores.mean(), **options)[0]
+        lists = lists_kernel.mask_to_lists(scores > scores.mean())
+        return attention_operator.block_sparse_forward(query, key, value, *lists, **options)[0]
 
     compiled = torch.compile(both, fullgraph=True, backend="eager")
     torch.testing.assert_close(compiled(query, key, value), both(query, key, value), rtol=0, atol=0)
@@ -265,8 +265,9 @@ def test_more_heads_than_a_launch_has_are_refused():
     query, key, value = problem.tensors("cpu")
     scores = torch.ones(65_536, 1, 1, 1)
     mask, share = scores.bool(), torch.ones(1, dtype=torch.float64)
+    lists = mask_to_lists(mask)
     for call in (
-        lambda: attention_operator.block_sparse_forward(query, key, value, mask, **problem.options("cpu")),
+        lambda: attention_operator.block_sparse_forward(query, key, value, *lists, **problem.options("cpu")),
         lambda: lists_kernel.mask_to_lists(mask),
         lambda: selection_kernel.select(scores, mask, mask, threshold=share),
     ):
@@ -278,7 +279,7 @@ def test_attention_refuses_blocks_below_a_tile():
     problem = Problem(block_size=8)
     with pytest.raises(ValueError, match=r"block_size must be at least 16 .* got 8"):
         attention_operator.block_sparse_forward(
-            *problem.tensors("cpu"), problem.block_mask("cpu"), **problem.options("cpu")
+            *problem.tensors("cpu"), *mask_to_lists(problem.block_mask("cpu")), **problem.options("cpu")
         )
 
 

@@ -35,7 +35,7 @@ from xattn_video.ops.backends import resolve
 from xattn_video.ops.block_lists import lists_to_mask
 from xattn_video.ops.call_blocks import call_blocks
 from xattn_video.ops.key_mask import KeyMask
-from xattn_video.ops.xattention import Kept, attend_kept, select_kept
+from xattn_video.ops.stages import select_lists
 from xattn_video_eval.bench import goals as bench_goals
 from xattn_video_eval.bench import plots as bench_plots
 from xattn_video_eval.bench.cases import DTYPES, INPUTS, Case, chosen_cases, make_inputs
@@ -307,12 +307,13 @@ def _measure(
     # as in the whole call, where all layers share them
     rules: dict[str, Any] = {"block_size": config.block_size, "dense_tokens": None, "dense_last": 0}
 
-    def select() -> Kept:
+    def select() -> tuple[Tensor, Tensor]:
         blocks = call_blocks(query, length, mask, **rules)
-        return select_kept(backend, scores, blocks.valid, blocks.forced, config, config.threshold)
+        rule: dict[str, Any] = {"threshold": config.threshold, "top_k": config.top_k, "top_ratio": config.top_ratio}
+        return select_lists(backend, scores, blocks.valid, blocks.forced, **rule)
 
-    kept = select()
-    block_mask = kept if isinstance(kept, Tensor) else lists_to_mask(*kept)
+    lists = select()
+    block_mask = lists_to_mask(*lists)
     blocks = call_blocks(query, length, mask, **rules)
     wrong = gate_choice(case, query, key, scores, block_mask, blocks.valid, blocks.forced, config)
     if wrong:
@@ -321,7 +322,10 @@ def _measure(
 
     sparse = Problem(query, key, value, case.causal, block_mask, config.block_size)
     named = attention_candidates(sparse)
-    attend = partial(attend_kept, backend, query, key, value, kept, **masking)
+
+    def attend() -> Tensor:
+        return backend.block_sparse_forward(query, key, value, *lists, **masking)[0]
+
     own = judge({"attend": attend, **named.kernels}, sparse)
     other = judge({} if goals else sparse_candidates(sparse), sparse)
     wrong = [f"{name}: {reason}" for name, reason in own.refused.items()]

@@ -20,7 +20,7 @@ from xattn_video.ops.backends import unavailable_reason
 from xattn_video.ops.block_lists import lists_to_mask, mask_to_lists
 from xattn_video.ops.key_mask import num_blocks
 from xattn_video.ops.triton.scores import launch_antidiagonal_scores
-from xattn_video.ops.triton.selection import select_lists
+from xattn_video.ops.triton.selection import select as select_on_gpu
 from xattn_video_eval.bench.dense_kernels import Problem, dense_candidates, reason_of, relative_error, sampled_truth
 from xattn_video_eval.bench.timing import median_seconds, peak_extra_mb
 from xattn_video_eval.first_gpu.inputs import DENSITY, dense_flop, timed_problem
@@ -121,7 +121,7 @@ def scores(look: Look) -> None:
             named = {"stride": stride, "name": variant.name, "shipped": variant.shipped}
             time_call(look, call, check, dense_flop(look) / (2 * stride), **named)
         valid = torch.ones(1, 1, *blocks.shape[2:], dtype=torch.bool, device=look.device)
-        select = partial(select_lists, result, valid, ~valid, threshold=THRESHOLD)
+        select = partial(select_on_gpu, result, valid, ~valid, threshold=THRESHOLD)
         time_call(look, select, partial(_selection_check, result, valid), None, stride=stride, name="select")
 
 

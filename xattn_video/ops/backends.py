@@ -1,4 +1,4 @@
-"""Which implementation runs where. A backend is three functions with the signatures of `reference.py`."""
+"""Which implementation runs where, and why not. An implementation is imported when it is first used."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..config import BACKENDS
+from .block_lists import mask_to_lists
 
 TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -20,32 +21,29 @@ _HAS_TRITON = importlib.util.find_spec("triton") is not None
 _HAS_FA4 = any(importlib.metadata.distributions(name="flash-attn-4"))
 
 
-class ListStages(NamedTuple):
-    """Selection by threshold and attention with lists of kept blocks between them instead of a mask.
-
-    `select` gives indices int32 `[B, H, Nq, Nk]`, ascending, and counts int32 `[B, H, Nq]`, which
-    `block_sparse_forward` takes.
-    """
-
-    select: Callable[..., tuple[Tensor, Tensor]]
-    block_sparse_forward: Callable[..., tuple[Tensor, Tensor]]
-
-
 # What a selection that sorts holds for each pair of blocks and each head: scores, and 40 bytes in `reference.select`.
 SORT_BYTES = 48
 
 
 class Backend(NamedTuple):
-    """The device-specific parts of XAttention's three stages; `lists` where those are faster than a mask.
+    """The device-specific parts of XAttention's three stages.
 
-    `pair_bytes`: the most that the stages hold at once for each pair of blocks and each head, with a threshold.
+    Attributes:
+        name: as in `BACKENDS`.
+        antidiagonal_scores: (query, key, stride, block_size, scale, causal, kv_start, kv_lens) -> scores.
+        select: (scores, valid, forced, threshold) -> lists of kept blocks: indices int32 `[B, H, Nq, Nk]`, ascending,
+            and counts int32 `[B, H, Nq]`.
+        block_sparse_forward: (query, key, value, indices, counts, block_size, scale, causal, kv_start, kv_lens) ->
+            output and log-sum-exp. The lists hold only valid blocks.
+        mask_to_lists: bool `[B, H, Nq, Nk]` -> lists.
+        pair_bytes: the most that the stages hold at once for each pair of blocks and each head, with a threshold.
     """
 
     name: str
     antidiagonal_scores: Callable[..., Tensor]
-    select: Callable[..., Tensor]
+    select: Callable[..., tuple[Tensor, Tensor]]
     block_sparse_forward: Callable[..., tuple[Tensor, Tensor]]
-    lists: ListStages | None = None
+    mask_to_lists: Callable[[Tensor], tuple[Tensor, Tensor]] = mask_to_lists
     pair_bytes: int = SORT_BYTES
 
 
@@ -153,35 +151,31 @@ def _import(name: str, device: torch.device) -> Backend:
     from . import reference
 
     if name == "reference":
-        return Backend(name, reference.antidiagonal_scores, reference.select, reference.block_sparse_forward)
+        stages = reference.antidiagonal_scores, reference.select_lists, reference.block_sparse_forward_lists
+        return Backend(name, *stages)
     if name == "cpu":
         from .cpu import backend as cpu
 
-        # Scores and masks are 7 bytes; the rest is room for copies of keys and for what each thread holds.
+        # Scores and lists are 8 bytes; the rest is room for copies of keys and for what each thread holds.
         return Backend(name, cpu.antidiagonal_scores, cpu.select, cpu.block_sparse_forward, pair_bytes=16)
     if name == "flex":
         from . import flex
 
         own = _import("cpu" if device.type == "cpu" else "triton", device)
-        return own._replace(
-            name=name, block_sparse_forward=flex.block_sparse_forward, lists=None, pair_bytes=SORT_BYTES
-        )
+        return own._replace(name=name, block_sparse_forward=flex.block_sparse_forward, pair_bytes=SORT_BYTES)
     if name == "fa4":
         from . import fa4
 
-        triton = _import("triton", device)
-        assert triton.lists is not None
-        lists = triton.lists._replace(block_sparse_forward=fa4.block_sparse_forward_lists)
-        return triton._replace(name=name, block_sparse_forward=fa4.block_sparse_forward, lists=lists)
-    from .triton.attention_forward import block_sparse_forward, block_sparse_forward_lists
+        return _import("triton", device)._replace(name=name, block_sparse_forward=fa4.block_sparse_forward)
+    from .triton.attention_forward import block_sparse_forward
+    from .triton.block_lists import mask_to_lists
     from .triton.scores import antidiagonal_scores
-    from .triton.selection import select, select_lists
+    from .triton.selection import select
 
+    attend: Callable[..., tuple[Tensor, Tensor]] = block_sparse_forward
     if name == "triton-hopper":
         from .triton.attention_choice import HOPPER
 
-        block_sparse_forward = partial(block_sparse_forward, force=HOPPER)
-        block_sparse_forward_lists = partial(block_sparse_forward_lists, force=HOPPER)
-    lists = ListStages(select_lists, block_sparse_forward_lists)
-    # scores and lists
-    return Backend(name, antidiagonal_scores, select, block_sparse_forward, lists, pair_bytes=8)
+        attend = partial(block_sparse_forward, force=HOPPER)
+    # Scores and lists are 8 bytes.
+    return Backend(name, antidiagonal_scores, select, attend, mask_to_lists, pair_bytes=8)

@@ -9,6 +9,12 @@ import torch
 from torch import Tensor
 
 
+def empty_lists(like: Tensor) -> tuple[Tensor, Tensor]:
+    """Room for the lists of scores or a mask `[B, H, Nq, Nk]`: indices and counts."""
+    indices = torch.empty(like.shape, dtype=torch.int32, device=like.device)
+    return indices, torch.empty(like.shape[:3], dtype=torch.int32, device=like.device)
+
+
 def mask_to_lists(block_mask: Tensor) -> tuple[Tensor, Tensor]:
     """Kept-block lists of a block mask, without a sort.
 

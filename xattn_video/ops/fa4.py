@@ -21,7 +21,6 @@ from torch import Tensor
 from . import reference
 from .block_lists import mask_to_lists
 from .key_mask import KeyMask, num_blocks
-from .triton.block_lists import mask_to_lists as mask_to_lists_on_gpu
 from .triton.launch import device_guard, positive_scale
 
 Attend = Callable[..., tuple[Tensor, Tensor]]
@@ -62,25 +61,20 @@ def check_supported(
         )
 
 
+# Ten parameters: torch takes neither a KeyMask nor a pair of lists.
+@torch.library.custom_op("xattn_video::fa4_attend", mutates_args=())
 def block_sparse_forward(
-    query: Tensor, key: Tensor, value: Tensor, block_mask: Tensor, **options: Any
-) -> tuple[Tensor, Tensor]:
-    """`block_sparse_forward_lists` over a block mask, bool `[B, Hq, Nq, Nk]`; the options are the same."""
-    return block_sparse_forward_lists(query, key, value, *mask_to_lists_on_gpu(block_mask), **options)
-
-
-def block_sparse_forward_lists(
     query: Tensor,
     key: Tensor,
     value: Tensor,
     indices: Tensor,
     counts: Tensor,
-    *,
-    block_size: int,
-    causal: bool,
-    scale: float,
     kv_start: Tensor | None,
     kv_lens: Tensor | None,
+    *,
+    causal: bool,
+    block_size: int,
+    scale: float,
 ) -> tuple[Tensor, Tensor]:
     """Exact softmax attention over the kept blocks (`reference.block_sparse_forward`).
 
@@ -92,8 +86,8 @@ def block_sparse_forward_lists(
         indices: int32 `[B, Hq, Nq, Nk]`, contiguous, ascending as far as counts says. The kernel masks what lies past
             the last key only in a row's last block.
         counts: int32 `[B, Hq, Nq]`, contiguous.
-        block_size, causal, scale, kv_lens: as in `block_sparse_attention`.
         kv_start: None.
+        kv_lens, causal, block_size, scale: as in `block_sparse_attention`.
 
     Returns:
         output `[B, Hq, Sq, D]` in query's dtype, a view of a `[B, Sq, Hq, D]` tensor, and the natural log-sum-exp
@@ -105,41 +99,15 @@ def block_sparse_forward_lists(
     """
     capability = torch.cuda.get_device_capability(query.device)[0]
     check_supported(capability, query.dtype, query.shape[3], block_size, kv_start)
-    return _fa4_attend(query, key, value, indices, counts, block_size, causal, scale, kv_lens)
-
-
-@torch.library.custom_op("xattn_video::fa4_attend", mutates_args=())
-def _fa4_attend(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    indices: Tensor,
-    counts: Tensor,
-    block_size: int,
-    causal: bool,
-    scale: float,
-    kv_lens: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+    group = query.shape[1] // key.shape[1]
     with device_guard(query):
-        group = query.shape[1] // key.shape[1]
         check_once(Kind(query.device, query.dtype, query.shape[3], group, block_size, causal, kv_lens is not None))
-        return attend(
-            query, key, value, indices, counts, block_size=block_size, causal=causal, scale=scale, kv_lens=kv_lens
-        )
+        settings: dict[str, Any] = {"block_size": block_size, "causal": causal, "scale": scale, "kv_lens": kv_lens}
+        return attend(query, key, value, indices, counts, **settings)
 
 
-@_fa4_attend.register_fake
-def _(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    indices: Tensor,
-    counts: Tensor,
-    block_size: int,
-    causal: bool,
-    scale: float,
-    kv_lens: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+@block_sparse_forward.register_fake
+def _(query: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
     batch, heads, q_len, head_dim = query.shape
     output = query.new_empty(batch, q_len, heads, head_dim).transpose(1, 2)
     return output, query.new_empty(batch, heads, q_len, dtype=torch.float32)
@@ -157,7 +125,7 @@ def attend(
     scale: float,
     kv_lens: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """The call of flash-attn-4; arguments and results are those of `block_sparse_forward_lists`, nothing is checked."""
+    """The call of flash-attn-4; arguments and results are those of `block_sparse_forward`, nothing is checked."""
     from flash_attn.cute import flash_attn_func, flash_attn_varlen_func
     from flash_attn.cute.block_sparsity import BlockSparseTensorsTorch
 

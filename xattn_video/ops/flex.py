@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.attention import flex_attention as torch_flex
 from torch.nn.attention.flex_attention import BlockMask
 
-from .block_lists import mask_to_lists
+from .block_lists import lists_to_mask, mask_to_lists
 from .key_mask import KeyMask, num_blocks
 from .reference import compute_dtype
 
@@ -86,44 +86,32 @@ def make_block_mask(
     )
 
 
+# Ten parameters: torch takes neither a KeyMask nor a pair of lists.
+@torch.library.custom_op("xattn_video::flex_attend", mutates_args=())
 def block_sparse_forward(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    block_mask: Tensor,
-    *,
-    block_size: int,
-    causal: bool,
-    scale: float,
+    indices: Tensor,
+    counts: Tensor,
     kv_start: Tensor | None,
     kv_lens: Tensor | None,
+    *,
+    causal: bool,
+    block_size: int,
+    scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """Attention over the kept blocks, as `reference.block_sparse_forward`: output and natural log-sum-exp.
+    """Attention over the listed blocks, as `reference.block_sparse_forward`: output and natural log-sum-exp.
 
     Raises `ValueError` for a head dimension or block size that FlexAttention cannot take.
     """
     check_supported(query.device, query.shape[3], block_size)
-    return _flex_attend(query, key, value, block_mask, block_size, causal, scale, kv_start, kv_lens)
-
-
-@torch.library.custom_op("xattn_video::flex_attend", mutates_args=())
-def _flex_attend(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    block_mask: Tensor,
-    block_size: int,
-    causal: bool,
-    scale: float,
-    kv_start: Tensor | None,
-    kv_lens: Tensor | None,
-) -> tuple[Tensor, Tensor]:
     q_len, kv_len = query.shape[2], key.shape[2]
     key_mask = KeyMask(causal, kv_start, kv_lens)
     if key_mask.bounded:
         # A masked probability is 0, and 0 times whatever lies in the padding must be 0 too.
         value = value.masked_fill(~key_mask.valid_keys(kv_len, query.device)[:, None, :, None], 0)
-    mask = make_block_mask(block_mask, q_len, kv_len, key_mask, block_size)
+    mask = make_block_mask(lists_to_mask(indices, counts), q_len, kv_len, key_mask, block_size)
     # detached: FlexAttention refuses on a CPU what could ask for a gradient
     query, key, value = ((part if part.stride(-1) == 1 else part.contiguous()).detach() for part in (query, key, value))
     with torch.no_grad():
@@ -133,18 +121,8 @@ def _flex_attend(
     return output, lse.to(empty_lse.dtype).contiguous()
 
 
-@_flex_attend.register_fake
-def _(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    block_mask: Tensor,
-    block_size: int,
-    causal: bool,
-    scale: float,
-    kv_start: Tensor | None,
-    kv_lens: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+@block_sparse_forward.register_fake
+def _(query: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
     return _empty_outputs(query)
 
 

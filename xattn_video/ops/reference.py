@@ -6,10 +6,13 @@ Float64 inputs are computed in float64, all others in float32.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from .block_lists import lists_to_mask, mask_to_lists
 from .key_mask import KeyMask, num_blocks
 
 
@@ -116,6 +119,11 @@ def select(scores: Tensor, valid: Tensor, forced: Tensor, *, threshold: float | 
     return torch.where((tau >= 1) | ~wanted.isfinite(), valid, (kept | forced) & valid)
 
 
+def select_lists(scores: Tensor, valid: Tensor, forced: Tensor, *, threshold: float | Tensor) -> tuple[Tensor, Tensor]:
+    """`select` in the form that a backend has: indices int32 `[B, H, Nq, Nk]`, ascending, and counts int32."""
+    return mask_to_lists(select(scores, valid, forced, threshold=threshold))
+
+
 def select_top(scores: Tensor, valid: Tensor, forced: Tensor, *, count: Tensor) -> Tensor:
     """The `count` best valid blocks of each row, forced ones first and never dropped.
 
@@ -165,3 +173,10 @@ def block_sparse_forward(
     lse = torch.logsumexp(logits, dim=-1)
     prob = torch.exp(logits - torch.where(lse.isfinite(), lse, 0)[..., None]).masked_fill(~mask, 0)
     return (prob @ values).to(query.dtype), lse
+
+
+def block_sparse_forward_lists(
+    query: Tensor, key: Tensor, value: Tensor, indices: Tensor, counts: Tensor, **settings: Any
+) -> tuple[Tensor, Tensor]:
+    """`block_sparse_forward` in the form that a backend has: over lists of kept blocks."""
+    return block_sparse_forward(query, key, value, lists_to_mask(indices, counts), **settings)

@@ -15,6 +15,7 @@ from ..config import check_geometry, check_selection
 from . import reference
 from .autocast import without_autocast
 from .backends import Backend, auto_name, resolve
+from .block_lists import lists_to_mask
 from .call_blocks import exact_type
 from .checks import (
     check_block_mask,
@@ -144,7 +145,8 @@ def select_blocks(
     if backend == "auto":
         backend = auto_name(device, scores.dtype) or "reference"
     chosen = resolve(backend, device, scores.dtype)
-    return select_valid(chosen, scores, valid, forced, threshold=threshold, top_k=top_k, top_ratio=top_ratio)
+    lists = select_lists(chosen, scores, valid, forced, threshold=threshold, top_k=top_k, top_ratio=top_ratio)
+    return lists_to_mask(*lists)
 
 
 def block_sparse_attention(
@@ -194,14 +196,14 @@ def block_sparse_attention(
     # The backends take no block without a visible pair.
     kept = block_mask.expand(shape) & mask.valid_blocks(batch, q_len, kv_len, block_size=block_size, device=device)
     sizes: dict[str, Any] = {"block_size": block_size, "scale": default_scale(scale, head_dim)}
+    chosen = resolve(backend, device, query.dtype)
     with without_autocast(device):
-        output, lse = resolve(backend, device, query.dtype).block_sparse_forward(
-            query, key, value, kept, **sizes, **mask.keywords
-        )
+        lists = chosen.mask_to_lists(kept)
+        output, lse = chosen.block_sparse_forward(query, key, value, *lists, **sizes, **mask.keywords)
     return (output, lse) if return_lse else output
 
 
-def select_valid(
+def select_lists(
     backend: Backend,
     scores: Tensor,
     valid: Tensor,
@@ -210,16 +212,17 @@ def select_valid(
     threshold: float | Tensor,
     top_k: int | None = None,
     top_ratio: float | None = None,
-) -> Tensor:
-    """`select_blocks` after the geometry is known: valid and forced are bool `[B, 1, Nq, Nk]`.
+) -> tuple[Tensor, Tensor]:
+    """`select_blocks` as lists, after the geometry is known: valid and forced are bool `[B, 1, Nq, Nk]`.
 
     A threshold is the backend's; the rules of the ablations sort.
     """
     if top_k is not None:
-        return reference.select_top(scores, valid, forced, count=torch.tensor(top_k, device=scores.device))
-    if top_ratio is not None:
+        count = torch.tensor(top_k, device=scores.device)
+    elif top_ratio is not None:
         # 0.3 of 50 blocks is 15 and 0.14 of them 7, whatever binary fractions say
         rows = valid.sum(-1, keepdim=True).to(exact_type(valid.device))
         count = (rows * top_ratio - 1e-9).ceil().clamp(min=1).to(torch.int64)
-        return reference.select_top(scores, valid, forced, count=count)
-    return backend.select(scores, valid, forced, threshold=threshold)
+    else:
+        return backend.select(scores, valid, forced, threshold=threshold)
+    return backend.mask_to_lists(reference.select_top(scores, valid, forced, count=count))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,10 +18,7 @@ from .call_blocks import call_blocks, head_thresholds
 from .checks import check_dense_tokens, check_query_key, check_threshold, check_value, default_scale
 from .chunks import Part, rows_per_chunk
 from .key_mask import KeyMask, num_blocks
-from .stages import select_valid
-
-# A block mask, bool [B, H, Nq, Nk]; or lists of kept blocks, int32 of that shape, and their counts, int32 [B, H, Nq].
-Kept: TypeAlias = Tensor | tuple[Tensor, Tensor]
+from .stages import select_lists
 
 
 class CallStats(NamedTuple):
@@ -162,7 +159,7 @@ def _attend_part(
     valid: Tensor,
     forced: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """Output of a part, and its kept blocks: the counts of the lists, or the flags of the mask.
+    """Output of a part, and the counts of its kept blocks, int32 `[B, H, Nq]`.
 
     `scored` are the part's queries, or those and a few more, which its scores come from; valid and forced bool
     `[B, 1, Nq, Nk]` are the part's. Of the eight parameters the first four are the call's and bound once.
@@ -173,10 +170,12 @@ def _attend_part(
     )
     if scored is not part:
         scores = scores[:, :, : valid.shape[2], : valid.shape[3]]
-    kept = select_kept(backend, scores, valid, forced, config, threshold)
+    rule: dict[str, Any] = {"threshold": threshold, "top_k": config.top_k, "top_ratio": config.top_ratio}
+    lists = select_lists(backend, scores, valid, forced, **rule)
+    # Not needed while attention runs.
     del scores
-    output = attend_kept(backend, part.query, part.key, part.value, kept, **sizes, **part.mask.keywords)
-    return output, kept if isinstance(kept, Tensor) else kept[1]
+    output, _ = backend.block_sparse_forward(part.query, part.key, part.value, *lists, **sizes, **part.mask.keywords)
+    return output, lists[1]
 
 
 def _attend_in_chunks(
@@ -213,32 +212,6 @@ def _attend_in_chunks(
         output[:, :, begin:end], kept = attend(scored, part, *(flags[..., :columns] for flags in blocks))
         total = total + kept.sum()
     return output, total
-
-
-def select_kept(
-    backend: Backend,
-    scores: Tensor,
-    valid: Tensor,
-    forced: Tensor,
-    config: XAttnConfig,
-    threshold: float | Tensor,
-) -> Kept:
-    """The selection of `xattention`: lists of kept blocks where the backend takes them, else the block mask.
-
-    scores `[B, H, Nq, Nk]` of the backend; valid and forced bool `[B, 1, Nq, Nk]`.
-    """
-    if backend.lists is not None and config.selection == "threshold":
-        return backend.lists.select(scores, valid, forced, threshold=threshold)
-    rule: dict[str, Any] = {"threshold": threshold, "top_k": config.top_k, "top_ratio": config.top_ratio}
-    return select_valid(backend, scores, valid, forced, **rule)
-
-
-def attend_kept(backend: Backend, query: Tensor, key: Tensor, value: Tensor, kept: Kept, **settings: Any) -> Tensor:
-    """The attention of `xattention` over what `select_kept` kept; the settings are those of the backend's."""
-    if isinstance(kept, Tensor):
-        return backend.block_sparse_forward(query, key, value, kept, **settings)[0]
-    assert backend.lists is not None
-    return backend.lists.block_sparse_forward(query, key, value, *kept, **settings)[0]
 
 
 def dense_reason(

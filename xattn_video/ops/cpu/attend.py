@@ -26,7 +26,7 @@ def attend_item(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    block_mask: Tensor,
+    lists: tuple[Tensor, Tensor],
     output: Tensor,
     lse: Tensor,
     geometry: Geometry,
@@ -35,21 +35,22 @@ def attend_item(
 
     Args:
         query: `[Hq, Sq, D]`; key and value: `[Hkv, Sk, D]`.
-        block_mask: bool `[Hq, Nq, Nk]`, true only for valid blocks.
+        lists: valid blocks in ascending order, int32 `[Hq, Nq, Nk]`, and their counts, int32 `[Hq, Nq]`.
     """
     group = query.shape[0] // key.shape[0]
     for slab in head_slabs(key.shape[0], 2 * key[0].numel() * lse.dtype.itemsize):
         kv = slice(slab.start, slab.stop)
         part = slice(slab.start * group, slab.stop * group)
-        _attend_heads(query[part], key[kv], value[kv], block_mask[part], output[part], lse[part], geometry)
+        own = lists[0][part], lists[1][part]
+        _attend_heads(query[part], key[kv], value[kv], own, output[part], lse[part], geometry)
 
 
 class _Row(NamedTuple):
-    """One query block of one head: which key blocks it keeps, bool `[Nk]`, and its `_KEEPS_` flags."""
+    """One query block of one head: the key blocks that it keeps, int32 `[n]`, and its `_KEEPS_` flags."""
 
     head: int
     block: int
-    mask: Tensor
+    kept: Tensor
     flags: int
 
 
@@ -57,41 +58,40 @@ def _attend_heads(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    block_mask: Tensor,
+    lists: tuple[Tensor, Tensor],
     output: Tensor,
     lse: Tensor,
     geometry: Geometry,
 ) -> None:
     """Fill output `[H, Sq, D]` and lse `[H, Sq]` for query `[H, Sq, D]`, key and value `[Hkv, Sk, D]`."""
     keys, values = _key_blocks(key, value, geometry.block_size, lse.dtype)
-    group, key_blocks = query.shape[0] // key.shape[0], block_mask.shape[2]
+    group, key_blocks = query.shape[0] // key.shape[0], lists[0].shape[2]
 
     def attend(row: _Row, scratch: Scratch) -> None:
         begin = row.block * geometry.block_size
         tokens = slice(begin, begin + geometry.block_size)
-        # Numbered over all key heads. Of all rows at once, these numbers would take 32 bytes a block.
-        kept = row.mask.nonzero()[:, 0].add_(row.head // group * key_blocks)
-        target, target_lse = output[row.head, tokens], lse[row.head, tokens]
-        _attend_row(query[row.head], keys, values, target, target_lse, kept, row, geometry, scratch)
+        # Numbered over all key heads.
+        numbered = row._replace(kept=row.kept + row.head // group * key_blocks)
+        targets = output[row.head, tokens], lse[row.head, tokens]
+        _attend_row(query[row.head], keys, values, targets, numbered, geometry, scratch)
 
-    for_each(attend, _rows(block_mask, geometry))
+    for_each(attend, _rows(*lists, geometry))
 
 
 def _attend_row(
     query: Tensor,
     keys: Tensor,
     values: Tensor,
-    output: Tensor,
-    lse: Tensor,
-    kept: Tensor,
+    targets: tuple[Tensor, Tensor],
     row: _Row,
     geometry: Geometry,
     scratch: Scratch,
 ) -> None:
-    """Fill output `[n, D]` and lse `[n]` of one query block; `n` is P, or less for the last one.
+    """Fill `targets`, output `[n, D]` and lse `[n]` of one query block; `n` is P, or less for the last one.
 
-    keys and values are rows of whole blocks, of which the row keeps those numbered `kept`.
+    keys and values are rows of whole blocks, of which the row keeps those numbered `row.kept`.
     """
+    (output, lse), kept = targets, row.kept
     size, count = geometry.block_size, kept.shape[0]
     if count == 0:
         output.zero_()
@@ -161,28 +161,35 @@ def _key_blocks(key: Tensor, value: Tensor, size: int, dtype: torch.dtype) -> tu
     return keys, values
 
 
-def _rows(block_mask: Tensor, geometry: Geometry) -> list[_Row]:
-    """The rows of `[H, Nq, Nk]`, those that keep most first."""
-    query_blocks = block_mask.shape[1]
-    masks, flags = block_mask.flatten(0, 1), _row_flags(block_mask, geometry).tolist()
-    order = masks.sum(-1).argsort(descending=True).tolist()
-    return [_Row(index // query_blocks, index % query_blocks, masks[index], flags[index]) for index in order]
+def _rows(indices: Tensor, counts: Tensor, geometry: Geometry) -> list[_Row]:
+    """The rows of lists `[H, Nq, Nk]`, those that keep most first."""
+    query_blocks = indices.shape[1]
+    flags, lists = _row_flags(indices, counts, geometry).tolist(), indices.flatten(0, 1)
+    order, lengths = counts.flatten().argsort(descending=True).tolist(), counts.flatten().tolist()
+    return [_Row(i // query_blocks, i % query_blocks, lists[i, : lengths[i]], flags[i]) for i in order]
 
 
-def _row_flags(block_mask: Tensor, geometry: Geometry) -> Tensor:
-    """Which partly visible blocks the rows of `[H, Nq, Nk]` keep, `[H * Nq]`."""
-    size, key_blocks = geometry.block_size, block_mask.shape[2]
-    flags = torch.zeros(block_mask.shape[:2], dtype=torch.int64)
+def _row_flags(indices: Tensor, counts: Tensor, geometry: Geometry) -> Tensor:
+    """Which partly visible blocks the rows of lists `[H, Nq, Nk]` keep, `[H * Nq]`.
+
+    They stand at the ends of a row: the first valid block, and the last one or two.
+    """
+    size = geometry.block_size
+
+    def holds(place: Tensor, block: int | Tensor) -> Tensor:
+        entry = indices.gather(-1, place.clamp(min=0).to(torch.int64)[..., None])[..., 0]
+        return (place >= 0) & (counts > 0) & (entry == block)
+
+    first, last = torch.zeros_like(counts), counts - 1
+    flags = torch.zeros(counts.shape, dtype=torch.int64)
     if geometry.stop % size:
-        flags += block_mask[:, :, geometry.stop // size] * _KEEPS_STOP
+        flags += holds(last, geometry.stop // size) * _KEEPS_STOP
     if geometry.start % size:
-        flags += block_mask[:, :, geometry.start // size] * _KEEPS_START
+        flags += holds(first, geometry.start // size) * _KEEPS_START
     if geometry.offset is not None:
-        row = torch.arange(block_mask.shape[1])
-        for shift, flag in ((0, _KEEPS_OWN), (1, _KEEPS_NEXT)):
-            own = row + geometry.offset // size + shift
-            exists = (own >= 0) & (own < key_blocks)
-            flags += (block_mask[:, row, own.clamp(0, key_blocks - 1)] & exists) * flag
+        own = torch.arange(indices.shape[1]) + geometry.offset // size
+        flags += (holds(last, own) | holds(last - 1, own)) * _KEEPS_OWN
+        flags += holds(last, own + 1) * _KEEPS_NEXT
     return flags.flatten()
 
 

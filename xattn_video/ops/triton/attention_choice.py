@@ -37,7 +37,7 @@ def choose_kernel(
     kv_lens: Tensor | None,
     force: str | None = None,
 ) -> str:
-    """`HOPPER` or `PLAIN`, for the tensors and settings of `block_sparse_forward_lists`.
+    """`HOPPER` or `PLAIN`, for the tensors and settings of `block_sparse_forward`.
 
     Args:
         force: `HOPPER` runs that kernel whatever the launch table says.

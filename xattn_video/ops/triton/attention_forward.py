@@ -1,4 +1,4 @@
-"""Block-sparse attention as an operator of torch, over a block mask or over lists of kept blocks."""
+"""Block-sparse attention as an operator of torch, over lists of kept blocks."""
 
 # Triton gives the parameters of jit functions their types, one launch at a time
 # mypy: allow-untyped-defs
@@ -11,65 +11,23 @@ import torch
 
 from .attention import MIN_BLOCK_SIZE, launch_block_sparse
 from .attention_choice import HOPPER, choose_kernel
-from .block_lists import mask_to_lists
 from .launch import check_supported, unit_inner_stride
 
 
+# Eleven parameters: torch takes neither a KeyMask nor a pair of lists, and `force` is bound once.
 @torch.library.custom_op("xattn_video::triton_block_sparse", mutates_args=())
-def _block_sparse(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    indices: torch.Tensor,
-    counts: torch.Tensor,
-    block_size: int,
-    causal: bool,
-    scale: float,
-    kv_start: torch.Tensor | None,
-    kv_lens: torch.Tensor | None,
-    force: str | None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    output, lse = _empty_outputs(query)
-    rules: dict[str, Any] = {"block_size": block_size, "causal": causal, "kv_start": kv_start, "kv_lens": kv_lens}
-    if choose_kernel(query, key, value, force=force, **rules) == HOPPER:
-        # needs a newer Triton than the others
-        from .attention_hopper import launch_hopper as launch
-    else:
-        launch = launch_block_sparse
-    launch(query, key, value, output, lse, indices, counts, scale=scale, **rules)
-    return output, lse
-
-
-@_block_sparse.register_fake
-def _(query, key, value, indices, counts, block_size, causal, scale, kv_start, kv_lens, force):
-    return _empty_outputs(query)
-
-
-def _empty_outputs(query: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    # the query's own layout: diffusers' [B, S, H, D] goes back out without a copy
-    output = torch.empty_like(unit_inner_stride(query))
-    return output, torch.empty(query.shape[:3], dtype=torch.float32, device=query.device)
-
-
 def block_sparse_forward(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, block_mask: torch.Tensor, **options: Any
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """`block_sparse_forward_lists` over a block mask, bool [B, Hq, Nq, Nk]; the options are the same."""
-    return block_sparse_forward_lists(query, key, value, *mask_to_lists(block_mask), **options)
-
-
-def block_sparse_forward_lists(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
     indices: torch.Tensor,
     counts: torch.Tensor,
-    *,
-    block_size: int,
-    causal: bool,
-    scale: float,
     kv_start: torch.Tensor | None,
     kv_lens: torch.Tensor | None,
+    *,
+    causal: bool,
+    block_size: int,
+    scale: float,
     force: str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Exact softmax attention over the kept blocks (`reference.block_sparse_forward`).
@@ -87,4 +45,23 @@ def block_sparse_forward_lists(
             f"block_size must be at least {MIN_BLOCK_SIZE} for the triton backend, got {block_size}; "
             "use backend='reference'"
         )
-    return _block_sparse(query, key, value, indices, counts, block_size, causal, scale, kv_start, kv_lens, force)
+    output, lse = _empty_outputs(query)
+    rules: dict[str, Any] = {"block_size": block_size, "causal": causal, "kv_start": kv_start, "kv_lens": kv_lens}
+    if choose_kernel(query, key, value, force=force, **rules) == HOPPER:
+        # needs a newer Triton than the others
+        from .attention_hopper import launch_hopper as launch
+    else:
+        launch = launch_block_sparse
+    launch(query, key, value, output, lse, indices, counts, scale=scale, **rules)
+    return output, lse
+
+
+@block_sparse_forward.register_fake
+def _(query, *_, **__):
+    return _empty_outputs(query)
+
+
+def _empty_outputs(query: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    # the query's own layout: diffusers' [B, S, H, D] goes back out without a copy
+    output = torch.empty_like(unit_inner_stride(query))
+    return output, torch.empty(query.shape[:3], dtype=torch.float32, device=query.device)

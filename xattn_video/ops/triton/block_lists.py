@@ -11,6 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ..block_lists import empty_lists
 from .launch import COMPILE_OPTIONS, device_guard, rows_by_heads
 
 # Sizes that a kernel is not compiled anew for, as they change from video to video.
@@ -57,14 +58,12 @@ def row_options(key_blocks: int) -> dict[str, Any]:
     return {"BLOCK_K": block_k, "num_warps": min(max(block_k // 256, 1), 8), **COMPILE_OPTIONS}
 
 
-def empty_lists(like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Room for the lists of scores or a mask [B, H, Nq, Nk]: indices and counts."""
-    indices = torch.empty(like.shape, dtype=torch.int32, device=like.device)
-    return indices, torch.empty(like.shape[:3], dtype=torch.int32, device=like.device)
-
-
 @torch.library.custom_op("xattn_video::triton_block_lists", mutates_args=())
-def _block_lists(block_mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def mask_to_lists(block_mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """`ops.block_lists.mask_to_lists` by one kernel.
+
+    Returns indices int32 [B, H, Nq, Nk], ascending, 0 past the count, and counts int32 [B, H, Nq].
+    """
     indices, counts = empty_lists(block_mask)
     batch, heads, query_blocks, key_blocks = block_mask.shape
     if block_mask.numel():
@@ -82,14 +81,6 @@ def _block_lists(block_mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return indices, counts
 
 
-@_block_lists.register_fake
+@mask_to_lists.register_fake
 def _(block_mask):
     return empty_lists(block_mask)
-
-
-def mask_to_lists(block_mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """`ops.block_lists.mask_to_lists` by one kernel.
-
-    Returns indices int32 [B, H, Nq, Nk], ascending, 0 past the count, and counts int32 [B, H, Nq].
-    """
-    return _block_lists(block_mask)

@@ -295,52 +295,18 @@ def launch_antidiagonal_scores(
         _antidiagonal_scores_kernel[grid](**arguments)
 
 
+# Eight parameters: torch takes no KeyMask.
 @torch.library.custom_op("xattn_video::triton_antidiagonal_scores", mutates_args=())
-def _antidiagonal_scores(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    stride: int,
-    block_size: int,
-    causal: bool,
-    scale: float,
-    kv_start: torch.Tensor | None,
-    kv_lens: torch.Tensor | None,
-) -> torch.Tensor:
-    scores = _empty_scores(query, key, block_size)
-    launch_antidiagonal_scores(
-        query,
-        key,
-        scores,
-        stride=stride,
-        block_size=block_size,
-        causal=causal,
-        scale=scale,
-        kv_start=kv_start,
-        kv_lens=kv_lens,
-    )
-    return scores
-
-
-@_antidiagonal_scores.register_fake
-def _(query, key, stride, block_size, causal, scale, kv_start, kv_lens):
-    return _empty_scores(query, key, block_size)
-
-
-def _empty_scores(query: torch.Tensor, key: torch.Tensor, block_size: int) -> torch.Tensor:
-    shape = (*query.shape[:2], num_blocks(query.shape[2], block_size), num_blocks(key.shape[2], block_size))
-    return torch.empty(shape, dtype=torch.float32, device=query.device)
-
-
 def antidiagonal_scores(
     query: torch.Tensor,
     key: torch.Tensor,
-    *,
-    stride: int,
-    block_size: int,
-    causal: bool,
-    scale: float,
     kv_start: torch.Tensor | None,
     kv_lens: torch.Tensor | None,
+    *,
+    causal: bool,
+    stride: int,
+    block_size: int,
+    scale: float,
 ) -> torch.Tensor:
     """Block scores of XAttention (`reference.antidiagonal_scores`; the paper's section 2.1).
 
@@ -354,4 +320,17 @@ def antidiagonal_scores(
             f"block_size / stride must be at most 128 for the triton backend, got {block_size} / {stride}; "
             "use backend='reference'"
         )
-    return _antidiagonal_scores(query, key, stride, block_size, causal, scale, kv_start, kv_lens)
+    scores = _empty_scores(query, key, block_size)
+    bounds: dict[str, Any] = {"causal": causal, "kv_start": kv_start, "kv_lens": kv_lens}
+    launch_antidiagonal_scores(query, key, scores, stride=stride, block_size=block_size, scale=scale, **bounds)
+    return scores
+
+
+@antidiagonal_scores.register_fake
+def _(query, key, *_, block_size, **__):
+    return _empty_scores(query, key, block_size)
+
+
+def _empty_scores(query: torch.Tensor, key: torch.Tensor, block_size: int) -> torch.Tensor:
+    shape = (*query.shape[:2], num_blocks(query.shape[2], block_size), num_blocks(key.shape[2], block_size))
+    return torch.empty(shape, dtype=torch.float32, device=query.device)

@@ -13,7 +13,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .block_lists import ROW_SIZES, empty_lists, row_options, store_list
+from ..block_lists import empty_lists
+from .block_lists import ROW_SIZES, row_options, store_list
 from .launch import device_guard, rows_by_heads
 
 
@@ -29,7 +30,6 @@ def _block_selection_kernel(
     valid_ptr,
     forced_ptr,
     threshold_ptr,
-    kept_ptr,
     indices_ptr,
     counts_ptr,
     stride_sb,
@@ -48,7 +48,6 @@ def _block_selection_kernel(
     Nq,
     Nk,
     BLOCK_K: tl.constexpr,
-    LISTS: tl.constexpr,
 ):
     row = tl.program_id(0)
     batch = (tl.program_id(1) // heads).to(tl.int64)
@@ -97,10 +96,7 @@ def _block_selection_kernel(
     kept = tl.where((threshold >= 1.0) | (wanted - wanted != 0.0), valid, kept)
     kept = kept & valid
     place = tl.program_id(1).to(tl.int64) * Nq + row64
-    if LISTS:
-        store_list(kept, columns, Nk, indices_ptr + place * Nk, counts_ptr + place)
-    else:
-        tl.store(kept_ptr + place * Nk + columns, kept.to(tl.int8), mask=in_row)
+    store_list(kept, columns, Nk, indices_ptr + place * Nk, counts_ptr + place)
 
 
 def launch_block_selection(
@@ -108,13 +104,10 @@ def launch_block_selection(
     valid: torch.Tensor,
     forced: torch.Tensor,
     threshold: torch.Tensor,
-    *,
-    kept: torch.Tensor | None = None,
-    indices: torch.Tensor | None = None,
-    counts: torch.Tensor | None = None,
+    indices: torch.Tensor,
+    counts: torch.Tensor,
 ) -> None:
-    """Fill kept bool [B, H, Nq, Nk], or in its place the lists of kept blocks: indices int32 of that shape, counts
-    int32 [B, H, Nq].
+    """Fill the lists of kept blocks: indices int32 [B, H, Nq, Nk], counts int32 [B, H, Nq].
 
     scores float32 [B, H, Nq, Nk]; valid and forced bool, broadcastable to it; threshold float64 [H].
     """
@@ -130,14 +123,12 @@ def launch_block_selection(
             valid,
             forced,
             threshold,
-            None if kept is None else kept.view(torch.int8),
             indices,
             counts,
             *strides,
             heads,
             query_blocks,
             key_blocks,
-            LISTS=kept is None,
             **row_options(key_blocks),
         )
 
@@ -145,55 +136,29 @@ def launch_block_selection(
 @torch.library.custom_op("xattn_video::triton_block_selection", mutates_args=())
 def _block_selection(
     scores: torch.Tensor, valid: torch.Tensor, forced: torch.Tensor, threshold: torch.Tensor
-) -> torch.Tensor:
-    kept = torch.empty(scores.shape, dtype=torch.bool, device=scores.device)
-    launch_block_selection(scores, valid, forced, threshold, kept=kept)
-    return kept
+) -> tuple[torch.Tensor, torch.Tensor]:
+    indices, counts = empty_lists(scores)
+    launch_block_selection(scores, valid, forced, threshold, indices, counts)
+    return indices, counts
 
 
 @_block_selection.register_fake
 def _(scores, valid, forced, threshold):
-    return torch.empty(scores.shape, dtype=torch.bool, device=scores.device)
-
-
-@torch.library.custom_op("xattn_video::triton_block_selection_lists", mutates_args=())
-def _block_selection_lists(
-    scores: torch.Tensor, valid: torch.Tensor, forced: torch.Tensor, threshold: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    indices, counts = empty_lists(scores)
-    launch_block_selection(scores, valid, forced, threshold, indices=indices, counts=counts)
-    return indices, counts
-
-
-@_block_selection_lists.register_fake
-def _(scores, valid, forced, threshold):
     return empty_lists(scores)
-
-
-def _shares(scores: torch.Tensor, threshold: float | torch.Tensor) -> torch.Tensor:
-    """The threshold of each head, float64 [H]."""
-    heads = scores.shape[1]
-    if isinstance(threshold, torch.Tensor):
-        return threshold.to(device=scores.device, dtype=torch.float64).expand(heads).contiguous()
-    return torch.full((heads,), threshold, dtype=torch.float64, device=scores.device)
 
 
 def select(
     scores: torch.Tensor, valid: torch.Tensor, forced: torch.Tensor, *, threshold: float | torch.Tensor
-) -> torch.Tensor:
-    """Smallest set of valid blocks that holds `threshold` of each row's mass (the paper's section 2.2).
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Smallest set of valid blocks that holds `threshold` of each row's mass (the paper's section 2.2), as lists.
 
     scores [B, H, Nq, Nk], not negative, taken as float32; valid and forced bool, broadcastable to it, forced a
-    subset of valid; threshold a number, or a tensor [H] or 0-d. Returns bool [B, H, Nq, Nk]: the set that
-    reference.select gives.
+    subset of valid; threshold a number, or a tensor [H] or 0-d. Returns the set that reference.select gives: indices
+    int32 [B, H, Nq, Nk], ascending, 0 past the count, and counts int32 [B, H, Nq].
     """
-    return _block_selection(scores.float(), valid, forced, _shares(scores, threshold))
-
-
-def select_lists(
-    scores: torch.Tensor, valid: torch.Tensor, forced: torch.Tensor, *, threshold: float | torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The set of `select` as lists, without a mask in between: indices int32 [B, H, Nq, Nk], ascending, 0 past
-    the count; counts int32 [B, H, Nq].
-    """
-    return _block_selection_lists(scores.float(), valid, forced, _shares(scores, threshold))
+    heads, device = scores.shape[1], scores.device
+    if isinstance(threshold, torch.Tensor):
+        shares = threshold.to(device=device, dtype=torch.float64).expand(heads).contiguous()
+    else:
+        shares = torch.full((heads,), threshold, dtype=torch.float64, device=device)
+    return _block_selection(scores.float(), valid, forced, shares)
