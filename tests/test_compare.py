@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import csv
 import json
 import os
@@ -14,10 +13,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from xattn_video_eval.compare.command import add_arguments, compare, run
+from xattn_video_eval.compare.command import compare
 from xattn_video_eval.compare.metrics.psnr_ssim import Lpips, LpipsUnavailable, psnr, video_psnr, video_ssim
-from xattn_video_pipelines.cli import main
+from xattn_video_eval.compare.settings import CompareSettings
+from xattn_video_pipelines.cli import build_app, main
 from xattn_video_pipelines.common.errors import UserError
+from xattn_video_pipelines.common.program import run_app
 from xattn_video_pipelines.video.io import lossless_path, read_video, write_video
 from xattn_video_pipelines.video.manifest import append_record
 
@@ -64,9 +65,7 @@ def runs(tmp_path: Path) -> tuple[Path, Path]:
 
 
 def run_compare(*arguments: object) -> int:
-    parser = argparse.ArgumentParser()
-    add_arguments(parser)
-    return run(parser.parse_args([str(argument) for argument in arguments]))
+    return run_app(build_app("compare"), ["compare", *map(str, arguments)])
 
 
 def rows(path: Path) -> list[dict[str, str]]:
@@ -75,7 +74,7 @@ def rows(path: Path) -> list[dict[str, str]]:
 
 
 def test_values_are_the_metrics_of_the_right_pairs(runs: tuple[Path, Path]) -> None:
-    summary = compare(*runs, lpips=False, progress=False, workers=2)
+    summary = compare(CompareSettings(*runs, lpips=False, workers=2), progress=False)
     assert [(row["id"], row["seed"]) for row in summary["videos"]] == [("cat", 0), ("cat", 1), ("dog", 0)]
     for number, row in enumerate(summary["videos"]):
         reference, test = clip(number), noisy(clip(number), 4 + 8 * number)
@@ -99,7 +98,7 @@ def test_values_are_the_metrics_of_the_right_pairs(runs: tuple[Path, Path]) -> N
 def test_files_hold_a_row_a_video_and_a_row_a_frame(runs: tuple[Path, Path], tmp_path: Path) -> None:
     before = set(os.listdir(runs[1]))
     out = tmp_path / "new" / "folder"
-    summary = compare(*runs, out=out, lpips=False, progress=False)
+    summary = compare(CompareSettings(*runs, out=out, lpips=False), progress=False)
     assert set(os.listdir(out)) == OUTPUTS
     assert set(os.listdir(runs[1])) == before
     assert json.loads((out / "summary.json").read_text()) == summary
@@ -123,7 +122,7 @@ def test_frame_rows_are_in_order(tmp_path: Path, workers: int) -> None:
     test = np.stack([noisy(frame, 3 + 2 * index) for index, frame in enumerate(reference)])
     add(tmp_path / "a", "cat", 0, reference)
     add(tmp_path / "b", "cat", 0, test)
-    compare(tmp_path / "a", tmp_path / "b", lpips=False, progress=False, workers=workers)
+    compare(CompareSettings(tmp_path / "a", tmp_path / "b", lpips=False, workers=workers), progress=False)
     values = [float(row["psnr"]) for row in rows(tmp_path / "b" / "metrics_frames.csv")]
     assert values == pytest.approx([psnr(*pair) for pair in zip(reference, test, strict=True)])
 
@@ -131,10 +130,11 @@ def test_frame_rows_are_in_order(tmp_path: Path, workers: int) -> None:
 def test_command_prints_table_notes_and_json(runs: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
     assert run_compare(*runs, "--no-lpips", "--json") == 0
     captured = capsys.readouterr()
-    lines = captured.out.splitlines()
-    summary = json.loads(lines[-1])
+    # The document alone is on stdout.
+    summary = json.loads(captured.out)
+    lines = captured.err.splitlines()
     assert summary == json.loads((runs[1] / "summary.json").read_text())
-    assert lines[0].split() == [
+    assert next(line for line in lines if line.startswith("video")).split() == [
         "video",
         "frames",
         "dense",
@@ -165,12 +165,12 @@ def test_identical_videos(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     add(tmp_path / "a", "cat", 0, clip())
     add(tmp_path / "b", "cat", 0, clip())
     run_compare(tmp_path / "a", tmp_path / "b", "--no-lpips", "--json")
-    out = capsys.readouterr().out
-    summary = json.loads(out.splitlines()[-1])
+    captured = capsys.readouterr()
+    summary = json.loads(captured.out)
     assert summary["psnr"] == 100
     assert summary["ssim"] == pytest.approx(1)
     assert summary["identical_frames"] == 3
-    assert "identical frames: 3, each counted with 100 dB" in out
+    assert "identical frames: 3, each counted with 100 dB" in captured.err
     assert rows(tmp_path / "b" / "metrics_frames.csv")[0]["psnr"] == "inf"
 
 
@@ -194,16 +194,16 @@ def test_a_stray_copy_that_the_manifest_does_not_name_is_not_used(tmp_path: Path
     for name in ("a", "b"):
         video = add(tmp_path / name, "cat", 0, clip(), lossless=False)
         write_video(lossless_path(video), noisy(clip()), 16, lossless=True)
-    assert compare(tmp_path / "a", tmp_path / "b", lpips=False, progress=False)["source"]["mp4"] == 1
+    assert compare(CompareSettings(tmp_path / "a", tmp_path / "b", lpips=False), progress=False)["source"]["mp4"] == 1
 
 
 def test_no_speed_up_across_devices(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     add(tmp_path / "a", "cat", 0, clip(), device_name="slow")
     add(tmp_path / "b", "cat", 0, clip(), device_name="fast")
     run_compare(tmp_path / "a", tmp_path / "b", "--no-lpips", "--json")
-    out = capsys.readouterr().out
-    assert "made on different devices, so no speed-up: 1 pairs" in out
-    summary = json.loads(out.splitlines()[-1])
+    captured = capsys.readouterr()
+    assert "made on different devices, so no speed-up: 1 pairs" in captured.err
+    summary = json.loads(captured.out)
     assert summary["speedup"] is summary["videos"][0]["speedup"] is None
 
 
@@ -221,7 +221,7 @@ def test_lpips_where_its_weights_load(runs: tuple[Path, Path], monkeypatch: pyte
             super().__init__(device, net, network=Network())
 
     monkeypatch.setattr("xattn_video_eval.compare.command.Lpips", Distance)
-    summary = compare(*runs, progress=False, device="cpu")
+    summary = compare(CompareSettings(*runs, device="cpu"), progress=False)
     expected = np.abs(clip(0).astype(float) - noisy(clip(0), 4)).mean() / 127.5
     assert summary["videos"][0]["lpips"] == pytest.approx(expected, rel=1e-5)
     assert summary["lpips"] == pytest.approx(np.mean([row["lpips"] for row in summary["videos"]]))
@@ -260,20 +260,23 @@ def test_videos_of_other_weights_are_no_pair_and_unknown_ones_are(tmp_path: Path
     for folder, fields in (("a", {"weights": "1"}), ("b", {"weights": "2"}), ("c", {}), ("d", {"weights": None})):
         add(tmp_path / folder, "cat", 0, clip(), **fields)
     with pytest.raises(UserError, match=r"the two sides differ in weights: '1' in .*, '2' in "):
-        compare(tmp_path / "a", tmp_path / "b", lpips=False, progress=False)
+        compare(CompareSettings(tmp_path / "a", tmp_path / "b", lpips=False), progress=False)
     for unknown in ("c", "d"):
-        assert compare(tmp_path / "a", tmp_path / unknown, lpips=False, progress=False)["pairs"] == 1
+        assert compare(CompareSettings(tmp_path / "a", tmp_path / unknown, lpips=False), progress=False)["pairs"] == 1
 
 
 def test_the_floor_is_of_dense_videos_alone(tmp_path: Path) -> None:
     dense, floor, one, other = (tmp_path / name for name in ("dense", "dense-alt", "xattn-a", "xattn-b"))
     for folder, noise in ((dense, 0), (floor, 1), (one, 9), (other, 20)):
         add(folder, "cat", 0, noisy(clip(), noise), attention="xattn" if "xattn" in folder.name else folder.name)
-    settings: dict[str, Any] = {"lpips": False, "progress": False}
-    assert compare(dense, one, **settings)["floor"]["psnr"] > 40
+
+    def floor_of(*folders: Path) -> Any:
+        return compare(CompareSettings(*folders, lpips=False), progress=False)["floor"]
+
+    assert floor_of(dense, one)["psnr"] > 40
     # Two sparse settings: how far either is from dense in another order is no floor of their difference.
-    assert compare(one, other, **settings)["floor"] is None
-    assert compare(one, dense, **settings)["floor"] is None
+    assert floor_of(one, other) is None
+    assert floor_of(one, dense) is None
 
 
 def test_nothing_in_common(tmp_path: Path) -> None:
@@ -281,7 +284,7 @@ def test_nothing_in_common(tmp_path: Path) -> None:
     add(tmp_path / "b", "cat", 1, clip())
     for allow in (False, True):
         with pytest.raises(UserError, match=r"no video \(id, seed\) in common"):
-            compare(tmp_path / "a", tmp_path / "b", allow_unmatched=allow, lpips=False, progress=False)
+            compare(CompareSettings(tmp_path / "a", tmp_path / "b", allow_unmatched=allow, lpips=False), progress=False)
 
 
 def truncate(dense: Path, sparse: Path) -> None:
@@ -392,12 +395,12 @@ def test_command_line_exits_with_2_and_one_line(tmp_path: Path, capsys: pytest.C
 
 
 def test_an_error_keeps_the_results_of_the_last_run(runs: tuple[Path, Path]) -> None:
-    compare(*runs, lpips=False, progress=False)
+    compare(CompareSettings(*runs, lpips=False), progress=False)
     before = {name: (runs[1] / name).read_bytes() for name in OUTPUTS}
     # The last pair fails, after the others were measured.
     lossless_path(runs[1] / "dog-s0.mp4").write_bytes(b"not a video")
     with pytest.raises(UserError):
-        compare(*runs, lpips=False, progress=False)
+        compare(CompareSettings(*runs, lpips=False), progress=False)
     assert {name: (runs[1] / name).read_bytes() for name in OUTPUTS} == before
 
 
@@ -419,5 +422,5 @@ def test_bad_options(runs: tuple[Path, Path]) -> None:
 def test_timings_and_density_may_be_unknown(tmp_path: Path) -> None:
     for name in ("a", "b"):
         add(tmp_path / name, "cat", 0, clip(), seconds=None, mean_density=None)
-    summary = compare(tmp_path / "a", tmp_path / "b", lpips=False, progress=False)
+    summary = compare(CompareSettings(tmp_path / "a", tmp_path / "b", lpips=False), progress=False)
     assert summary["speedup"] is summary["density"] is summary["dense_seconds"] is None

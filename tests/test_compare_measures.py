@@ -20,6 +20,7 @@ from xattn_video_eval.compare.command import compare
 from xattn_video_eval.compare.metrics.flicker import flicker, flicker_db, region_errors, worst_cell
 from xattn_video_eval.compare.metrics.psnr_ssim import psnr
 from xattn_video_eval.compare.pairs import Pair
+from xattn_video_eval.compare.settings import CompareSettings
 from xattn_video_pipelines.cli import main
 from xattn_video_pipelines.common.errors import UserError
 
@@ -46,7 +47,7 @@ def runs(tmp_path: Path) -> tuple[Path, Path, list[tuple[np.ndarray, np.ndarray]
 @pytest.mark.parametrize("workers", [1, 3])
 def test_columns_are_the_measures_of_the_videos(runs: Any, workers: int) -> None:
     dense, sparse, videos = runs
-    summary = compare(dense, sparse, lpips=False, progress=False, workers=workers)
+    summary = compare(CompareSettings(dense, sparse, lpips=False, workers=workers), progress=False)
     table, frames = rows(sparse / "metrics.csv"), rows(sparse / "metrics_frames.csv")
     for row, written, (reference, test) in zip(summary["videos"], table, videos, strict=True):
         regions = region_errors(reference, test)
@@ -108,11 +109,16 @@ def test_identical_videos_have_neither(tmp_path: Path, capsys: pytest.CaptureFix
     for name in ("a", "b"):
         add(tmp_path / name, "cat", 0, clip())
     run_compare(tmp_path / "a", tmp_path / "b", "--no-lpips", "--json")
-    out = capsys.readouterr().out.splitlines()
-    summary = json.loads(out[-1])
+    captured = capsys.readouterr()
+    summary = json.loads(captured.out)
     assert (summary["flicker"], summary["flicker_db"], summary["border_excess_db"]) == (0, 100, 0)
     assert summary["worst_region"] is summary["worst_region_share"] is None
-    assert next(line for line in out if line.startswith("cat-s0")).split()[-3:] == ["0.0000", "+0.0", "-"]
+    (line,) = (line for line in captured.err.splitlines() if line.startswith("cat-s0"))
+    assert line.split()[-3:] == [
+        "0.0000",
+        "+0.0",
+        "-",
+    ]
 
 
 def test_a_picture_has_no_flicker(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -206,6 +212,6 @@ def test_an_unknown_net_is_one_line(runs: Any, capsys: pytest.CaptureFixture[str
 
 def test_the_values_of_psnr_stay_what_they_were(runs: Any) -> None:
     dense, sparse, videos = runs
-    compare(dense, sparse, lpips=False, progress=False)
+    compare(CompareSettings(dense, sparse, lpips=False), progress=False)
     values = [float(row["psnr"]) for row in rows(sparse / "metrics_frames.csv") if row["id"] == "flash"]
     assert values == pytest.approx([psnr(*pair) for pair in zip(*videos[0], strict=True)])

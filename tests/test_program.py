@@ -81,6 +81,7 @@ class Painting(Settings):
     folders: Annotated[tuple[Path, ...], Option("what to paint", metavar="DIR")] = field(kw_only=False)
     sizes: Annotated[tuple[int, ...], Option("inches", group="canvas")] = (8, 16)
     depth: Annotated[float | None, Option("inches", group="canvas")] = None
+    tools: Annotated[tuple[Literal["brush", "knife"], ...], Option("to paint with")] = ()
     style: Annotated[Literal["oil", "ink"], Option("of the paint")] = "oil"
     frame: Annotated[bool, Option("leave the frame out")] = True
 
@@ -109,6 +110,7 @@ def painting(*arguments: str) -> int:
         (["a"], Painting((Path("a"),))),
         (["a", "b", "--sizes", "4", "2"], Painting((Path("a"), Path("b")), sizes=(4, 2))),
         (["--no-frame", "--depth=1.5", "a"], Painting((Path("a"),), frame=False, depth=1.5)),
+        (["a", "--tools", "knife", "brush"], Painting((Path("a"),), tools=("knife", "brush"))),
         (["--style", "oil", "--style", "ink", "a"], Painting((Path("a"),), style="ink")),
     ],
 )
@@ -121,7 +123,7 @@ def test_options_make_the_settings_that_python_makes(arguments, expected, capsys
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "the following arguments are required: DIR (see: tool paint --help)"),
+        ([], "the following arguments are required: DIR... (see: tool paint --help)"),
         (["a", "--sizes"], "argument --sizes: expected at least one argument (see: tool paint --help)"),
         (["a", "--depth"], "argument --depth: expected one argument (see: tool paint --help)"),
         (["a", "--depth", "deep"], "argument --depth: invalid float value: 'deep' (see: tool paint --help)"),
@@ -129,6 +131,10 @@ def test_options_make_the_settings_that_python_makes(arguments, expected, capsys
         (
             ["a", "--style", "wax"],
             "argument --style: invalid choice: 'wax' (choose from 'oil', 'ink') (see: tool paint --help)",
+        ),
+        (
+            ["a", "--tools", "knife", "fork"],
+            "argument --tools: invalid choice: 'fork' (choose from 'brush', 'knife') (see: tool paint --help)",
         ),
         (["a", "--frame"], "unrecognized arguments: --frame (see: tool paint --help)"),
         (["a", "--sizes", "4", "0"], "--sizes must be 1 or more, got 0"),
@@ -144,6 +150,8 @@ def test_what_is_wrong_with_a_command_line_is_one_line(arguments, message, capsy
 def test_python_gets_the_same_checks():
     with pytest.raises(UserError, match="--style must be one of oil, ink, got 'wax'"):
         Painting((Path("a"),), style="wax")  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="--tools must be one of brush, knife, got 'fork'"):
+        Painting((Path("a"),), tools=("brush", "fork"))  # type: ignore[arg-type]
     with pytest.raises(UserError, match="--depth must be a number from 0, got inf"):
         Painting((Path("a"),), depth=float("inf"))
 
@@ -151,7 +159,7 @@ def test_python_gets_the_same_checks():
 def test_help_shows_texts_defaults_groups_and_an_example_in_one_line(capsys):
     assert painting("--help") == 0
     text = capsys.readouterr().out
-    assert text.startswith("usage: tool paint [OPTIONS] DIR\n\npaint folders\n")
+    assert text.startswith("usage: tool paint [OPTIONS] DIR...\n\npaint folders\n")
     words = " ".join(text.split())
     for expected in ("--no-frame leave the frame out", "inches [default: 8 16]", "[choices: oil, ink] [default: oil]"):
         assert expected in words

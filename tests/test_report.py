@@ -16,11 +16,13 @@ from markupsafe import escape
 from tests.browser_tools import browser_page, find_chromium
 from tests.cli_tools import SPARSE_LABEL, Run, run_command, save_tiny_wan, tool
 from xattn_video_eval.compare.command import compare
+from xattn_video_eval.compare.settings import CompareSettings
 from xattn_video_eval.report import charts
 from xattn_video_eval.report import data as report_data
 from xattn_video_eval.report.charts import Point, heat_picture, scatter
 from xattn_video_eval.report.command import write_report
 from xattn_video_eval.report.paper_tables import load_paper_tables
+from xattn_video_eval.report.settings import ReportSettings
 from xattn_video_pipelines.common.errors import UserError
 from xattn_video_pipelines.video.manifest import read_manifest
 
@@ -44,7 +46,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
         options = (*TINY, *SPARSE, "--threshold", threshold, "--lossless", "--device", "cpu")
         assert main([str(part) for part in (*command, *options)]) == 0
     for label in ("dense-alt", SPARSE_LABEL, SECOND):
-        compare(out / "dense", out / label, lpips=False, floor=False, progress=False)
+        compare(CompareSettings(out / "dense", out / label, lpips=False, floor=False), progress=False)
     return out
 
 
@@ -135,7 +137,7 @@ def test_rows_are_the_summaries(run, xattn):
 
 
 def test_published_rows_are_marked_as_theirs(run):
-    page = read(write_report(run, progress=False))
+    page = read(write_report(ReportSettings(run), progress=False))
     for entry in load_paper_tables()["tables"]["video_generation_wan21_14b"]["values"]:
         row = page.row(f"theirs: Wan2.1-14B, threshold {entry['threshold']:g}")
         assert [float(row[column][0]) for column in (2, 3, 5, 6, 11)] == pytest.approx(
@@ -146,7 +148,7 @@ def test_published_rows_are_marked_as_theirs(run):
 
 
 def test_every_video_is_in_the_page_and_nothing_else_is_asked_for(run):
-    path = write_report(run, progress=False)
+    path = write_report(ReportSettings(run), progress=False)
     page, text = read(path), path.read_text(encoding="utf-8")
     labels = ("dense", "dense-alt", SPARSE_LABEL, SECOND)
     assert set(page.videos) == {f"{label}/{name}-s0" for label in labels for name in ("0001", "0002")}
@@ -164,7 +166,7 @@ def test_every_video_is_in_the_page_and_nothing_else_is_asked_for(run):
 
 
 def test_a_prompt_is_text_and_never_markup(run):
-    path = write_report(run, progress=False)
+    path = write_report(ReportSettings(run), progress=False)
     page, text = read(path), path.read_text(encoding="utf-8")
     assert "<script>alert" not in text
     assert "<img" not in text
@@ -176,7 +178,7 @@ def test_a_prompt_is_text_and_never_markup(run):
 
 
 def test_settings_reasons_steps_and_layers_are_the_manifests(run):
-    page = read(write_report(run, progress=False))
+    page = read(write_report(ReportSettings(run), progress=False))
     records = read_manifest(run / SPARSE_LABEL)
     record = records["0001", 0]
     for expected in ("64 x 64, 17 frames at 8 a second", record["device_name"], f"torch {record['versions']['torch']}"):
@@ -199,7 +201,7 @@ def test_settings_reasons_steps_and_layers_are_the_manifests(run):
 
 
 def test_each_configuration_has_a_map_of_layers_and_steps(run):
-    text = write_report(run, progress=False).read_text(encoding="utf-8")
+    text = write_report(ReportSettings(run), progress=False).read_text(encoding="utf-8")
     for label in (SPARSE_LABEL, SECOND):
         records = read_manifest(run / label)
         figure = next(part for part in text.split('<figure class="map">') if part.startswith(f"<figcaption>{label}:"))
@@ -244,7 +246,8 @@ def test_peak_memory_is_the_largest_of_the_videos_and_left_out_where_not_known(r
 
 def speed_row(run: Path, label: str) -> list[str]:
     """A row of the table of speed and memory: the one whose last cell names a device."""
-    rows = [row for row in read(write_report(run, progress=False)).rows if len(row) == 5 and row[0][0] == label]
+    page = read(write_report(ReportSettings(run), progress=False))
+    rows = [row for row in page.rows if len(row) == 5 and row[0][0] == label]
     return [text for text, _ in rows[-1]]
 
 
@@ -254,14 +257,14 @@ def test_a_manifest_without_layers_is_said_to_have_steps_only(run):
         records = [json.loads(line) for line in path.read_text().splitlines()]
         path.write_text("".join(json.dumps(record | NO_LAYERS) + "\n" for record in records))
         os.utime(summary)
-    page = read(write_report(run, progress=False))
+    page = read(write_report(ReportSettings(run), progress=False))
     assert "Steps only: these manifests do not tell layers apart" in page.text
     assert "by denoising step" in page.text
     assert "Density by layer" not in page.text
 
 
 def test_worst_cases_come_first_by_rank_and_the_floor_last(run):
-    loaded = report_data.load_run(run)
+    loaded = report_data.load_run(ReportSettings(run))
     cases = report_data.worst_first(loaded)
     assert [case.label == "dense-alt" for case in cases] == [False] * 4 + [True] * 2
     first, second = cases[:2], cases[2:4]
@@ -273,10 +276,10 @@ def test_worst_cases_come_first_by_rank_and_the_floor_last(run):
 
 
 def test_the_size_limit_keeps_the_worst_and_names_the_rest(run):
-    worst = report_data.worst_first(report_data.load_run(run))
+    worst = report_data.worst_first(report_data.load_run(ReportSettings(run)))
     files = [run / f"{name}.mp4" for name in (f"dense/{worst[0].key[0]}-s0", worst[0].id)]
     limit = sum((file.stat().st_size + 2) // 3 * 4 for file in files) / 1e6
-    page = read(write_report(run, max_megabytes=limit, progress=False))
+    page = read(write_report(ReportSettings(run, max_megabytes=limit), progress=False))
     assert [case["id"] for case in page.cases] == [worst[0].id]
     assert len(page.videos) == 2
     count, left_out = page.text.split("comparisons left out")[0].split()[-1], page.text.split("left out to keep")[1]
@@ -284,7 +287,7 @@ def test_the_size_limit_keeps_the_worst_and_names_the_rest(run):
     assert int(count) == len(worst) - 1
     assert all(case.id in left_out for case in worst[1:])
     assert worst[0].id not in left_out
-    none = read(write_report(run, max_megabytes=0, progress=False))
+    none = read(write_report(ReportSettings(run, max_megabytes=0), progress=False))
     assert (none.videos, none.cases) == ({}, [])
     assert not any(tag == "video" for tag, _ in none.tags)
 
@@ -298,7 +301,7 @@ def test_what_is_not_measured_or_out_of_date_is_measured(run):
     other.write_text(other.read_text().replace('"dense_seconds": ', '"dense_seconds": 1'))
     # Older than the videos.
     os.utime(run / "dense-alt" / "summary.json", ns=(1, 1))
-    write_report(run, lpips=False, progress=False)
+    write_report(ReportSettings(run, lpips=False), progress=False)
     assert json.loads(summary.read_text())["psnr"] == json.loads(before)["psnr"]
     manifest = read_manifest(run / "dense")
     for row in json.loads(other.read_text())["videos"]:
@@ -309,7 +312,7 @@ def test_what_is_not_measured_or_out_of_date_is_measured(run):
 def test_an_interrupted_run_is_reported_with_what_it_lacks(run):
     path = run / SPARSE_LABEL / "manifest.jsonl"
     path.write_text(path.read_text().splitlines(keepends=True)[0])
-    page = read(write_report(run, lpips=False, progress=False))
+    page = read(write_report(ReportSettings(run, lpips=False), progress=False))
     assert f"{SPARSE_LABEL}: without a partner (dense only): 0002-s0" in page.text
     assert page.row(SPARSE_LABEL)[1][0] == "1"
 
@@ -373,11 +376,11 @@ def test_bad_input_is_one_line_and_leaves_no_page(run, xattn, spoil, options, me
 
 
 def test_an_older_page_survives_a_failure(run):
-    page = write_report(run, progress=False)
+    page = write_report(ReportSettings(run), progress=False)
     before = page.read_bytes()
     truncated(run)
     with pytest.raises(UserError, match="damaged"):
-        write_report(run, progress=False)
+        write_report(ReportSettings(run), progress=False)
     assert page.read_bytes() == before
     assert [path.name for path in run.iterdir() if path.is_file()] == ["report.html"]
 
@@ -424,7 +427,7 @@ def press(id: str) -> str:
 
 @pytest.mark.skipif(find_chromium() is None, reason="no Chromium on the path")
 def test_players_play_seek_and_step_together_in_a_browser(run, tmp_path):
-    path = write_report(run, progress=False)
+    path = write_report(ReportSettings(run), progress=False)
     with browser_page(find_chromium(), tmp_path / "profile") as page:
         page.open(path)
         page.wait(f"{DRAWN} === 0")
@@ -472,7 +475,7 @@ def test_players_play_seek_and_step_together_in_a_browser(run, tmp_path):
 @pytest.mark.skipif(find_chromium() is None, reason="no Chromium on the path")
 @pytest.mark.parametrize("width", [390, 1280])
 def test_the_page_is_no_wider_than_the_window(run, tmp_path, width):
-    path = write_report(run, progress=False)
+    path = write_report(ReportSettings(run), progress=False)
     with browser_page(find_chromium(), tmp_path / "profile") as page:
         page.open(path, width, 844)
         page.wait(f"{DRAWN} === 0")

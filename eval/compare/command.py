@@ -2,17 +2,15 @@
 
     pair by (id, seed)  ->  decode both, frame by frame  ->  metrics a frame  ->  a row a video  ->  a summary
 
-The program behind `xattn-video compare`; `compare()` is the same from Python.
+The program behind `xattn-video compare`; from Python it is `compare(CompareSettings(dense_dir, sparse_dir))`.
 """
 
 from __future__ import annotations
 
-import argparse
 import csv
 import io
-import json
-import os
 from collections.abc import Collection, Sequence
+from json import dumps
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +26,6 @@ from xattn_video_eval.compare.metrics.flicker import (
     worst_cell,
 )
 from xattn_video_eval.compare.metrics.psnr_ssim import (
-    LPIPS_NETS,
     PSNR_CAP_DB,
     Lpips,
     LpipsUnavailable,
@@ -36,16 +33,13 @@ from xattn_video_eval.compare.metrics.psnr_ssim import (
     mean_psnr,
 )
 from xattn_video_eval.compare.pairs import Pair, find_pairs
+from xattn_video_eval.compare.settings import FLOOR, FRAMES_CSV, METRICS_CSV, SUMMARY_JSON, CompareSettings
 from xattn_video_eval.compare.table import format_summary
 from xattn_video_pipelines.common.errors import UserError
 from xattn_video_pipelines.common.files import make_writable, write_texts
+from xattn_video_pipelines.common.program import for_people
+from xattn_video_pipelines.common.settings import Json
 from xattn_video_pipelines.video.manifest import Key, Record, read_manifest
-
-METRICS_CSV = "metrics.csv"
-FRAMES_CSV = "metrics_frames.csv"
-SUMMARY_JSON = "summary.json"
-# Where `generate --attention dense-alt` writes.
-FLOOR = "dense-alt"
 
 EXAMPLE = """\
 example:
@@ -54,39 +48,17 @@ example:
 """
 
 
-def compare(
-    dense_dir: str | os.PathLike[str],
-    sparse_dir: str | os.PathLike[str],
-    *,
-    keys: Collection[Key] | None = None,
-    out: str | os.PathLike[str] | None = None,
-    lpips: bool = True,
-    lpips_net: str = "alex",
-    lpips_weights: str | os.PathLike[str] | None = None,
-    device: str = "auto",
-    allow_unmatched: bool = False,
-    workers: int | None = None,
-    floor: bool = True,
-    progress: bool = True,
-) -> dict[str, Any]:
-    """Measure how far the videos of `sparse_dir` are from those of `dense_dir`.
+def compare(settings: CompareSettings, *, keys: Collection[Key] | None = None, progress: bool = True) -> dict[str, Any]:
+    """Measure how far the videos of `sparse_dir` are from those of `dense_dir`, and write the files of the settings.
 
     Videos are paired by the (id, seed) of each folder's manifest.jsonl. The lossless copies (.mkv) are decoded
     where both sides of a pair have one, otherwise both mp4 files. Only a few frames are held at a time.
+    metrics.csv has a row per video, metrics_frames.csv a row per frame. The three files appear together at the end;
+    an error writes none of them.
 
     Args:
-        dense_dir, sparse_dir: folders that `xattn-video generate` wrote.
+        settings: the folders, which `xattn-video generate` wrote, and how they are compared.
         keys: the (id, seed) of the videos that are compared; None takes all. Each must be on both sides.
-        out: where metrics.csv (a row a video), metrics_frames.csv (a row a frame) and summary.json go;
-            default `sparse_dir`. They appear together at the end; an error writes none of them.
-        lpips: also compute LPIPS if its weights can be loaded; where they cannot, the summary says why.
-        lpips_net: backbone of LPIPS, "alex", "vgg" or "squeeze".
-        lpips_weights: folder with that backbone's torchvision checkpoint, instead of torch hub's cache. Weights
-            that were named must load: an error otherwise.
-        device: device of LPIPS; `auto` takes a GPU if there is one.
-        allow_unmatched: compare the pairs there are and list the rest, instead of raising.
-        workers: threads for all but LPIPS; None takes one a core, at most 8.
-        floor: measure the noise floor too, where a folder `dense-alt` beside `dense_dir` has these videos.
         progress: show a bar on stderr.
 
     Returns:
@@ -97,26 +69,25 @@ def compare(
     Raises:
         UserError: one line; a folder or manifest is missing or empty, videos lack a partner, a file is missing
             or damaged, a pair differs in size, frame count, prompt or settings, `lpips_weights` do not load, or
-            `out` cannot be written.
+            the files cannot be written.
     """
     from tqdm import tqdm
 
-    dense_dir, sparse_dir = Path(dense_dir), Path(sparse_dir)
-    out_dir = sparse_dir if out is None else Path(out)
-    pairs, unmatched = find_pairs(dense_dir, sparse_dir, keys=keys, allow_unmatched=allow_unmatched)
-    make_writable(out_dir)
-    distance, lpips_unavailable = _lpips(lpips, device, lpips_net, lpips_weights)
+    dense_dir, sparse_dir = settings.dense_dir, settings.sparse_dir
+    pairs, unmatched = find_pairs(dense_dir, sparse_dir, keys=keys, allow_unmatched=settings.allow_unmatched)
+    make_writable(settings.folder)
+    distance, lpips_unavailable = _lpips(settings)
 
-    floor_pairs = _floor_pairs(dense_dir, sparse_dir, pairs) if floor else []
+    floor_pairs = _floor_pairs(dense_dir, sparse_dir, pairs) if settings.floor else []
 
     rows: list[Record] = []
     frame_rows: list[Record] = []
     floor_rows = [
-        _row(pair, measure(pair, distance, workers=workers))
+        _row(pair, measure(pair, distance, workers=settings.workers))
         for pair in tqdm(floor_pairs, desc="noise floor", unit="video", disable=not (progress and floor_pairs))
     ]
     for pair in tqdm(pairs, desc="compare", unit="video", disable=not progress):
-        values = measure(pair, distance, workers=workers)
+        values = measure(pair, distance, workers=settings.workers)
         rows.append(_row(pair, values))
         frame_rows += _frame_rows(pair, values)
 
@@ -127,19 +98,19 @@ def compare(
         **_means(rows),
         "one_sided_lossless": sum(pair.one_sided for pair in pairs),
         "different_devices": sum(_devices_differ(pair) for pair in pairs),
-        "lpips_net": lpips_net,
+        "lpips_net": settings.lpips_net,
         "lpips_unavailable": lpips_unavailable,
         "psnr_cap_db": PSNR_CAP_DB,
-        "definitions": definitions(lpips_net) | DEFINITIONS,
+        "definitions": definitions(settings.lpips_net) | DEFINITIONS,
         "unmatched": unmatched,
         "floor": _means(floor_rows) if floor_rows else None,
         "videos": rows,
     }
     write_texts(
         {
-            out_dir / METRICS_CSV: _csv(rows),
-            out_dir / FRAMES_CSV: _csv(frame_rows),
-            out_dir / SUMMARY_JSON: json.dumps(summary, indent=2, allow_nan=False) + "\n",
+            settings.folder / METRICS_CSV: _csv(rows),
+            settings.folder / FRAMES_CSV: _csv(frame_rows),
+            settings.folder / SUMMARY_JSON: dumps(summary, indent=2, allow_nan=False) + "\n",
         }
     )
     return summary
@@ -157,65 +128,27 @@ def _floor_pairs(dense_dir: Path, sparse_dir: Path, pairs: Sequence[Pair]) -> li
     return find_pairs(dense_dir, folder, keys=keys)[0] if keys else []
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `xattn-video compare`."""
-    parser.add_argument("dense_dir", metavar="DENSE_DIR", help="folder of the dense videos (the reference)")
-    parser.add_argument("sparse_dir", metavar="SPARSE_DIR", help="folder of the sparse videos")
-    parser.add_argument(
-        "--out", metavar="DIR", help=f"where {METRICS_CSV}, {FRAMES_CSV} and {SUMMARY_JSON} go (SPARSE_DIR)"
-    )
-    parser.add_argument("--no-lpips", action="store_true", help="leave LPIPS out")
-    parser.add_argument("--lpips-net", choices=LPIPS_NETS, default="alex", help="backbone of LPIPS (alex)")
-    parser.add_argument(
-        "--lpips-weights",
-        metavar="FOLDER",
-        help="where the backbone's torchvision checkpoint is (torch hub's cache, filled by a download)",
-    )
-    parser.add_argument("--device", default="auto", help="device of LPIPS (default auto: a GPU if there is one)")
-    parser.add_argument("--allow-unmatched", action="store_true", help="skip videos without a partner, and list them")
-    parser.add_argument("--workers", type=int, metavar="N", help="threads for all but LPIPS (one a core, at most 8)")
-    parser.add_argument("--no-floor", action="store_true", help=f"no row of the videos in {FLOOR} beside DENSE_DIR")
-    parser.add_argument("--json", action="store_true", help="print the summary as the last line of stdout")
-
-
-def run(args: argparse.Namespace) -> int:
-    """`xattn-video compare`: print the table, write the files; returns the exit code. Raises UserError."""
-    if args.workers is not None and args.workers < 1:
-        raise UserError(f"--workers must be at least 1, got {args.workers}")
-    if args.no_lpips and args.lpips_weights is not None:
-        raise UserError("--no-lpips and --lpips-weights exclude each other")
-    out = args.out or args.sparse_dir
-    summary = compare(
-        args.dense_dir,
-        args.sparse_dir,
-        out=out,
-        lpips=not args.no_lpips,
-        lpips_net=args.lpips_net,
-        lpips_weights=args.lpips_weights,
-        device=args.device,
-        allow_unmatched=args.allow_unmatched,
-        workers=args.workers,
-        floor=not args.no_floor,
-    )
-    print(format_summary(summary))
-    print(f"wrote {METRICS_CSV}, {FRAMES_CSV} and {SUMMARY_JSON} in {out}")
-    if args.json:
-        print(json.dumps(summary, allow_nan=False))
+def command(settings: CompareSettings, *, json: Json = False) -> int:
+    """`xattn-video compare`: write the files, print the table; returns the exit code. Raises UserError."""
+    summary = compare(settings)
+    people = for_people(json)
+    print(format_summary(summary), file=people)
+    print(f"wrote {METRICS_CSV}, {FRAMES_CSV} and {SUMMARY_JSON} in {settings.folder}", file=people)
+    if json:
+        print(dumps(summary, allow_nan=False))
     return 0
 
 
-def _lpips(
-    wanted: bool, device: str, net: str, weights: str | os.PathLike[str] | None
-) -> tuple[Lpips | None, str | None]:
+def _lpips(settings: CompareSettings) -> tuple[Lpips | None, str | None]:
     """The network and None, or None and why there is none. Weights that were named must load."""
     from xattn_video_pipelines.video.make import resolve_device
 
-    if not wanted:
+    if not settings.lpips:
         return None, "switched off"
     try:
-        return Lpips(resolve_device(device), net, weights), None
+        return Lpips(resolve_device(settings.device), settings.lpips_net, settings.lpips_weights), None
     except LpipsUnavailable as error:
-        if weights is not None:
+        if settings.lpips_weights is not None:
             raise UserError(f"LPIPS: {error}") from error
         return None, str(error)
 

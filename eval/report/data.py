@@ -13,7 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from xattn_video_eval.compare.command import FLOOR, SUMMARY_JSON, compare
+from xattn_video_eval.compare.command import compare
+from xattn_video_eval.compare.settings import FLOOR, SUMMARY_JSON, CompareSettings
+from xattn_video_eval.report.settings import ReportSettings
 from xattn_video_pipelines.common.errors import UserError
 from xattn_video_pipelines.video.manifest import NAME, Key, Record, finished_videos, video_name
 
@@ -77,16 +79,17 @@ class Case:
         return f"{self.label}/{self.name}"
 
 
-def load_run(folder: Path, **measuring: Any) -> Run:
+def load_run(settings: ReportSettings, *, progress: bool = True) -> Run:
     """Read every manifest, take the summaries that are up to date and measure the rest.
 
     Args:
-        folder: what `generate` was given as --out.
-        measuring: options of `compare` for folders without a summary of their present videos.
+        settings: of the report. Its `run_dir` is what `generate` was given as --out.
+        progress: show bars on stderr.
 
     Raises:
         UserError: one line; no such folder, no dense/ in it, nothing to compare with it, or what `compare` raises.
     """
+    folder = settings.run_dir
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder")
     labels = sorted((path.name for path in folder.iterdir() if (path / NAME).is_file()), key=_in_order)
@@ -104,8 +107,11 @@ def load_run(folder: Path, **measuring: Any) -> Run:
             records = finished_videos(folder / label)
             summary = _current_summary(dense_folder, dense, folder / label, records)
             if summary is None:
-                options = {"allow_unmatched": True, "floor": False} | measuring
-                summary = compare(dense_folder, folder / label, **options)
+                asked = CompareSettings(
+                    dense_folder, folder / label, allow_unmatched=True, floor=False,
+                    lpips=settings.lpips, lpips_weights=settings.lpips_weights, device=settings.device,
+                )  # fmt: skip
+                summary = compare(asked, progress=progress)
             compared.append(Compared(label, folder / label, records, summary))
     return Run(folder, dense_folder, dense, tuple(compared))
 

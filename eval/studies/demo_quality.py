@@ -19,6 +19,7 @@ import numpy as np
 
 from xattn_video import XAttnConfig
 from xattn_video_eval.compare.command import compare
+from xattn_video_eval.compare.settings import CompareSettings
 from xattn_video_eval.results.ledger import RESULTS, append_rows, provenance
 from xattn_video_pipelines import cli
 from xattn_video_pipelines.common import jsonl
@@ -111,7 +112,7 @@ def _row(args: argparse.Namespace, prompts: list[dict[str, Any]]) -> dict[str, A
     config = XAttnConfig(threshold=args.threshold)
     dense, sparse = args.out / "dense", args.out / config.label()
     keys = [(record["id"], record["seed"]) for record in prompts]
-    compared = compare(dense, sparse, keys=keys, lpips=False, floor=False)
+    compared = compare(CompareSettings(dense, sparse, lpips=False, floor=False), keys=keys)
     judged = [_judged(folder, keys) for folder in (dense, sparse)]
     manifest = read_manifest(sparse)
     steps = [density for key in keys for density in manifest[key]["density_by_step"][config.warmup_steps :]]

@@ -12,7 +12,6 @@ What does not compile, needs more shared memory than there is, or is wrong is le
 
 from __future__ import annotations
 
-import argparse
 import collections
 import itertools
 import json
@@ -26,7 +25,6 @@ from typing import Any
 
 import torch
 
-from xattn_video.ops.checks import MAX_HEAD_DIM
 from xattn_video.ops.triton import launch_tables
 from xattn_video.ops.triton.launch_tables import LaunchConfig, Table
 from xattn_video_eval.bench.cases import DTYPES
@@ -34,6 +32,7 @@ from xattn_video_eval.results.ledger import provenance
 from xattn_video_eval.tune.candidates import candidates
 from xattn_video_eval.tune.compile import compile_ahead, workers
 from xattn_video_eval.tune.problems import ATTEND, HOPPER, KERNELS, SCORES, Runner, large_runner, small_runner
+from xattn_video_eval.tune.settings import TuneSettings
 from xattn_video_pipelines.common.environment import device_name
 from xattn_video_pipelines.common.errors import UserError
 
@@ -184,28 +183,24 @@ def timer(runner: Runner, rounds: int) -> Callable[[LaunchConfig], float]:
 # --- the program -----------------------------------------------------------------------------------------------
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `xattn-video tune`."""
-    parser.add_argument("--kernel", nargs="+", choices=KERNELS, default=KERNELS, help="default: all")
-    parser.add_argument("--head-dim", type=int, nargs="+", default=[128], help="head dimensions (default 128)")
-    parser.add_argument("--dtype", nargs="+", choices=sorted(DTYPES), default=["bf16"], help="default: bf16")
-    parser.add_argument("--tokens", type=int, default=32768, help="length of the timed problem (default 32768)")
-    parser.add_argument("--heads", type=int, default=8, help="heads of the timed problem (default 8)")
-    parser.add_argument("--rounds", type=int, default=10, help="timed launches a configuration (default 10)")
+def command(settings: TuneSettings) -> int:
+    """`xattn-video tune`; returns 0, or 1 where a configuration of the package fails. Raises UserError."""
+    report = tune(settings)
+    print(json.dumps(report))
+    return 0 if report["ok"] else 1
 
 
-def run(args: argparse.Namespace) -> int:
-    """Measure, print, write the table; returns 0, or 1 where a configuration of the package fails."""
+def tune(settings: TuneSettings) -> dict[str, Any]:
+    """Measure, print a line for each entry as it comes, and write the user's table of this GPU.
+
+    Returns:
+        JSON values: `ok`, the `path` of the table, `failures`, what was `left_out` and why, and `rows`.
+
+    Raises:
+        UserError: torch sees no GPU, or the user's table cannot be read.
+    """
     if not torch.cuda.is_available():
         raise UserError("tune measures on a GPU, and torch sees none here")
-    for name, values, least in (
-        ("--head-dim", args.head_dim, 8), ("--tokens", [args.tokens], 2048), ("--heads", [args.heads], 1),
-        ("--rounds", [args.rounds], 1),
-    ):  # fmt: skip
-        for value in values:
-            if value < least or (name == "--head-dim" and value > MAX_HEAD_DIM):
-                limit = f" and {MAX_HEAD_DIM} or less" if name == "--head-dim" else ""
-                raise UserError(f"{name} must be {least} or more{limit}, got {value}")
     device = torch.device("cuda", torch.cuda.current_device())
     name = launch_tables.device_class(device)
     path = launch_tables.user_folder() / f"{name}.json"
@@ -217,8 +212,8 @@ def run(args: argparse.Namespace) -> int:
     # The 16-bit types share an entry: the first that is asked for is measured.
     wanted: dict[tuple[str, str, int], str] = {}
     # The plain attention kernel first, which the one for Hopper is measured beside.
-    kernels = [kernel for kernel in KERNELS if kernel in args.kernel]
-    for kernel, head_dim, dtype in itertools.product(kernels, args.head_dim, args.dtype):
+    kernels = [kernel for kernel in KERNELS if kernel in settings.kernel]
+    for kernel, head_dim, dtype in itertools.product(kernels, settings.head_dim, settings.dtype):
         wanted.setdefault((kernel, launch_tables.width(DTYPES[dtype]), head_dim), dtype)
     about = {"device": device_name(device), **provenance("triton")}
     rows, failures, left_out, written = [], [], {}, False
@@ -231,7 +226,7 @@ def run(args: argparse.Namespace) -> int:
                 left_out[label] = reason
                 print(f"{label}: left out: {reason}")
                 continue
-            trials = _tune(kernel, DTYPES[dtype], head_dim, args.tokens, args.heads, args.rounds, device, pool)
+            trials = _tune(kernel, DTYPES[dtype], head_dim, settings, device, pool)
             try:
                 best = choose(trials)
             except ValueError as error:
@@ -248,9 +243,7 @@ def run(args: argparse.Namespace) -> int:
                 launch_tables.write_table(path, after, about)
                 before, written = after, True
     print(f"wrote {path}" if written else f"nothing to change in {path}")
-    report = {"ok": not failures, "path": str(path), "failures": failures, "left_out": left_out, "rows": rows}
-    print(json.dumps(report))
-    return 1 if failures else 0
+    return {"ok": not failures, "path": str(path), "failures": failures, "left_out": left_out, "rows": rows}
 
 
 def summarize(trials: list[Trial], best: Trial) -> dict[str, Any]:
@@ -294,9 +287,7 @@ def _tune(
     kernel: str,
     dtype: torch.dtype,
     head_dim: int,
-    tokens: int,
-    heads: int,
-    rounds: int,
+    settings: TuneSettings,
     device: torch.device,
     pool: Executor,
 ) -> list[Trial]:
@@ -308,9 +299,9 @@ def _tune(
     own = launch_tables.lookup(packaged, kernel, bits, head_dim)
     configs = candidates(kernel, bits, head_dim, {key: value for key, value in own.items() if key != SPEED}, name)
     small = [small_runner(kernel, dtype, head_dim, causal, device) for causal in (False, True)]
-    large = large_runner(kernel, dtype, head_dim, tokens, heads, device)
+    large = large_runner(kernel, dtype, head_dim, settings.tokens, settings.heads, device)
     compile_ahead(pool, [*small, large], configs, driver.active.get_current_target())
-    check, measure, numbers = checker(small), timer(large, rounds), iter(range(1, len(configs) + 1))
+    check, measure, numbers = checker(small), timer(large, settings.rounds), iter(range(1, len(configs) + 1))
 
     def announced(config: LaunchConfig) -> str | None:
         print(f"{kernel} {dtype} D {head_dim}: {next(numbers)} of {len(configs)}", file=sys.stderr)
@@ -320,4 +311,4 @@ def _tune(
     if kernel != HOPPER:
         return trials
     plain = launch_tables.find_config(ATTEND, dtype, head_dim, device)
-    return beside_plain(trials, timer(replace(large, kernel=ATTEND), rounds)(plain))
+    return beside_plain(trials, timer(replace(large, kernel=ATTEND), settings.rounds)(plain))

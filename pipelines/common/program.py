@@ -12,7 +12,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, fields
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TextIO, get_args, get_origin, get_type_hints
 
 from xattn_video.extras import explain
 from xattn_video_pipelines.common.errors import UserError
@@ -42,7 +42,7 @@ def program(name: str, about: str, example: str, version: Callable[[], str] | No
         UserError: the library that reads command lines is not installed.
     """
     try:
-        from cyclopts import App, Parameter
+        from cyclopts import App, Group, Parameter
         from rich.console import Console
     except ModuleNotFoundError as error:
         raise UserError(f"the command line needs it: {explain(error) or error}") from None
@@ -60,7 +60,8 @@ def program(name: str, about: str, example: str, version: Callable[[], str] | No
             consume_multiple=(1, None), negative=(), allow_repeating=True, show_default=_shown_default
         ),
         result_action="return_value",
-        group_parameters="Options",
+        group_arguments=Group.create_ordered("Arguments"),
+        group_parameters=Group.create_ordered("Options"),
         # `guarded` says what is wrong, in one line.
         exit_on_error=False,
         print_error=False,
@@ -142,6 +143,11 @@ def guarded(name: str, call: Callable[[], int]) -> int:
         return 2
 
 
+def for_people(json: bool) -> TextIO:
+    """Where a program prints what is for people: with `--json` stdout holds the document and nothing else."""
+    return sys.stderr if json else sys.stdout
+
+
 # --- options from settings ------------------------------------------------------------------------------------
 
 
@@ -188,11 +194,13 @@ def _parameter(name: str, hint: Any, default: Any, positional: bool, groups: Cal
     (option,) = (extra for extra in metadata if isinstance(extra, Option))
     if default is True:
         name, default = f"no_{name}", False
-    shown: dict[str, Any] = {"help": option.help, "metavar": option.metavar}
+    many = "..." if get_origin(kind) is tuple else ""
+    metavar = option.metavar and f"{option.metavar}{many}"
+    shown: dict[str, Any] = {"help": option.help, "metavar": metavar}
     if option.group is not None:
         shown["group"] = groups(option.group)
     if positional:
-        shown["name"] = option.metavar
+        shown["name"] = metavar
     return inspect.Parameter(
         name,
         inspect.Parameter.POSITIONAL_ONLY if positional else inspect.Parameter.KEYWORD_ONLY,

@@ -8,7 +8,7 @@ beside the standard library.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 from xattn_video_pipelines.common.errors import UserError
@@ -36,11 +36,13 @@ class Settings:
     """Base of all settings. `check` is called once, when the settings are made."""
 
     def __post_init__(self) -> None:
-        for name, hint in get_type_hints(type(self)).items():
-            value = getattr(self, name)
-            if get_origin(hint) is Literal and value not in get_args(hint):
-                choices = ", ".join(map(str, get_args(hint)))
-                raise UserError(f"{option_name(name)} must be one of {choices}, got {value!r}")
+        hints = get_type_hints(type(self))
+        for field in fields(self):
+            choices, given = _choices(hints[field.name]), getattr(self, field.name)
+            for value in given if isinstance(given, tuple) else (given,):
+                if choices and value is not None and value not in choices:
+                    listed = ", ".join(choices)
+                    raise UserError(f"{option_name(field.name)} must be one of {listed}, got {value!r}")
         self.check()
 
     def check(self) -> None:
@@ -63,6 +65,13 @@ class Settings:
             value = getattr(self, name)
             if value is not None and not 0 <= value < math.inf:
                 raise UserError(f"{option_name(name)} must be a number from 0, got {value}")
+
+
+def _choices(hint: Any) -> tuple[str, ...]:
+    """The words that a setting may be: those of a Literal, also in a tuple or beside None. () if any will do."""
+    if get_origin(hint) is Literal:
+        return get_args(hint)
+    return next((found for part in get_args(hint) if (found := _choices(part))), ())
 
 
 def option_name(field: str) -> str:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import argparse
-import json
 from collections.abc import Collection
+from json import dumps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from xattn_video_pipelines.common.errors import UserError
 from xattn_video_pipelines.common.files import make_writable, write_texts
 from xattn_video_pipelines.common.tables import aligned
+from xattn_video_pipelines.common.program import for_people
+from xattn_video_pipelines.common.settings import Json
+from xattn_video_pipelines.demo.settings import JUDGED_JSON, JudgeSettings
 from xattn_video_pipelines.demo.world import asked
 from xattn_video_pipelines.video.io import read_video
 from xattn_video_pipelines.video.manifest import NAME as MANIFEST
@@ -27,8 +29,6 @@ from xattn_video_pipelines.video.manifest import (
 if TYPE_CHECKING:
     from xattn_video_pipelines.demo.judge import Verdict
 
-JUDGED_JSON = "judged.json"
-
 # A prompt need not name the size, so it is told but is no part of "all".
 _IN_ALL = ("colour", "shape", "motion", "background")
 _LONGEST_PROMPT = 64
@@ -39,17 +39,21 @@ example:
 """
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `xattn-video judge`."""
-    parser.add_argument(
-        "folders", nargs="+", type=Path, metavar="DIR", help=f"a folder of videos; {JUDGED_JSON} is written there"
-    )
-    parser.add_argument("--json", action="store_true", help="print what the files hold as the last line of stdout")
+def command(settings: JudgeSettings, *, json: Json = False) -> int:
+    """`xattn-video judge`: a table and a file for each folder; returns the exit code. Raises UserError."""
+    documents = judge_folders(settings)
+    people = for_people(json)
+    for document in documents:
+        print(_table(document), file=people)
+        print(f"wrote {Path(document['folder']) / JUDGED_JSON}\n", file=people)
+    if json:
+        print(dumps(documents, allow_nan=False))
+    return 0
 
 
-def run(args: argparse.Namespace) -> int:
-    """`xattn-video judge`: a table and a file a folder; returns the exit code. Raises UserError."""
-    folders: list[Path] = list(dict.fromkeys(args.folders))
+def judge_folders(settings: JudgeSettings) -> list[dict[str, Any]]:
+    """Judge the videos of each folder once and write judged.json there; what the files hold. Raises UserError."""
+    folders = list(dict.fromkeys(settings.folders))
     # All of them before the first video is decoded.
     for folder in folders:
         _videos(folder, None)
@@ -57,13 +61,9 @@ def run(args: argparse.Namespace) -> int:
     documents = []
     for folder in folders:
         document = judge_folder(folder)
-        write_texts({folder / JUDGED_JSON: json.dumps(document, indent=2, allow_nan=False) + "\n"})
-        print(_table(document))
-        print(f"wrote {folder / JUDGED_JSON}\n")
+        write_texts({folder / JUDGED_JSON: dumps(document, indent=2, allow_nan=False) + "\n"})
         documents.append(document)
-    if args.json:
-        print(json.dumps(documents, allow_nan=False))
-    return 0
+    return documents
 
 
 def judge_folder(folder: Path, *, keys: Collection[Key] | None = None, progress: bool = True) -> dict[str, Any]:
