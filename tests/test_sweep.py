@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import csv
 import itertools
 import json
@@ -13,8 +12,8 @@ import pytest
 
 from tests.cli_tools import Run, save_tiny_wan, tool
 from xattn_video import XAttnConfig
-from xattn_video_eval.sweep import command as sweep
 from xattn_video_eval.sweep import plot as sweep_plot
+from xattn_video_eval.sweep.settings import SweepSettings
 from xattn_video_pipelines.common.errors import UserError
 from xattn_video_pipelines.video import make as runner
 from xattn_video_pipelines.video.manifest import read_manifest
@@ -33,14 +32,12 @@ def xattn(capfd: pytest.CaptureFixture[str]) -> Run:
     return tool(capfd)
 
 
-def options(*given: Any) -> argparse.Namespace:
-    parser = argparse.ArgumentParser()
-    sweep.add_arguments(parser)
-    return parser.parse_args(["--model", "m", "--prompts", "p.txt", *map(str, given)])
+def settings(**given: Any) -> SweepSettings:
+    return SweepSettings(model="m", prompts=Path("p.txt"), **given)
 
 
 def test_one_axis_at_a_time_passes_through_the_base_point_once():
-    configs = sweep.settings(options())
+    configs = settings().configs
     assert configs[0] == XAttnConfig()
     assert len(configs) == len(set(configs)) == 1 + 5 + 3 + 3
     for config in configs:
@@ -53,14 +50,14 @@ def test_one_axis_at_a_time_passes_through_the_base_point_once():
 
 
 def test_the_grid_has_every_combination():
-    configs = sweep.settings(options("--grid", "--thresholds", 0.5, 0.9, "--strides", 4, 8, 16, "--warmup-steps", 0, 5))
+    configs = settings(grid=True, thresholds=(0.5, 0.9), strides=(4, 8, 16), warmup_steps=(0, 5)).configs
     points = {(config.threshold, config.stride, config.warmup_steps) for config in configs}
     assert points == {(t, s, w) for t in (0.5, 0.9) for s in (4, 8, 16) for w in (0, 5)}
 
 
 def test_a_value_without_a_meaning_is_refused():
     with pytest.raises(UserError, match="stride"):
-        sweep.settings(options("--strides", 7))
+        settings(strides=(7,))
 
 
 def test_a_sweep_makes_measures_draws_and_goes_on(model, tmp_path, xattn, monkeypatch):

@@ -153,7 +153,9 @@ def _row(args: argparse.Namespace, items: Path, out: Path, label: str) -> dict[s
 
 def table(rows: list[dict[str, Any]]) -> str:
     """A line a length: shares in percent, the paired difference in points with its interval."""
-    lines: list[tuple[str, ...]] = [("scenes", "tokens", "dense", "sparse", "difference", "density", "as dense", "prefill s")]
+    lines: list[tuple[str, ...]] = [
+        ("scenes", "tokens", "dense", "sparse", "difference", "density", "as dense", "prefill s")
+    ]
     for row in rows:
         points = {name: 100 * value for name, value in row["difference"].items()}
         change = f"{points['difference']:+.1f} [{points['low']:+.1f}, {points['high']:+.1f}]"

@@ -7,30 +7,35 @@ One axis at a time around a base point, or a grid. The dense videos are made onc
 
 from __future__ import annotations
 
-import argparse
 import csv
 import importlib.util
 import io
-import itertools
-import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from json import dumps
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any
 
 from xattn_video import XAttnConfig
 from xattn_video_eval.compare.command import compare
+from xattn_video_eval.compare.settings import CompareSettings
 from xattn_video_eval.results.ledger import provenance
 from xattn_video_eval.sweep.plot import plot
+from xattn_video_eval.sweep.settings import SweepSettings
 from xattn_video_pipelines.common.errors import UserError
 from xattn_video_pipelines.common.files import write_texts
+from xattn_video_pipelines.common.program import for_people
+from xattn_video_pipelines.common.settings import Json, Option
 from xattn_video_pipelines.common.tables import aligned
 from xattn_video_pipelines.demo.judging import judge_folder
 from xattn_video_pipelines.demo.world import asked
-from xattn_video_pipelines.video import command
+from xattn_video_pipelines.video.command import print_video, produce
 from xattn_video_pipelines.video.manifest import Record, read_manifest
-from xattn_video_pipelines.video.plan import Plan, make_plan
+from xattn_video_pipelines.video.plan import Job, Plan, make_plan
+
+if TYPE_CHECKING:
+    from xattn_video_pipelines.video.plan import Labelled
 
 EXAMPLE = """\
 example:
@@ -38,106 +43,75 @@ example:
   xattn-video sweep --model wan2.1-1.3b --prompts prompts.txt --strides 8 16 --warmup-steps 5 --dry-run
 """
 
-THRESHOLDS = (0.5, 0.7, 0.8, 0.9, 0.95, 0.99)
-STRIDES = (4, 8, 16, 32)
-WARMUP_STEPS = (0, 2, 5, 8)
 _AXES = ("threshold", "stride", "warmup_steps")
 _VALUES = ("density", "psnr", "ssim", "lpips", "dense_seconds", "sparse_seconds", "speedup")
-# Options that go on to `generate` as they are.
-_PASSED = (
-    "steps", "guidance_scale", "flow_shift", "height", "width", "num_frames", "fps", "sample", "limit",
-    "dtype", "device", "offload", "block_size", "min_tokens",
-)  # fmt: skip
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `xattn-video sweep`."""
-    parser.add_argument("--model", required=True, help="as of generate")
-    parser.add_argument("--prompts", required=True, type=Path, metavar="FILE", help=".txt or .jsonl")
-    parser.add_argument("--out", type=Path, default=Path("sweep"), metavar="DIR", help="default: sweep")
-
-    group = parser.add_argument_group("axes; the base point is threshold 0.9, stride 8, 5 warm-up steps")
-    for name, kind, values in (
-        ("thresholds", float, THRESHOLDS), ("strides", int, STRIDES), ("warmup-steps", int, WARMUP_STEPS),
-    ):  # fmt: skip
-        group.add_argument(f"--{name}", type=kind, nargs="+", default=values, metavar="N", help=_listed(values))
-    group.add_argument("--grid", action="store_true", help="every combination, not one axis at a time")
-    group.add_argument("--block-size", type=int, help="tokens a block; default: 128")
-    group.add_argument("--min-tokens", type=int, help="shorter sequences stay dense; default: 1024")
-
-    group = parser.add_argument_group("videos (defaults: the model's own)")
-    for name, kind in (
-        ("steps", int), ("guidance-scale", float), ("flow-shift", float), ("height", int), ("width", int),
-        ("num-frames", int), ("fps", int), ("sample", int), ("limit", int),
-    ):  # fmt: skip
-        group.add_argument(f"--{name}", type=kind, help="as of generate")
-    group.add_argument("--seeds", type=int, nargs="+", metavar="SEED", help="as of generate")
-
-    group = parser.add_argument_group("machine and measuring")
-    for name in ("dtype", "device", "offload"):
-        group.add_argument(f"--{name}", help="as of generate")
-    group.add_argument("--no-lpips", action="store_true", help="PSNR and SSIM only")
-    group.add_argument("--no-floor", action="store_true", help="leave the noise floor's videos out")
-    group.add_argument("--no-plot", action="store_true", help="no picture; without it matplotlib is not needed")
-    group.add_argument("--dry-run", action="store_true", help="say what would be made, load nothing")
-    group.add_argument("--json", action="store_true", help="the rows as one JSON document on the last line")
-
-
-def run(args: argparse.Namespace) -> int:
-    """Make what is missing, measure all of it, write the tables and the picture. Returns 0; raises UserError."""
-    configs = settings(args)
-    labels: list[tuple[str, XAttnConfig | None]] = [("dense", None)]
-    labels += [] if args.no_floor else [("dense-alt", None)]
-    labels += [(config.label(), config) for config in configs]
-    options = _generate_options(args)
-    plan = prompt_by_prompt(make_plan(options, labels))
-    if not args.no_plot:
-        _check_matplotlib()
-    print(forecast(plan, len(configs), len(plan.pending)), file=sys.stderr)
-    if args.dry_run:
-        print("\n".join(str(args.out / label) for label, _ in labels))
+def command(
+    settings: SweepSettings,
+    *,
+    dry_run: Annotated[bool, Option("say what would be made, load nothing", "which videos")] = False,
+    json: Json = False,
+) -> int:
+    """`xattn-video sweep`: make, measure, print the table; returns 0. Raises UserError."""
+    people = for_people(json)
+    if dry_run:
+        plan, labels = _plan(settings)
+        print(forecast(plan, len(settings.configs), len(plan.pending)), file=sys.stderr)
+        print("\n".join(str(settings.out / label) for label, _ in labels))
         return 0
-    made = 0
-
-    def tell(record: Record) -> None:
-        """The first video that is made is a dense one if none was there: then the time can be told."""
-        nonlocal made
-        made += 1
-        if made == 1 and record["attention"] == "dense":
-            print(f"\n{forecast(plan, len(configs), len(plan.pending) - made)}", file=sys.stderr)
-
-    command.produce(plan, options, on_record=tell)
-
-    rows = [_row(args, plan, label, config) for label, config in labels]
-    _write(args.out, rows, _environment(plan))
-    if not args.no_plot:
-        plot(rows, args.out / "sweep.png")
-    print(table(rows))
-    print(f"wrote sweep.csv, sweep.json{'' if args.no_plot else ' and sweep.png'} in {args.out}")
-    if args.json:
-        print(json.dumps({"rows": rows}))
+    rows = sweep(settings, None if json else print_video)
+    print(table(rows), file=people)
+    print(f"wrote sweep.csv, sweep.json{' and sweep.png' if settings.plot else ''} in {settings.out}", file=people)
+    if json:
+        print(dumps({"rows": rows}))
     return 0
 
 
-def settings(args: argparse.Namespace) -> list[XAttnConfig]:
-    """The configurations of the sweep, each once: the base point first, then along each axis, or the grid.
+def sweep(settings: SweepSettings, on_video: Callable[[Job, Record], None] | None = None) -> list[dict[str, Any]]:
+    """Make the videos that are missing, measure all of them, write the tables and the picture.
+
+    Args:
+        settings: what is swept over.
+        on_video: called with each video that is made and its record.
+
+    Returns:
+        A row for each configuration: its settings, its density and speed-up, and how close its videos are to dense
+        ones. The first row is dense attention itself.
 
     Raises:
-        UserError: a value that `XAttnConfig` refuses.
+        UserError: as `generate` and `compare`, or matplotlib is missing.
     """
-    options = ("thresholds", "strides", "warmup_steps")
-    axes = {name: tuple(getattr(args, option)) for name, option in zip(_AXES, options, strict=True)}
-    fixed = {name: getattr(args, name) for name in ("block_size", "min_tokens") if getattr(args, name) is not None}
-    try:
-        base = XAttnConfig(**fixed)
-        if args.grid:
-            points = [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
-        else:
-            points = [{}] + [{name: value} for name, values in axes.items() for value in values]
-        configs = [base.replace(**point) for point in points]
-    except ValueError as error:
-        raise UserError(str(error)) from None
-    return list(dict.fromkeys(configs))
+    plan, labels = _plan(settings)
+    if settings.plot:
+        _check_matplotlib()
+    configs = len(settings.configs)
+    print(forecast(plan, configs, len(plan.pending)), file=sys.stderr)
+    made = 0
+
+    def tell(job: Job, record: Record) -> None:
+        """The first video that is made is a dense one if none was there: then the time can be told."""
+        nonlocal made
+        made += 1
+        if on_video:
+            on_video(job, record)
+        if made == 1 and job.kind == "dense":
+            print(f"\n{forecast(plan, configs, len(plan.pending) - made)}", file=sys.stderr)
+
+    produce(plan, settings.of_videos, on_video=tell)
+    rows = [_row(settings, plan, label, config) for label, config in labels]
+    _write(settings.out, rows, _environment(plan))
+    if settings.plot:
+        plot(rows, settings.out / "sweep.png")
+    return rows
+
+
+def _plan(settings: SweepSettings) -> tuple[Plan, list[Labelled]]:
+    """The videos to make, and the folders that they go to with what each is made with."""
+    labels: list[Labelled] = [("dense", None)]
+    labels += [("dense-alt", None)] if settings.floor else []
+    labels += [(config.label(), config) for config in settings.configs]
+    return prompt_by_prompt(make_plan(settings.of_videos, labels)), labels
 
 
 def prompt_by_prompt(plan: Plan) -> Plan:
@@ -178,9 +152,9 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     return aligned(lines, left=1)
 
 
-def _row(args: argparse.Namespace, plan: Plan, label: str, config: XAttnConfig | None) -> dict[str, Any]:
+def _row(settings: SweepSettings, plan: Plan, label: str, config: XAttnConfig | None) -> dict[str, Any]:
     """One configuration's values: means over its videos, and how many show what was asked (None: nothing asked)."""
-    folder, dense = args.out / label, args.out / "dense"
+    folder, dense = settings.out / label, settings.out / "dense"
     keys = list(dict.fromkeys((job.prompt.id, job.seed) for job in plan.jobs))
     axes = {name: None if config is None else getattr(config, name) for name in _AXES}
     if label == "dense":
@@ -190,7 +164,7 @@ def _row(args: argparse.Namespace, plan: Plan, label: str, config: XAttnConfig |
             "density": 1.0, "dense_seconds": seconds, "sparse_seconds": seconds, "speedup": 1.0,
         }  # fmt: skip
     else:
-        compared = compare(dense, folder, keys=keys, lpips=not args.no_lpips, floor=False)
+        compared = compare(CompareSettings(dense, folder, lpips=settings.lpips, floor=False), keys=keys)
         values = {name: compared[name] for name in _VALUES}
     as_asked = judge_folder(folder, keys=keys)["totals"]["right"]["all"]["share"] if _judgeable(plan) else None
     return {"attention": label, **axes, "videos": len(keys), **values, "as_asked": as_asked}
@@ -202,30 +176,13 @@ def _judgeable(plan: Plan) -> bool:
     return all(whole <= asked(job.prompt.text).keys() for job in plan.jobs)
 
 
-class _Options(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(message)
-
-
-def _generate_options(args: argparse.Namespace) -> argparse.Namespace:
-    """The options of `generate` that this sweep's videos are made with."""
-    parser = _Options()
-    command.add_arguments(parser)
-    given = ["--model", args.model, "--prompts", str(args.prompts), "--out", str(args.out), "--lossless"]
-    for name in _PASSED:
-        value = getattr(args, name)
-        given += [] if value is None else [f"--{name.replace('_', '-')}", str(value)]
-    given += [] if args.seeds is None else ["--seeds", *map(str, args.seeds)]
-    return parser.parse_args(given)
-
-
 def _write(folder: Path, rows: Sequence[dict[str, Any]], environment: dict[str, Any]) -> None:
     """sweep.csv and sweep.json."""
     text = io.StringIO()
     writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    document = json.dumps({**environment, "rows": rows}, indent=2, allow_nan=False) + "\n"
+    document = dumps({**environment, "rows": rows}, indent=2, allow_nan=False) + "\n"
     write_texts({folder / "sweep.csv": text.getvalue(), folder / "sweep.json": document})
 
 
@@ -245,7 +202,3 @@ def _check_matplotlib() -> None:
     """Before hours of work, not after them."""
     if importlib.util.find_spec("matplotlib") is None:
         raise UserError("the picture needs matplotlib: pip install 'xattn-video[plot]'; or use --no-plot")
-
-
-def _listed(values: Sequence[float]) -> str:
-    return f"default: {' '.join(map(str, values))}"

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from xattn_video_pipelines.common.errors import UserError
 from xattn_video_pipelines.common.files import make_writable, write_texts
-from xattn_video_pipelines.common.tables import aligned
 from xattn_video_pipelines.common.program import for_people
 from xattn_video_pipelines.common.settings import Json
+from xattn_video_pipelines.common.tables import aligned
 from xattn_video_pipelines.demo.settings import JUDGED_JSON, JudgeSettings
 from xattn_video_pipelines.demo.world import asked
 from xattn_video_pipelines.video.io import read_video

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
-import json
 import sys
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
 from functools import partial
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from json import dumps
+from typing import TYPE_CHECKING, Annotated, Any
 
 from xattn_video_pipelines.common.errors import UserError
 from xattn_video_pipelines.common.files import claimed, make_writable, remove_dead_claim
+from xattn_video_pipelines.common.settings import Json, Option
 from xattn_video_pipelines.video import make as runner
 from xattn_video_pipelines.video.manifest import Record, append_record, read_manifest, remove_records
-from xattn_video_pipelines.video.models import KNOWN_MODELS, check_available
+from xattn_video_pipelines.video.models import check_available
 from xattn_video_pipelines.video.plan import Job, Plan, by_folder, changes, identity, make_plan
+from xattn_video_pipelines.video.settings import GenerateSettings
 
 if TYPE_CHECKING:
     from xattn_video_pipelines.video.progress import VideoProgress
@@ -30,68 +30,41 @@ example:
 """
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `xattn-video generate`."""
-    parser.add_argument("--model", required=True, help=f"{', '.join(KNOWN_MODELS)}; or a local folder; or a Hub id")
-    parser.add_argument("--prompts", required=True, type=Path, metavar="FILE", help=".txt or .jsonl")
-    parser.add_argument("--out", type=Path, default=Path("out"), metavar="DIR", help="default: out")
-
-    group = parser.add_argument_group("attention")
-    group.add_argument(
-        "--attention", choices=("dense", "dense-alt", "xattn", "both", "all"), default="xattn",
-        help="default: xattn; dense-alt is dense in another order of summation, the noise floor of every comparison; "
-        "both is dense and xattn, all is the three",
-    )  # fmt: skip
-    group.add_argument("--threshold", type=float, help="share of the score mass to keep, in (0, 1]; default: 0.9")
-    group.add_argument("--stride", type=int, help="antidiagonal stride, a power of two; default: 8")
-    group.add_argument("--block-size", type=int, help="tokens a block, a multiple of the stride; default: 128")
-    group.add_argument("--warmup-steps", type=int, help="first denoising steps that stay dense; default: 5")
-    group.add_argument("--min-tokens", type=int, help="shorter sequences stay dense; default: 1024")
-
-    group = parser.add_argument_group("video (defaults: the model's own)")
-    group.add_argument("--steps", type=int, help="denoising steps")
-    group.add_argument("--guidance-scale", type=float)
-    group.add_argument("--flow-shift", type=float, help="shift of the scheduler's noise levels")
-    group.add_argument("--height", type=int, help="pixels")
-    group.add_argument("--width", type=int, help="pixels")
-    group.add_argument("--num-frames", type=int)
-    group.add_argument("--fps", type=int, help="frames a second of the file")
-    group.add_argument("--lossless", action="store_true", help="also write an FFV1 .mkv copy, for measuring")
-
-    group = parser.add_argument_group("which videos")
-    group.add_argument(
-        "--seeds", type=int, nargs="+", metavar="SEED",
-        help="a video a prompt for each; default: the prompt's own seed, else 0",
-    )  # fmt: skip
-    group.add_argument("--sample", type=int, metavar="N", help="N prompts, evenly spaced over the file")
-    group.add_argument("--limit", type=int, metavar="N", help="the first N prompts (of the sample)")
-    group.add_argument("--overwrite", action="store_true", help="make finished videos anew")
-    group.add_argument("--dry-run", action="store_true", help="say what would be made, load nothing")
-
-    group = parser.add_argument_group("machine")
-    group.add_argument("--dtype", choices=runner.DTYPES, default="auto", help="default: auto")
-    group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, xpu, mps; default: auto")
-    group.add_argument("--offload", choices=runner.OFFLOADS, default="none", help="CPU offload; default: none")
-    group.add_argument(
-        "--compile", action="store_true", help="torch.compile the transformer's blocks (in the first video's time)"
-    )
-    group.add_argument("--json", action="store_true", help="results as one JSON document on the last line")
-
-
-def run(args: argparse.Namespace) -> int:
-    """Make the videos that are missing. Returns 0; raises UserError for bad input."""
-    plan = make_plan(args)
-    if args.dry_run:
-        _report_dry_run(plan, as_json=args.json)
+def command(
+    settings: GenerateSettings,
+    *,
+    dry_run: Annotated[bool, Option("say what would be made, load nothing", "which videos")] = False,
+    json: Json = False,
+) -> int:
+    """`xattn-video generate`: make the videos that are missing. Returns 0; raises UserError for bad input."""
+    plan = make_plan(settings)
+    if dry_run:
+        _report_dry_run(plan, as_json=json)
         return 0
     started = time.perf_counter()
-    records = produce(plan, args)
-    _report(plan, records, time.perf_counter() - started, as_json=args.json)
+    records = produce(plan, settings, None if json else print_video)
+    _report(plan, records, time.perf_counter() - started, as_json=json)
     return 0
 
 
-def produce(plan: Plan, args: argparse.Namespace, on_record: Callable[[Record], None] | None = None) -> list[Record]:
-    """Make the plan's missing videos with one loaded pipeline; their records, each given to `on_record` as it comes.
+def generate(settings: GenerateSettings) -> list[Record]:
+    """Make the videos that are missing under `settings.out`, with one loaded pipeline.
+
+    Returns:
+        The records of the videos that were made, as the manifest in each folder has them. Finished videos of the same
+        settings are kept and are not in it.
+
+    Raises:
+        UserError: a setting does not fit the model or the machine, a file is missing or damaged, a finished video has
+            other settings, the output cannot be written, or the model cannot be loaded or made sparse.
+    """
+    return produce(make_plan(settings), settings)
+
+
+def produce(
+    plan: Plan, settings: GenerateSettings, on_video: Callable[[Job, Record], None] | None = None
+) -> list[Record]:
+    """Make the plan's missing videos; their records, each given to `on_video` as it comes.
 
     Raises:
         UserError: the output cannot be written, or the model cannot be loaded or made sparse.
@@ -106,7 +79,7 @@ def produce(plan: Plan, args: argparse.Namespace, on_record: Callable[[Record], 
     skipped = len(plan.jobs) - len(plan.pending)
     if skipped:
         print(f"{skipped} of {len(plan.jobs)} videos are already finished and kept", file=sys.stderr)
-    return _make_videos(plan, args, on_record) if plan.pending else []
+    return _make_videos(plan, settings, on_video) if plan.pending else []
 
 
 def _remove_leftovers(job: Job) -> None:
@@ -130,7 +103,9 @@ def _made_meanwhile(plan: Plan, job: Job, *, overwrite: bool) -> bool:
     return True
 
 
-def _make_videos(plan: Plan, args: argparse.Namespace, on_record: Callable[[Record], None] | None) -> list[Record]:
+def _make_videos(
+    plan: Plan, settings: GenerateSettings, on_video: Callable[[Job, Record], None] | None
+) -> list[Record]:
     import torch
 
     from xattn_video_pipelines.video.progress import VideoProgress
@@ -140,8 +115,8 @@ def _make_videos(plan: Plan, args: argparse.Namespace, on_record: Callable[[Reco
         plan.settings,
         device=plan.device,
         dtype=plan.dtype,
-        offload=args.offload,
-        compile_blocks=args.compile,
+        offload=settings.offload,
+        compile_blocks=settings.compile,
     )
     # of the device that is asked for: it need not be the current one
     on_device = partial(torch.accelerator.synchronize, plan.device)
@@ -150,9 +125,9 @@ def _make_videos(plan: Plan, args: argparse.Namespace, on_record: Callable[[Reco
     for config in dict.fromkeys(job.config for job in plan.pending if job.config is not None):
         runner.attach(pipe, config)
         runner.attach(pipe, None)
-    common = _environment(plan, args)
+    common = _environment(plan, settings)
     records = []
-    if args.overwrite:
+    if settings.overwrite:
         # Only now that there is a model to make them anew with; and all of them, so that the run can be gone on with.
         for folder, jobs in by_folder(plan.pending).items():
             remove_records(folder, {(job.prompt.id, job.seed) for job in jobs})
@@ -164,18 +139,16 @@ def _make_videos(plan: Plan, args: argparse.Namespace, on_record: Callable[[Reco
                 label, processor = job.attention, runner.attach(pipe, job.config)
             with claimed(job.folder / job.name):
                 _remove_leftovers(job)
-                if _made_meanwhile(plan, job, overwrite=args.overwrite):
+                if _made_meanwhile(plan, job, overwrite=settings.overwrite):
                     progress.finish()
                     continue
-                record = _make_video(pipe, processor, plan, job, progress, lossless=args.lossless)
+                record = _make_video(pipe, processor, plan, job, progress, lossless=settings.lossless)
                 record |= common
                 append_record(job.folder, record)
             records.append(record)
             progress.finish()
-            if not args.json:
-                progress.print(_result_line(job, record))
-            if on_record:
-                on_record(record)
+            if on_video:
+                on_video(job, record)
     return records
 
 
@@ -221,12 +194,15 @@ def _make_video(pipe: Any, processor: Any, plan: Plan, job: Job, progress: Video
     }
 
 
-def _result_line(job: Job, record: Record) -> str:
+def print_video(job: Job, record: Record) -> None:
+    """A line on stdout about a video that was made; it does not tear the bars on stderr."""
+    from tqdm import tqdm
+
     line = f"{job.path}  {record['seconds']:.1f} s  density {record['mean_density']:.2f}"
     if job.config is not None and record["mean_density"] == 1.0:
         # Asked for sparse and got dense throughout: say why at once.
         line += f" (dense calls: {', '.join(f'{n} {reason}' for reason, n in record['dense_reasons'].items())})"
-    return line
+    tqdm.write(line, file=sys.stdout)
 
 
 def _density(processor: Any, steps: int) -> Record:
@@ -249,15 +225,15 @@ def _density(processor: Any, steps: int) -> Record:
     }
 
 
-def _environment(plan: Plan, args: argparse.Namespace) -> Record:
+def _environment(plan: Plan, settings: GenerateSettings) -> Record:
     """Device, versions and commit: the same for every video of a run."""
     from xattn_video_pipelines.common.environment import device_name, source_commit, versions
 
     return {
         "device": str(plan.device),
         "device_name": device_name(plan.device),
-        "offload": args.offload,
-        "compile": args.compile,
+        "offload": settings.offload,
+        "compile": settings.compile,
         "versions": versions(("xattn-video", "torch", "triton", "diffusers", "transformers")),
         "commit": source_commit(),
     }
@@ -280,7 +256,7 @@ def _report_dry_run(plan: Plan, *, as_json: bool) -> None:
         ],
     }  # fmt: skip
     if as_json:
-        print(json.dumps(document))
+        print(dumps(document))
         return
     tokens = "unknown" if plan.tokens is None else f"{plan.tokens:,}"
     print(f"model   {plan.model.identity} ({plan.model.pipeline})")
@@ -302,7 +278,7 @@ def _report(plan: Plan, records: list[Record], seconds: float, *, as_json: bool)
         videos.append(video | ({key: record[key] for key in ("seconds", "mean_density")} if record else {}))
     if as_json:
         document = {"made": len(records), "kept": len(videos) - len(records), "seconds": round(seconds, 2)}
-        print(json.dumps(document | {"videos": videos}))
+        print(dumps(document | {"videos": videos}))
         return
     folders = ", ".join(str(folder) for folder in by_folder(plan.jobs))
     print(f"videos: {len(records)} made, {len(videos) - len(records)} kept, in {folders}")

@@ -21,9 +21,6 @@ if TYPE_CHECKING:
 
     from xattn_video import XAttnConfig
 
-DTYPES = ("auto", "float32", "float16", "bfloat16")
-OFFLOADS = ("none", "model", "sequential")
-
 
 @dataclass(frozen=True)
 class Settings:

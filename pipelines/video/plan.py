@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import inspect
 import sys
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from xattn_video_pipelines.common.errors import UserError
+from xattn_video_pipelines.common.settings import option_name
 from xattn_video_pipelines.video import make as runner
 from xattn_video_pipelines.video.manifest import Record, differences, read_manifest
 from xattn_video_pipelines.video.models import (
@@ -22,7 +22,8 @@ from xattn_video_pipelines.video.models import (
     find_model,
     with_pipeline_defaults,
 )
-from xattn_video_pipelines.video.prompts import MAX_SEED, Prompt, evenly_spaced, read_prompts
+from xattn_video_pipelines.video.prompts import Prompt, evenly_spaced, read_prompts
+from xattn_video_pipelines.video.settings import GenerateSettings
 
 if TYPE_CHECKING:
     import torch
@@ -85,89 +86,68 @@ class Plan:
         return None if geometry is None else geometry.tokens(size.height, size.width, size.num_frames)
 
 
-def make_plan(args: argparse.Namespace, configs: Sequence[Labelled] | None = None) -> Plan:
+def make_plan(settings: GenerateSettings, configs: Sequence[Labelled] | None = None) -> Plan:
     """Check every input and find what is to be made, without loading weights or writing anything.
 
     Args:
-        args: the options of `generate`.
-        configs: folder names with their settings, in place of those that `args.attention` asks for.
+        settings: what is asked for.
+        configs: folder names with their settings, in place of those that `settings.attention` asks for.
 
     Raises:
         UserError: see the message; cheap checks come first.
     """
-    prompt_file = read_prompts(args.prompts)
+    prompt_file = read_prompts(settings.prompts)
     if prompt_file.ignored_keys:
         print(
             f"note: {prompt_file.path}: keys without a meaning here: {', '.join(prompt_file.ignored_keys)}",
             file=sys.stderr,
         )
-    prompts = _chosen(prompt_file.prompts, args)
-    seeds = _checked_seeds(args.seeds)
-    model = find_model(args.model)
-    settings = _resolve_settings(model, args)
-    configs = _configs(args) if configs is None else configs
+    prompts = _chosen(prompt_file.prompts, settings)
+    model = find_model(settings.model)
+    resolved = _resolve_settings(model, settings)
+    configs = _configs(settings) if configs is None else configs
     for label, _ in configs:
-        _check_folder(args.out, label)
-    device = runner.resolve_device(args.device)
-    if args.offload != "none" and device.type == "cpu":
-        raise UserError(f"--offload {args.offload} moves weights off an accelerator; with --device cpu there is none")
-    if args.compile and any(label == "dense-alt" for label, _ in configs):
-        raise UserError(f"--attention {args.attention} makes dense-alt videos, which do not go with --compile")
-    dtype = runner.resolve_dtype(args.dtype, device)
+        _check_folder(settings.out, label)
+    device = runner.resolve_device(settings.device)
+    offload = settings.offload
+    if offload != "none" and device.type == "cpu":
+        raise UserError(f"--offload {offload} moves weights off an accelerator; with --device cpu there is none")
+    if settings.compile and any(label == "dense-alt" for label, _ in configs):
+        raise UserError(f"--attention {settings.attention} makes dense-alt videos, which do not go with --compile")
+    dtype = runner.resolve_dtype(settings.dtype, device)
     runner.check_prompts(model, prompt_file.path, prompts, call_parameters(model))
     jobs = tuple(
-        Job(label, config, prompt, seed, args.out / label)
+        Job(label, config, prompt, seed, settings.out / label)
         for label, config in configs
         for prompt in prompts
-        for seed in (seeds or [prompt.seed or 0])
+        for seed in (settings.seeds or [prompt.seed or 0])
     )
     manifests = {folder: read_manifest(folder) for folder in {job.folder for job in jobs}}
     found = {(folder, *key): record for folder, records in manifests.items() for key, record in records.items()}
-    plan = Plan(model, settings, device, dtype, jobs, pending=jobs, found=found)
-    return plan if args.overwrite else replace(plan, pending=_pending(plan, lossless=args.lossless))
+    plan = Plan(model, resolved, device, dtype, jobs, pending=jobs, found=found)
+    return plan if settings.overwrite else replace(plan, pending=_pending(plan, lossless=settings.lossless))
 
 
-def _chosen(prompts: Sequence[Prompt], args: argparse.Namespace) -> list[Prompt]:
-    for name in ("sample", "limit"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise UserError(f"--{name} must be 1 or more, got {value}")
-    chosen = list(prompts) if args.sample is None else evenly_spaced(prompts, args.sample)
-    return chosen[: args.limit]
+def _chosen(prompts: Sequence[Prompt], settings: GenerateSettings) -> list[Prompt]:
+    chosen = list(prompts) if settings.sample is None else evenly_spaced(prompts, settings.sample)
+    return chosen[: settings.limit]
 
 
-def _checked_seeds(seeds: list[int] | None) -> list[int]:
-    for seed in seeds or []:
-        if not 0 <= seed <= MAX_SEED:
-            raise UserError(f"--seeds must be integers from 0 to 2**63 - 1, got {seed}")
-    if len(set(seeds or [])) != len(seeds or []):
-        raise UserError(f"--seeds must differ, got {' '.join(map(str, seeds or []))}")
-    return seeds or []
-
-
-def _resolve_settings(model: Model, args: argparse.Namespace) -> runner.Settings:
-    for name in ("height", "width", "num_frames", "fps", "steps"):
-        given = getattr(args, name)
-        if given is not None and given < 1:
-            raise UserError(f"--{name.replace('_', '-')} must be 1 or more, got {given}")
-    for name in ("guidance_scale", "flow_shift"):
-        given = getattr(args, name)
-        if given is not None and not 0 <= given < float("inf"):
-            raise UserError(f"--{name.replace('_', '-')} must be a number from 0, got {given}")
+def _resolve_settings(model: Model, given: GenerateSettings) -> runner.Settings:
     defaults = model.defaults if model.name in KNOWN_MODELS else with_pipeline_defaults(model)
 
     def value(name: str) -> Any:
-        given = getattr(args, name)
-        return getattr(defaults, name) if given is None else given
+        own = getattr(given, name)
+        return getattr(defaults, name) if own is None else own
 
     for name in ("height", "width", "num_frames", "steps"):
         if value(name) is None:
-            raise UserError(f"--{name.replace('_', '-')}: {model.name} ({model.pipeline}) has no default; give one")
+            raise UserError(f"{option_name(name)}: {model.name} ({model.pipeline}) has no default; give one")
     _check_call(model)
     settings = runner.Settings(
         **{name: value(name) for name in ("height", "width", "num_frames", "fps", "steps", "flow_shift")},
         guidance_scale=value("guidance_scale"),
-        guidance_scale_2=None if args.guidance_scale is not None else defaults.guidance_scale_2,
+        guidance_scale_2=None if given.guidance_scale is not None else defaults.guidance_scale_2,
     )
     if model.geometry is not None:
         model.geometry.check(settings.height, settings.width, settings.num_frames)
@@ -193,15 +173,8 @@ def _check_call(model: Model) -> None:
             )
 
 
-def _configs(args: argparse.Namespace) -> list[Labelled]:
-    from xattn_video import XAttnConfig
-
-    names = ("threshold", "stride", "block_size", "warmup_steps", "min_tokens")
-    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-    try:
-        config = XAttnConfig(**given)
-    except ValueError as error:
-        raise UserError(str(error)) from None
+def _configs(settings: GenerateSettings) -> list[Labelled]:
+    config = settings.config
     dense: list[Labelled] = [("dense", None)]
     sparse: list[Labelled] = [(config.label(), config)]
     floor: list[Labelled] = [("dense-alt", None)]
@@ -211,7 +184,7 @@ def _configs(args: argparse.Namespace) -> list[Labelled]:
         "xattn": sparse,
         "both": dense + sparse,
         "all": dense + floor + sparse,
-    }[args.attention]
+    }[settings.attention]
 
 
 def _pending(plan: Plan, *, lossless: bool) -> tuple[Job, ...]:

@@ -46,10 +46,6 @@ class VideoProgress:
         self._bar.set_postfix_str("", refresh=False)
         self._bar.update()
 
-    def print(self, line: str) -> None:
-        """A line on stdout that does not tear the bars."""
-        tqdm.write(line, file=sys.stdout)
-
     def steps(self, iterable: Iterable[Any] | None = None, total: int | None = None) -> Any:
         """A bar over denoising steps, as `DiffusionPipeline.progress_bar` gives one."""
         return _StepBar(self, iterable, total)
