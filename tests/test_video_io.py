@@ -17,6 +17,7 @@ from xattn_video_pipelines.common.errors import UserError
 from xattn_video_pipelines.video.io import (
     VideoError,
     VideoInfo,
+    count_and_seconds,
     iter_frames,
     lossless_path,
     read_video,
@@ -229,6 +230,35 @@ def test_a_video_without_frames(tmp_path: Path) -> None:
     subprocess.run(command, check=True, stdin=subprocess.DEVNULL)
     with pytest.raises(VideoError, match=r"none\.mkv: "):
         video_info(path)
+
+
+@pytest.mark.parametrize(
+    ("first", "marks"),
+    [
+        # a cover picture, a smaller stream before the default one, and a smaller one where none is the default
+        (16, ("-disposition:v:0", "attached_pic")),
+        (16, ("-disposition:v:0", "0", "-disposition:v:1", "default")),
+        (16, ("-disposition:v:0", "0", "-disposition:v:1", "0")),
+        # a larger stream that is not the default
+        (64, ("-disposition:v:0", "0", "-disposition:v:1", "default")),
+    ],
+)
+def test_of_several_streams_the_default_is_read_then_the_largest(tmp_path: Path, first: int, marks: tuple) -> None:
+    write_video(tmp_path / "other.mkv", noise(1, first, first), 16, lossless=True)
+    write_video(tmp_path / "real.mkv", noise(7, 32, 32), 16, lossless=True)
+    command = [
+        imageio_ffmpeg.get_ffmpeg_exe(),
+        "-v",
+        "error",
+        "-i",
+        tmp_path / "other.mkv",
+        "-i",
+        tmp_path / "real.mkv",
+    ]
+    command += ["-map", "0:v", "-map", "1:v", "-c", "copy", *marks, tmp_path / "both.mkv"]
+    subprocess.run(command, check=True, stdin=subprocess.DEVNULL)
+    np.testing.assert_array_equal(read_video(tmp_path / "both.mkv"), noise(7, 32, 32))
+    assert count_and_seconds(tmp_path / "both.mkv") == (7, pytest.approx(7 / 16, abs=1e-3))
 
 
 def test_frames_stream_and_leaving_early_ends_ffmpeg(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ def whole_files(*paths: Path) -> Iterator[tuple[Path, ...]]:
     Raises:
         UserError: a file cannot be written or renamed.
     """
-    partial = tuple(path.with_name(f".{path.stem}.partial{path.suffix}") for path in paths)
+    partial = tuple(map(partial_name, paths))
     try:
         yield partial
         for name in partial:
@@ -38,6 +38,11 @@ def whole_files(*paths: Path) -> Iterator[tuple[Path, ...]]:
         for name in partial:
             with contextlib.suppress(OSError):
                 name.unlink(missing_ok=True)
+
+
+def partial_name(path: Path) -> Path:
+    """Where `path` is written until it is whole; a killed process leaves it behind."""
+    return path.with_name(f".{path.stem}.partial{path.suffix}")
 
 
 def force_to_disk(path: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from xattn_video_pipelines.common.errors import UserError
-from xattn_video_pipelines.video.io import VideoError, iter_frames
+from xattn_video_pipelines.video.io import count_and_seconds, iter_frames
 
 # A model looks at pairs of frames.
 _FEWEST = 2
@@ -48,7 +48,7 @@ def sample_video(path: Path, *, fps: float, max_frames: int, max_pixels: int) ->
         UserError: a number is out of its range.
     """
     check_sampling(fps=fps, max_frames=max_frames, max_pixels=max_pixels)
-    count, seconds = _length(path)
+    count, seconds = count_and_seconds(path)
     # No frame twice, unless there is but one.
     rate = min(fps, count / seconds, max_frames / seconds)
     rate = max(rate, _FEWEST / seconds)
@@ -61,21 +61,3 @@ def sample_video(path: Path, *, fps: float, max_frames: int, max_pixels: int) ->
         if len(frames) < max_frames:
             frames.append(frame)
     return SampledVideo(np.stack(frames), rate, seconds)
-
-
-def _length(path: Path) -> tuple[int, float]:
-    """Frames and seconds."""
-    import imageio_ffmpeg
-
-    if not path.is_file():
-        raise VideoError(f"{path}: no such video file")
-    if path.stat().st_size == 0:
-        raise VideoError(f"{path}: the video file is empty (0 bytes)")
-    try:
-        # An absolute path, since ffmpeg takes what stands before a colon in a bare name for a protocol.
-        count, seconds = imageio_ffmpeg.count_frames_and_secs(path.absolute())
-    except RuntimeError:
-        raise VideoError(f"{path}: damaged or not a video") from None
-    if not (count and seconds > 0):
-        raise VideoError(f"{path}: the video has no frames")
-    return count, seconds

@@ -12,7 +12,7 @@ from json import dumps
 from typing import TYPE_CHECKING, Annotated, Any
 
 from xattn_video_pipelines.common.errors import UserError
-from xattn_video_pipelines.common.files import claimed, make_writable, remove_dead_claim
+from xattn_video_pipelines.common.files import claimed, make_writable, partial_name, remove_dead_claim
 from xattn_video_pipelines.common.settings import Json, Option
 from xattn_video_pipelines.video import make as runner
 from xattn_video_pipelines.video.manifest import Record, append_record, read_manifest, remove_records
@@ -85,7 +85,7 @@ def produce(
 def _remove_leftovers(job: Job) -> None:
     """What a killed run left half written."""
     for suffix in (".mp4", ".mkv"):
-        (job.folder / f".{job.name}.partial{suffix}").unlink(missing_ok=True)
+        partial_name(job.folder / f"{job.name}{suffix}").unlink(missing_ok=True)
 
 
 def _made_meanwhile(plan: Plan, job: Job, *, overwrite: bool) -> bool:

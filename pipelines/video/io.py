@@ -23,7 +23,7 @@ from typing import IO, TYPE_CHECKING, Any
 import numpy as np
 
 from xattn_video_pipelines.common.errors import UserError
-from xattn_video_pipelines.common.files import force_to_disk
+from xattn_video_pipelines.common.files import whole_files
 
 if TYPE_CHECKING:
     import torch
@@ -37,6 +37,8 @@ _BT709 = ["-vf", "scale=out_color_matrix=bt709:out_range=tv:flags=accurate_rnd+f
 _BT709 += ["-colorspace", "bt709", "-color_primaries", "bt709", "-color_trc", "bt709", "-color_range", "tv"]
 # bgr0 is FFV1's 8-bit RGB: no colour conversion, so no rounding. Every frame stands alone and has a checksum.
 _FFV1 = ["-c:v", "ffv1", "-level", "3", "-g", "1", "-slicecrc", "1", "-pix_fmt", "bgr0"]
+# Sound, subtitles and data are left out; without a map, ffmpeg chooses the video stream.
+_NO_SOUND = ["-an", "-sn", "-dn"]
 
 _MAX_MESSAGE = 300
 
@@ -62,9 +64,9 @@ def lossless_path(mp4_path: str | os.PathLike[str]) -> Path:
 def write_video(path: str | os.PathLike[str], frames: Frames, fps: float, *, lossless: bool = False) -> VideoInfo:
     """Write `frames` to `path`, whole or not at all.
 
-    The file is written as `.<name>.partial.<suffix>` in the same folder and renamed at the end, so a file
-    under `path` is always a finished one. After a kill the partial file stays and the next write of the same
-    video replaces it; two processes must not write the same path at once.
+    The file is written under the temporary name of `files.whole_files` and renamed at the end, so a file under
+    `path` is always a finished one. After a kill the partial file stays and the next write of the same video
+    replaces it; two processes must not write the same path at once.
 
     Args:
         path: ends in `.mp4`, or in `.mkv` with `lossless`. The folder must exist.
@@ -80,6 +82,7 @@ def write_video(path: str | os.PathLike[str], frames: Frames, fps: float, *, los
 
     Raises:
         VideoError: wrong suffix, shape, dtype, range or fps, no frames, odd sizes for H.264, ffmpeg failed.
+        UserError: the finished file cannot be renamed.
     """
     path = Path(path)
     suffix = ".mkv" if lossless else ".mp4"
@@ -90,34 +93,26 @@ def write_video(path: str | os.PathLike[str], frames: Frames, fps: float, *, los
     if not 0 < fps < float("inf"):
         raise VideoError(f"{path}: fps must be a positive number, got {fps}")
 
-    partial = path.with_name(f".{path.stem}.partial{suffix}")
     rate = str(Fraction(fps).limit_denominator(100_000))
     command = [_ffmpeg(), "-hide_banner", "-nostdin", "-v", "error", "-y"]
     command += ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{info.width}x{info.height}", "-r", rate]
-    # "file:" keeps ffmpeg from reading a colon in a name as a protocol.
-    command += ["-i", "pipe:0", "-an", *(_FFV1 if lossless else _H264 + _BT709), f"file:{partial}"]
-    try:
-        with tempfile.TemporaryFile() as log:
-            process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=log)
-            with _ended(process):
-                assert process.stdin is not None
-                # ffmpeg stopping early shows as a broken pipe; its own message says why.
-                with contextlib.suppress(BrokenPipeError):
-                    for index in range(info.frames):
-                        process.stdin.write(_to_uint8(path, frames[index], index).tobytes())
-                with contextlib.suppress(BrokenPipeError):
-                    process.stdin.close()
-                code = process.wait()
-            if code != 0:
-                reason = _first_message(log, path, partial) or f"ffmpeg exit code {code}"
-                raise VideoError(f"{path}: cannot write the video: {reason}")
-        try:
-            force_to_disk(partial)
-            os.replace(partial, path)
-        except OSError as error:
-            raise VideoError(f"{path}: cannot write the video: {error.strerror}") from None
-    finally:
-        partial.unlink(missing_ok=True)
+    command += ["-i", "pipe:0", "-an", *(_FFV1 if lossless else _H264 + _BT709)]
+    with whole_files(path) as (partial,), tempfile.TemporaryFile() as log:
+        # "file:" keeps ffmpeg from reading a colon in a name as a protocol.
+        output = f"file:{partial}"
+        process = subprocess.Popen([*command, output], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=log)
+        with _ended(process):
+            assert process.stdin is not None
+            # ffmpeg stopping early shows as a broken pipe; its own message says why.
+            with contextlib.suppress(BrokenPipeError):
+                for index in range(info.frames):
+                    process.stdin.write(_to_uint8(path, frames[index], index).tobytes())
+            with contextlib.suppress(BrokenPipeError):
+                process.stdin.close()
+            code = process.wait()
+        if code != 0:
+            reason = _first_message(log, path, partial) or f"ffmpeg exit code {code}"
+            raise VideoError(f"{path}: cannot write the video: {reason}")
     return info
 
 
@@ -126,21 +121,19 @@ def iter_frames(path: str | os.PathLike[str], *, filters: str | None = None) -> 
 
     `filters` is an ffmpeg filter chain that the frames go through, such as `fps=1`.
 
-    Any format that ffmpeg reads will do. Sizes come from the decoded frames themselves. The end of the
-    iteration means that the whole file decoded without an error; leaving it early stops ffmpeg.
+    Any format that ffmpeg reads will do. Of several video streams ffmpeg takes the one that is marked as the default,
+    then the largest, and a cover picture only where there is nothing else. Sizes come from the decoded frames
+    themselves. The end of the iteration means that the whole file decoded without an error; leaving it early stops
+    ffmpeg.
 
     Raises:
         VideoError: the file is missing or empty, cannot be decoded, is damaged or cut off (raised where the
             damage is met, after the frames before it), or holds no frame.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise VideoError(f"{path}: no such video file")
-    if path.stat().st_size == 0:
-        raise VideoError(f"{path}: the video file is empty (0 bytes)")
+    path = _existing(path)
     # PPM frames carry their own size; passthrough keeps ffmpeg from repeating or dropping any.
     command = [_ffmpeg(), "-hide_banner", "-nostdin", "-v", "error", "-xerror", "-i", f"file:{path}"]
-    command += ["-map", "0:v:0", "-fps_mode", "passthrough", *(["-vf", filters] if filters else [])]
+    command += [*_NO_SOUND, "-fps_mode", "passthrough", *(["-vf", filters] if filters else [])]
     command += ["-sws_flags", "accurate_rnd+full_chroma_int+bicubic"]
     # More than 8 bits a channel would become PPM of 16.
     command += ["-pix_fmt", "rgb24", "-f", "image2pipe", "-c:v", "ppm", "pipe:1"]
@@ -176,6 +169,36 @@ def video_info(path: str | os.PathLike[str]) -> VideoInfo:
     for frame in iter_frames(path):
         count, shape = count + 1, frame.shape
     return VideoInfo(frames=count, height=shape[0], width=shape[1])
+
+
+def count_and_seconds(path: str | os.PathLike[str]) -> tuple[int, float]:
+    """How many frames `iter_frames` gives, and how long they last, by decoding; damage within the file is let pass.
+
+    Raises:
+        VideoError: the file is missing, empty or no video, or holds no frame.
+    """
+    path = _existing(path)
+    command = [_ffmpeg(), "-hide_banner", "-nostdin", "-v", "quiet", "-i", f"file:{path}", *_NO_SOUND]
+    command += ["-f", "null", "-nostats", "-progress", "pipe:1", "-"]
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True)
+    # Blocks of "name=value" lines; the last block tells the whole.
+    told = dict(line.split("=", 1) for line in done.stdout.splitlines() if "=" in line)
+    if done.returncode != 0 or "frame" not in told:
+        raise VideoError(f"{path}: damaged or not a video")
+    time = told.get("out_time_us", "N/A")
+    if told["frame"].strip() == "0" or not time.isdigit() or time == "0":
+        raise VideoError(f"{path}: the video has no frames")
+    return int(told["frame"]), int(time) / 1e6
+
+
+def _existing(path: str | os.PathLike[str]) -> Path:
+    """The path of a file that is there and not empty; else VideoError."""
+    path = Path(path)
+    if not path.is_file():
+        raise VideoError(f"{path}: no such video file")
+    if path.stat().st_size == 0:
+        raise VideoError(f"{path}: the video file is empty (0 bytes)")
+    return path
 
 
 def _ffmpeg() -> str:
