@@ -32,7 +32,7 @@ from xattn_video_eval.results.ledger import provenance
 from xattn_video_eval.tune.candidates import candidates
 from xattn_video_eval.tune.compile import compile_ahead, workers
 from xattn_video_eval.tune.problems import ATTEND, HOPPER, KERNELS, SCORES, Runner, large_runner, small_runner
-from xattn_video_eval.tune.settings import TuneSettings
+from xattn_video_eval.tune.settings import Dtype, Kernel, TuneSettings
 from xattn_video_pipelines.common.environment import device_name
 from xattn_video_pipelines.common.errors import UserError
 
@@ -210,7 +210,7 @@ def tune(settings: TuneSettings) -> dict[str, Any]:
         raise UserError(str(error)) from error
     print(f"{device_name(device)}, {name}, torch {torch.__version__}")
     # The 16-bit types share an entry: the first that is asked for is measured.
-    wanted: dict[tuple[str, str, int], str] = {}
+    wanted: dict[tuple[Kernel, str, int], Dtype] = {}
     # The plain attention kernel first, which the one for Hopper is measured beside.
     kernels = [kernel for kernel in KERNELS if kernel in settings.kernel]
     for kernel, head_dim, dtype in itertools.product(kernels, settings.head_dim, settings.dtype):
