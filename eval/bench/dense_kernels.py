@@ -129,8 +129,7 @@ class _FlexSparse:
     def _attend(self) -> Callable[[], tuple[Tensor, Tensor]]:
         problem, length = self._problem, self._problem.query.shape[2]
         assert problem.block_mask is not None
-        bounds: dict[str, Any] = {"causal": problem.causal, "kv_start": None, "kv_lens": None}
-        mask = flex.make_block_mask(problem.block_mask, length, length, block_size=problem.block_size, **bounds)
+        mask = flex.make_block_mask(problem.block_mask, length, length, KeyMask(problem.causal), problem.block_size)
         scale = problem.query.shape[3] ** -0.5
         attend = flex.compiled_attention(problem.query, problem.key, problem.value, problem.block_size, scale)
         return partial(attend, problem.query, problem.key, problem.value, mask, scale)
