@@ -31,7 +31,7 @@ def rows_per_chunk(query: Tensor, kv_len: int, *, block_size: int, pair_bytes: i
     Args:
         query: `[B, Hq, Sq, D]`; only its sizes and its dtype are read.
         kv_len: key length Sk.
-        block_size: tokens a block.
+        block_size: tokens per block.
         pair_bytes: bytes that are held for each pair of blocks and each head.
         max_bytes: the bound.
 

@@ -166,7 +166,7 @@ def compiled_attention(
     q_len, kv_len = query.shape[2], key.shape[2]
     fixed: tuple[Any, ...] = (query.device, query.dtype, *query.shape[:2], key.shape[1], query.shape[3])
     fixed += (block_size, scale, torch.is_inference_mode_enabled())
-    # what torch makes code anew for, too: layouts, and lengths that are equal, 1, or one block
+    # What torch compiles again for, too: layouts, and lengths that are equal, 1, or one block.
     fixed += tuple((_layout(part), part.is_inference()) for part in (query, key, value))
     fixed += (q_len == kv_len, q_len == 1, kv_len == 1, q_len <= block_size, kv_len <= block_size)
     if fixed not in _COMPILED:

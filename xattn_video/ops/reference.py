@@ -104,8 +104,8 @@ def select(scores: Tensor, valid: Tensor, forced: Tensor, *, threshold: float | 
         threshold: a number, or a tensor `[H]` or 0-d; 1 or more keeps every valid block.
 
     Returns:
-        bool `[B, H, Nq, Nk]`. A row whose mass is no number, since a query or key in it is none, keeps every valid
-        block: what is wrong shows as in dense attention, and nowhere else.
+        bool `[B, H, Nq, Nk]`. A row whose mass is NaN or inf keeps every valid block, so that a NaN in a
+        query or key shows where it shows in dense attention, and nowhere else.
     """
     valid, forced = valid.expand(scores.shape), forced.expand(scores.shape)
     tau = torch.as_tensor(threshold, dtype=torch.float64, device=scores.device).reshape(-1, 1, 1)

@@ -101,12 +101,12 @@ def select_blocks(
         scores: `[B, Hq, Nq, Nk]`, as `score_blocks` gives them.
         threshold: share tau in (0, 1], or a tensor `[Hq]` or 0-d of shares; 1 keeps every valid block.
         causal: as given to `score_blocks`.
-        block_size: tokens a block.
+        block_size: tokens per block.
         q_len, kv_len: tokens; None is full blocks.
         kv_start, kv_lens: integer `[B]`, the range of valid keys; None is 0 and kv_len.
         dense_tokens: token range of a joint sequence that stays exact on both sides (text), or None.
         dense_last: queries at the end of a causal call whose blocks keep every valid block.
-        selection: `threshold`; or `top_k` (the `top_k` best blocks a row) or `top_ratio` (a share `top_ratio`
+        selection: `threshold`; or `top_k` (the `top_k` best blocks per row) or `top_ratio` (a share `top_ratio`
             of the row's valid blocks, rounded up), the rules of the paper's Table 8.
         top_k, top_ratio: the number that goes with `selection`.
         backend: `auto`, `triton`, `triton-hopper`, `cpu`, `flex`, `fa4` or `reference`; `auto` is `reference` where
@@ -171,7 +171,7 @@ def block_sparse_attention(
         query: `[B, Hq, Sq, D]`, floating point.
         key, value: `[B, Hkv, Sk, D]`; `Hq % Hkv == 0`.
         block_mask: bool `[B, Hq, Nq, Nk]`; sizes of 1 in the first two dimensions are expanded.
-        block_size: tokens a block, a power of two.
+        block_size: tokens per block, a power of two.
         causal: query i of item b sees keys up to `i + kv_lens[b] - Sq`.
         scale: factor on the products; None is `1 / sqrt(D)`.
         kv_start, kv_lens: integer `[B]`, the range of valid keys; None is 0 and Sk.

@@ -14,7 +14,7 @@ import triton.language as tl
 from ..block_lists import empty_lists
 from .launch import COMPILE_OPTIONS, device_guard, rows_by_heads
 
-# Sizes that a kernel is not compiled anew for, as they change from video to video.
+# Sizes that a kernel is not compiled again for, because they change from video to video.
 ROW_SIZES = ("heads", "Nq", "Nk")
 
 

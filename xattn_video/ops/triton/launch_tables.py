@@ -113,7 +113,7 @@ def packaged_table(name: str) -> Table:
 
 
 def forget_tables() -> None:
-    """Read the tables anew at the next launch: after one was written."""
+    """Read the tables again at the next launch, because one was written."""
     _merged_table.cache_clear()
     shipped_table.cache_clear()
 
