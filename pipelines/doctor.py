@@ -13,6 +13,7 @@ from typing import Any
 
 from xattn_video.extras import missing
 from xattn_video_pipelines.common.environment import cpu_name, versions
+from xattn_video_pipelines.common.errors import one_line
 from xattn_video_pipelines.common.settings import Json
 from xattn_video_pipelines.demo.files import DEMO_WEIGHTS, HOW_TO_GET
 
@@ -238,4 +239,4 @@ def _gib(size: int) -> str:
 
 
 def _line(error: BaseException) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
+    return one_line(f"{type(error).__name__}: {error}", 200)

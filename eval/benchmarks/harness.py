@@ -22,7 +22,7 @@ from typing import Any
 from xattn_video import XAttnConfig
 from xattn_video_eval.results.ledger import provenance
 from xattn_video_pipelines.common.environment import device_name
-from xattn_video_pipelines.common.errors import UserError
+from xattn_video_pipelines.common.errors import UserError, one_line
 from xattn_video_pipelines.common.files import make_writable, write_texts
 from xattn_video_pipelines.common.program import Parser, run_program
 from xattn_video_pipelines.common.tables import aligned
@@ -133,7 +133,7 @@ def _checked(args: argparse.Namespace, evaluate: Evaluate) -> dict[str, Any]:
     try:
         results = evaluate()
     except (OSError, KeyError, ValueError) as error:
-        reason = " ".join(str(error).split())[:300]
+        reason = one_line(error, 300)
         raise UserError(
             f"{args.tool} could not run {' '.join(args.tasks)} ({type(error).__name__}: {reason})"
         ) from error

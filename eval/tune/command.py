@@ -34,7 +34,7 @@ from xattn_video_eval.tune.compile import compile_ahead, workers
 from xattn_video_eval.tune.problems import ATTEND, HOPPER, KERNELS, SCORES, Runner, large_runner, small_runner
 from xattn_video_eval.tune.settings import Dtype, Kernel, TuneSettings
 from xattn_video_pipelines.common.environment import device_name
-from xattn_video_pipelines.common.errors import UserError
+from xattn_video_pipelines.common.errors import UserError, one_line
 
 EXAMPLE = f"""\
 example:
@@ -80,7 +80,7 @@ def run_trials(
             trials.append(Trial(config, None if wrong else measure(config), wrong))
         # Whatever compiling or launching raises (out of shared memory or registers, a compiler's error) rules it out.
         except Exception as error:
-            trials.append(Trial(config, None, f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]))
+            trials.append(Trial(config, None, one_line(f"{type(error).__name__}: {error}", 200)))
     return trials
 
 

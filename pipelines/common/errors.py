@@ -9,3 +9,8 @@ class UserError(ValueError):
     The message is one line that says what is wrong, where, and what would do. The command line prints it
     without a traceback and exits with code 2.
     """
+
+
+def one_line(message: object, most: int | None = None) -> str:
+    """A message without its line ends, cut to `most` characters, as a part of an error's one line."""
+    return " ".join(str(message).split())[:most]

@@ -14,7 +14,7 @@ from typing import Any
 
 from xattn_video_pipelines.common import jsonl
 from xattn_video_pipelines.common.environment import device_name
-from xattn_video_pipelines.common.errors import UserError
+from xattn_video_pipelines.common.errors import UserError, one_line
 from xattn_video_pipelines.common.files import make_writable, write_texts
 from xattn_video_pipelines.common.tables import aligned
 from xattn_video_pipelines.qa.frames import SampledVideo, check_sampling, sample_video
@@ -261,7 +261,7 @@ def _inputs(
             text=[text], videos=[video.frames], video_metadata=[metadata], do_sample_frames=False, return_tensors="pt"
         )
     except (ValueError, IndexError, StopIteration) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error, 200)
         raise UserError(f"{question.id}: the processor of --model {args.model} refuses it: {reason}") from None
     return {
         name: value.to(model.device, model.dtype) if value.is_floating_point() else value.to(model.device)

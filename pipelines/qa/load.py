@@ -9,7 +9,7 @@ from typing import Any
 
 from xattn_video import XAttnConfig
 from xattn_video_pipelines.common import jsonl
-from xattn_video_pipelines.common.errors import UserError
+from xattn_video_pipelines.common.errors import UserError, one_line
 from xattn_video_pipelines.demo.files import DEMO_WATCHER, HOW_TO_GET
 from xattn_video_pipelines.video.models import offline_message, sampled_digest
 
@@ -93,12 +93,12 @@ def load_model(args: argparse.Namespace, model_class: str, processor_class: str)
     except (OSError, ValueError, TypeError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         if isinstance(error, OSError) and not Path(source).is_dir():
             raise UserError(offline_message(args.model, error)) from None
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error, 200)
         raise UserError(f"--model {args.model}: cannot be loaded ({type(error).__name__}: {reason})") from None
     try:
         return model.to(device).eval(), processor
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {args.device}: {' '.join(str(error).split())[:200]}") from None
+        raise UserError(f"--device {args.device}: {one_line(error, 200)}") from None
 
 
 def weights_of(model: str) -> str | None:

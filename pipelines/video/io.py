@@ -22,7 +22,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
-from xattn_video_pipelines.common.errors import UserError
+from xattn_video_pipelines.common.errors import UserError, one_line
 from xattn_video_pipelines.common.files import whole_files
 
 if TYPE_CHECKING:
@@ -207,7 +207,7 @@ def _ffmpeg() -> str:
     try:
         return imageio_ffmpeg.get_ffmpeg_exe()
     except RuntimeError as error:
-        raise VideoError(f"no ffmpeg here (imageio-ffmpeg): {' '.join(str(error).split())}") from error
+        raise VideoError(f"no ffmpeg here (imageio-ffmpeg): {one_line(error)}") from error
 
 
 def _check_frames(path: Path, frames: Any, *, lossless: bool) -> VideoInfo:

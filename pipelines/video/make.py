@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from xattn_video.extras import require
-from xattn_video_pipelines.common.errors import UserError
+from xattn_video_pipelines.common.errors import UserError, one_line
 from xattn_video_pipelines.video.models import Model, import_diffusers, offline_message, pipeline_class
 from xattn_video_pipelines.video.prompts import Prompt
 
@@ -199,7 +199,7 @@ def _load_image(path: Path) -> Image:
         image: Image = ImageOps.exif_transpose(_open_image(path))
         return image.convert("RGB")
     except OSError as error:
-        raise UserError(f"{path}: damaged image: {' '.join(str(error).split())}") from None
+        raise UserError(f"{path}: damaged image: {one_line(error)}") from None
 
 
 def _open_image(path: Path) -> Image:
@@ -209,7 +209,7 @@ def _open_image(path: Path) -> Image:
     try:
         return open_image(path)
     except OSError as error:
-        raise UserError(f"{path}: cannot be read as an image: {' '.join(str(error).split())}") from None
+        raise UserError(f"{path}: cannot be read as an image: {one_line(error)}") from None
 
 
 def _set_flow_shift(pipe: Any, flow_shift: float | None) -> None:
@@ -234,5 +234,4 @@ def _compile(pipe: Any, model: Model) -> None:
 def _load_message(model: Model, error: Exception) -> str:
     if not Path(model.source).is_dir():
         return offline_message(model.source, error)
-    reason = " ".join(str(error).split())
-    return f"--model {model.name}: the folder cannot be loaded: {reason[:200]}"
+    return f"--model {model.name}: the folder cannot be loaded: {one_line(error, 200)}"

@@ -17,7 +17,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from xattn_video_pipelines.common.errors import UserError
+from xattn_video_pipelines.common.errors import UserError, one_line
 from xattn_video_pipelines.demo.files import DEMO_WEIGHTS
 
 
@@ -339,7 +339,7 @@ def _read_json(path: Path) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read: {' '.join(str(error).split())}") from None
+        raise UserError(f"{path}: cannot be read: {one_line(error)}") from None
     return value if isinstance(value, dict) else None
 
 
@@ -371,6 +371,6 @@ def _hub_json(repository: str, path: str) -> dict[str, Any] | None:
 
 def offline_message(source: str, error: Exception) -> str:
     """One line for a model that is neither here nor reachable."""
-    reason = " ".join(str(error).split())
+    reason = one_line(error)
     reason = reason if len(reason) <= 120 else reason[:117] + "..."
     return f"--model {source}: not in the local cache, and the Hub cannot be reached ({type(error).__name__}: {reason})"
