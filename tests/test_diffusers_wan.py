@@ -282,8 +282,8 @@ def test_weights_that_come_from_the_cpu_layer_by_layer(pipe: WanPipeline) -> Non
 
 
 @pytest.mark.skipif(
-    not torch.accelerator.is_available() and Version(diffusers.__version__) < Version("0.38"),
-    reason="older releases of diffusers group weights only with an accelerator",
+    not torch.accelerator.is_available() and Version(diffusers.__version__) < Version("0.41"),
+    reason="diffusers before 0.41 groups weights only with an accelerator",
 )
 def test_group_offloading() -> None:
     grouped = quiet(build_t2v(0))
@@ -328,7 +328,9 @@ def test_moving_a_pipeline_keeps_it_attached(pipe: WanPipeline) -> None:
     assert torch.equal(call(pipe), expected)
 
 
-def test_a_step_cache_skips_calls_and_changes_nothing_else(pipe: WanPipeline) -> None:
+def test_a_step_cache_skips_calls_and_changes_nothing_else() -> None:
+    # diffusers 0.38 to 0.40 fail, dense too, where the cache is enabled after the model's first call
+    pipe = quiet(build_t2v(0))
     processor = attach(pipe)
     pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=1e9))
     try:

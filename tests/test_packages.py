@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -34,6 +35,10 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
         shutil.copy(ROOT / name, tree)
     for folder in FOLDERS.values():
         shutil.copytree(ROOT / folder, tree / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    return built(tree)
+
+
+def built(tree: Path) -> Path:
     code = "from setuptools import build_meta; print(build_meta.build_wheel('dist'))"
     done = subprocess.run([sys.executable, "-c", code], cwd=tree, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -72,3 +77,33 @@ def test_every_folder_of_code_is_installed_or_left_out_on_purpose() -> None:
         for path in (ROOT / folder).rglob("*.py")
     }
     assert found == set(listed) | NOT_INSTALLED
+
+
+WHERE_THE_DATA_IS = """
+from xattn_video_pipelines.demo import files
+for place in (files.DEMO_WEIGHTS / "model_index.json", files.DEMO_WATCHER / "config.json", files.DEMO_QKV):
+    print(place.is_file(), place)
+"""
+
+
+def test_the_data_of_the_demo_is_found_beside_the_installed_code(wheel: Path, tmp_path: Path) -> None:
+    """Both wheels unpacked into one folder are what pip makes of them; no checkout is near."""
+    site, work = tmp_path / "site", tmp_path / "work"
+    work.mkdir()
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(site)
+    command = [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(site)!r})\n{WHERE_THE_DATA_IS}"]
+
+    def places() -> list[list[str]]:
+        environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+        done = subprocess.run(command, cwd=work, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return [line.split(maxsplit=1) for line in done.stdout.splitlines()]
+
+    assert [there for there, _ in places()] == ["False"] * 3
+    shutil.copytree(ROOT / "pipelines" / "demo" / "data", tmp_path / "data")
+    with zipfile.ZipFile(built(tmp_path / "data")) as archive:
+        archive.extractall(site)
+    for there, place in places():
+        assert there == "True"
+        assert place.startswith(str(site / "xattn_video_demo_data"))
