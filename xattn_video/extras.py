@@ -28,10 +28,12 @@ PACKAGES = {
     "PIL": ("pillow", "eval"),
     "jinja2": ("jinja2", "eval"),
     "lpips": ("lpips", "eval"),
+    "markupsafe": ("markupsafe", "eval"),
     "skimage": ("scikit-image", "eval"),
     "torchvision": ("torchvision", "eval"),
     "imageio": ("imageio", "demo"),
     "matplotlib": ("matplotlib", "plot"),
+    "pytest": ("pytest", "test"),
     "flash_attn": ("flash-attn-4", "fa4"),
 }
 
