@@ -10,7 +10,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 
-import xattn_video.integrations.transformers.attention  # noqa: F401  (mends torchvision before transformers needs it)
+import xattn_video.integrations.transformers  # noqa: F401  (repairs torchvision before transformers needs it)
 
 import transformers  # isort: skip
 

@@ -153,7 +153,7 @@ def _numbers(results: dict[str, Any]) -> dict[str, float]:
 
 
 def _language(args: argparse.Namespace) -> tuple[Any, Evaluate]:
-    import xattn_video.integrations.transformers.attention  # noqa: F401  (mends torchvision)
+    import xattn_video.integrations.transformers  # noqa: F401  (repairs torchvision)
 
     evaluator, models = _import(args.tool, "lm_eval.evaluator"), _import(args.tool, "lm_eval.models.huggingface")
     model, tokenizer = load_model(args, "AutoModelForCausalLM", "AutoTokenizer")
@@ -179,7 +179,7 @@ def _language(args: argparse.Namespace) -> tuple[Any, Evaluate]:
 
 
 def _video(args: argparse.Namespace) -> tuple[Any, Evaluate]:
-    import xattn_video.integrations.transformers.attention  # noqa: F401  (mends torchvision)
+    import xattn_video.integrations.transformers  # noqa: F401  (repairs torchvision)
 
     evaluator, models = _import(args.tool, "lmms_eval.evaluator"), _import(args.tool, "lmms_eval.models")
     kind = models.get_model(args.kind)

@@ -11,7 +11,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-import xattn_video.integrations.transformers.attention  # noqa: F401  (mends torchvision before transformers needs it)
+import xattn_video.integrations.transformers  # noqa: F401  (repairs torchvision before transformers needs it)
 from xattn_video_pipelines.common.files import edit_json, whole_folder
 from xattn_video_pipelines.demo import stories, world
 

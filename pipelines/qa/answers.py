@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import xattn_video.integrations.transformers.attention  # noqa: F401  (mends torchvision before transformers needs it)
+import xattn_video.integrations.transformers  # noqa: F401  (repairs torchvision before transformers needs it)
 
 # isort: split
 from transformers.generation.streamers import BaseStreamer

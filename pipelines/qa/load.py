@@ -78,7 +78,7 @@ def load_model(args: argparse.Namespace, model_class: str, processor_class: str)
     import torch
     from safetensors import SafetensorError
 
-    import xattn_video.integrations.transformers.attention  # noqa: F401  (mends torchvision)
+    import xattn_video.integrations.transformers  # noqa: F401  (repairs torchvision)
 
     # isort: split
     import transformers

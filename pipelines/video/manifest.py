@@ -15,7 +15,7 @@ NAME = "manifest.jsonl"
 
 Key = tuple[str, int]
 Record = jsonl.Row
-_COMPLAINT = "not a manifest line; mend or remove it, or use another --out"
+_COMPLAINT = "not a manifest line; correct or remove it, or use another --out"
 
 
 def read_manifest(folder: Path) -> dict[Key, Record]:

@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-# mends a torchvision that does not fit this torch, so that diffusers and transformers can be imported
-import xattn_video.integrations.diffusers.processor  # noqa: F401  # isort: skip
+# repairs a torchvision that does not fit this torch, so that diffusers and transformers can be imported
+import xattn_video.integrations.diffusers  # noqa: F401  # isort: skip
 
 import diffusers
 from diffusers import DiffusionPipeline

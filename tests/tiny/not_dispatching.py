@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
-# mends a torchvision that does not fit this torch, so that diffusers can be imported
-import xattn_video.integrations.diffusers.processor  # noqa: F401  # isort: skip
+# repairs a torchvision that does not fit this torch, so that diffusers can be imported
+import xattn_video.integrations.diffusers  # noqa: F401  # isort: skip
 
 from diffusers import (
     AllegroPipeline,
