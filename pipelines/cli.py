@@ -10,17 +10,15 @@ import importlib.util
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from xattn_video_pipelines.common.environment import own_version
 from xattn_video_pipelines.common.program import (
-    Parser,
-    UsageError,
     add_command,
+    asked_command,
     guarded,
     program,
     run_app,
-    run_program,
 )
 
 if TYPE_CHECKING:
@@ -29,10 +27,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Command:
-    """A subcommand: its module offers `command(settings, ...) -> int` and an `EXAMPLE`."""
+    """A subcommand: a function `(settings, ...) -> exit code`, in a module that also has an `EXAMPLE`."""
 
     module: str
     help: str
+    function: str = "command"
 
 
 # eval is loaded from here and only here: pipelines otherwise knows nothing of it.
@@ -59,6 +58,18 @@ COMMANDS = {
     "tune": Command(
         "xattn_video_eval.tune.command", "measure the kernels' launch configurations on this GPU and keep the best"
     ),
+    "needle": Command(
+        "xattn_video_eval.benchmarks.needle.command",
+        "does a language model still find what stands in a long prompt, with sparse prefill",
+    ),
+    "lm-eval": Command(
+        "xattn_video_eval.benchmarks.harness",
+        "RULER, LongBench and other tasks of lm-evaluation-harness, dense and sparse",
+        "lm_eval",
+    ),
+    "lmms-eval": Command(
+        "xattn_video_eval.benchmarks.harness", "Video-MME and other tasks of lmms-eval, dense and sparse", "lmms_eval"
+    ),
 }
 
 EXAMPLE = """\
@@ -77,8 +88,8 @@ def build_app(command: str | None) -> App:
     app = program("xattn-video", ABOUT, EXAMPLE, version=lambda: f"xattn-video {own_version()}")
     for place, (name, entry) in enumerate(COMMANDS.items()):
         if name == command:
-            module = importlib.import_module(entry.module)
-            add_command(app, module.command, name, entry.help, module.EXAMPLE, place)
+            module = module_of(name)
+            add_command(app, getattr(module, entry.function), name, entry.help, module.EXAMPLE, place)
         else:
             app.command(_another, name=name, help=entry.help, sort_key=place)
     return app
@@ -88,47 +99,23 @@ def _another() -> None:
     """Stands for the commands that are not asked for, so that their modules are not imported."""
 
 
-def build_parser(command: str | None) -> Parser:
-    """The parser with every subcommand's name, and the options of `command` alone."""
-    parser = Parser(prog="xattn-video", description=ABOUT, epilog=EXAMPLE)
-    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for name, entry in COMMANDS.items():
-        description = entry.help[0].upper() + entry.help[1:] + "."
-        subparser = subparsers.add_parser(name, help=entry.help, description=description)
-        if name == command:
-            module = importlib.import_module(entry.module)
-            module.add_arguments(subparser)
-            if subparser.epilog is None:
-                subparser.epilog = getattr(module, "EXAMPLE", None)
-            # The demo runs other programs; through here, so that pipelines need not import eval.
-            subparser.set_defaults(run=module.run, run_command=main)
-    return parser
+def module_of(command: str) -> Any:
+    """The module of a command, imported; what a program needs of `xattn_video_eval` it takes from here."""
+    return importlib.import_module(COMMANDS[command].module)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code: 0, 2 for bad input, 130 for Ctrl-C."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    command = next((argument for argument in arguments if not argument.startswith("-")), None)
-    return guarded("xattn-video", lambda: _run(command, arguments))
-
-
-def _run(command: str | None, arguments: Sequence[str]) -> int:
-    if command in COMMANDS and hasattr(importlib.import_module(COMMANDS[command].module), "add_arguments"):
-        return run_program(build_parser(command), lambda args: args.run(args), arguments)
-    if command is None and not {"-h", "--help", "--version"}.intersection(arguments):
-        raise UsageError("xattn-video", "the following arguments are required: COMMAND")
-    if command is not None and command not in COMMANDS:
-        choices = ", ".join(map(repr, COMMANDS))
-        raise UsageError("xattn-video", f"argument COMMAND: invalid choice: {command!r} (choose from {choices})")
+    command = asked_command(arguments)
     # What tells how to install the rest must not need it.
     if importlib.util.find_spec("cyclopts") is None and arguments == ["--version"]:
         print(f"xattn-video {own_version()}")
         return 0
     if importlib.util.find_spec("cyclopts") is None and arguments in (["doctor"], ["doctor", "--json"]):
-        from xattn_video_pipelines import doctor
-
-        return doctor.command(json="--json" in arguments)
-    return run_app(build_app(command), arguments)
+        doctor = module_of("doctor")
+        return guarded("xattn-video", lambda: doctor.command(json="--json" in arguments))
+    return guarded("xattn-video", lambda: run_app(build_app(command), arguments, tuple(COMMANDS)))
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 import time
@@ -22,13 +21,12 @@ from xattn_video_eval.bench import command, dense_kernels
 from xattn_video_eval.bench import goals as bench_goals
 from xattn_video_eval.bench.cases import DISTINCT_HEADS, Case, make_inputs
 from xattn_video_eval.bench.goals import Verdict, verdicts
+from xattn_video_eval.bench.settings import BenchSettings
 from xattn_video_pipelines.cli import main
 
 
 def cases_of_a_gpu() -> list[Case]:
-    parser = argparse.ArgumentParser()
-    command.add_arguments(parser)
-    return bench_cases.chosen_cases(parser.parse_args(["--goals"]), torch.device("cuda"))
+    return bench_cases.chosen_cases(BenchSettings(goals=True), torch.device("cuda"))
 
 
 HUNYUAN, HUNYUAN_16, WAN, WAN_16, SHORT, MIDDLE, LONG, CAUSAL, LONGEST = CASES = cases_of_a_gpu()

@@ -44,7 +44,8 @@ def test_the_demo_makes_compares_judges_and_sums_up(tmp_path, xattn):
     assert sparse["0001", 0]["dense_reasons"] == {"warmup": 8}
     assert sparse["0001", 0]["density_by_step"][2] < 1.0
     assert dense["0001", 0]["model"] == "demo"
-    summary = json.loads(done.out.splitlines()[-1])
+    # The document is alone on stdout, what is for people on stderr.
+    summary = json.loads(done.out)
     assert summary["pairs"] == 1
     assert summary["speedup"] == pytest.approx(dense["0001", 0]["seconds"] / sparse["0001", 0]["seconds"])
     assert summary["density"] == pytest.approx(sparse["0001", 0]["mean_density"])
@@ -53,14 +54,14 @@ def test_the_demo_makes_compares_judges_and_sums_up(tmp_path, xattn):
     video = summary["videos"][0]
     for side in ("dense", "sparse"):
         assert video[side]["asked"] == {"colour": "red", "shape": "circle", "motion": "left", "background": "white"}
-        assert f" {video[side]['saw']}" in done.out
+        assert f" {video[side]['saw']}" in done.err
     for expected in ("$ xattn-video generate --model demo", "$ xattn-video compare", "the judge saw", "speed-up"):
-        assert expected in done.out
-    assert "no questions: they need up to 8 videos of the shapes world, 32 frames each" in done.out
+        assert expected in done.err
+    assert "no questions: they need up to 8 videos of the shapes world, 32 frames each" in done.err
     # Run again: nothing is made anew, and the summary is the same.
     again = xattn(*command)
-    assert "videos: 0 made, 2 kept" in again.out
-    assert json.loads(again.out.splitlines()[-1]) == summary
+    assert "videos: 0 made, 2 kept" in again.err
+    assert json.loads(again.out) == summary
 
 
 @pytest.mark.parametrize(

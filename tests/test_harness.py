@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import json
 from pathlib import Path
@@ -13,6 +12,7 @@ import pytest
 from tests.language_families import LAYERS, build, save_language_model, save_video_model
 from xattn_video import XAttnConfig
 from xattn_video_eval.benchmarks.harness import _sides, main, table
+from xattn_video_eval.benchmarks.settings import LmEvalSettings
 from xattn_video_pipelines.demo import world
 from xattn_video_pipelines.video.io import write_video
 
@@ -104,7 +104,8 @@ def test_a_video_model_is_asked_with_its_positions_mended() -> None:
         return {"task": {"exact_match": 0.5}}
 
     configs = {"dense": None, "sparse": XAttnConfig(min_tokens=0)}
-    rows = list(_sides(argparse.Namespace(model="tiny"), model, evaluate, configs))
+    settings = LmEvalSettings(model="tiny", tasks=("task",), out=Path("out"))
+    rows = list(_sides(settings, "lm-eval", model, evaluate, configs))
     assert [row["attention"] for row in rows] == ["dense", "sparse"]
     assert seen == [True, True]
 

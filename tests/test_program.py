@@ -110,6 +110,7 @@ def painting(*arguments: str) -> int:
         (["a"], Painting((Path("a"),))),
         (["a", "b", "--sizes", "4", "2"], Painting((Path("a"), Path("b")), sizes=(4, 2))),
         (["--no-frame", "--depth=1.5", "a"], Painting((Path("a"),), frame=False, depth=1.5)),
+        (["a", "--sizes", "4", "2", "--sizes", "3", "1"], Painting((Path("a"),), sizes=(3, 1))),
         (["a", "--tools", "knife", "brush"], Painting((Path("a"),), tools=("knife", "brush"))),
         (["--style", "oil", "--style", "ink", "a"], Painting((Path("a"),), style="ink")),
     ],
@@ -118,6 +119,8 @@ def test_options_make_the_settings_that_python_makes(arguments, expected, capsys
     for json in (False, True):
         assert painting(*arguments, *["--json"] * json) == 3
         assert capsys.readouterr().out == f"{expected} {json}\n"
+    assert painting(*expected.arguments()) == 3
+    assert capsys.readouterr().out == f"{expected} False\n"
 
 
 @pytest.mark.parametrize(

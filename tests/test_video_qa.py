@@ -18,13 +18,13 @@ from safetensors.torch import load_file, save_file
 
 from tests.language_families import LAYERS, build, prompt, save_video_model
 from xattn_video import XAttnConfig
-from xattn_video_pipelines.cli import build_parser, main
+from xattn_video_pipelines.cli import main
 from xattn_video_pipelines.common.errors import UserError
 from xattn_video_pipelines.demo import world
 from xattn_video_pipelines.qa.answers import first_token_divergence, generate_answer
 from xattn_video_pipelines.qa.frames import sample_video
-from xattn_video_pipelines.qa.load import configurations
 from xattn_video_pipelines.qa.questions import Question, read_questions
+from xattn_video_pipelines.qa.settings import QaSettings
 from xattn_video_pipelines.video.io import VideoError, read_video, write_video
 from xattn_video_pipelines.video.models import sampled_digest
 
@@ -55,8 +55,7 @@ def command(made: Path, *more: Any) -> list[str]:
 
 
 def test_by_default_prefill_is_sparse_as_in_the_paper_and_the_question_dense() -> None:
-    args = build_parser("qa").parse_args(["qa", "--video", "a.mp4", "--question", "w5"])
-    ((_, config),) = configurations(args).items()
+    ((_, config),) = QaSettings(video=Path("a.mp4"), question="w5").configurations.items()
     assert config == XAttnConfig.preset("qwen2-vl", dense_last=64)
 
 

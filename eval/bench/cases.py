@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import argparse
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from xattn_video.testing.synthetic import causal_text_like_qkv, video_like_qkv
+from xattn_video_eval.bench.settings import BenchSettings
 from xattn_video_pipelines.common.errors import UserError
+from xattn_video_pipelines.common.settings import option_name
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-INPUTS = ("video", "demo", "text")
 
 
 @dataclass(frozen=True)
@@ -53,26 +53,26 @@ CPU_FULL_TOKENS = (7168, 8192, 16384)
 DISTINCT_HEADS = 6
 
 
-def chosen_cases(args: argparse.Namespace, device: torch.device) -> list[Case]:
-    """What the arguments ask for; without any, the device's own shapes. Raises `UserError` for what does not go."""
-    if args.goals:
-        return goal_cases(args, device)
-    inputs = args.inputs or ("text" if args.causal else "video")
-    causal = args.causal or inputs == "text"
+def chosen_cases(settings: BenchSettings, device: torch.device) -> list[Case]:
+    """What the settings ask for; without any, the device's own shapes. Raises `UserError` for what does not go."""
+    if settings.goals:
+        return goal_cases(settings, device)
+    inputs = settings.inputs or ("text" if settings.causal else "video")
+    causal = settings.causal or inputs == "text"
     if inputs == "demo":
-        return _demo_cases(args)
-    chosen = (args.tokens, args.heads, args.head_dim, args.dtype)
+        return _demo_cases(settings)
+    chosen = (settings.tokens, settings.head_dim, settings.dtype) != ((), (), ()) or settings.heads is not None
     gpu = device.type == "cuda"
-    if gpu and all(value is None for value in chosen) and not causal:
+    if gpu and not chosen and not causal:
         cases = list(GPU_CASES)
-        if args.full:
+        if settings.full:
             cases += [_sized(tokens, 24, 128, "bf16", True, "text") for tokens in GPU_FULL_TOKENS]
         return cases
     full_tokens = GPU_FULL_TOKENS if gpu else CPU_FULL_TOKENS
-    tokens = args.tokens or (full_tokens if args.full else full_tokens[:1])
-    head_dims = args.head_dim or ((64, 128) if args.full else (64,))
-    dtypes = args.dtype or (("bf16",) if gpu else ("fp32", "bf16") if args.full else ("fp32",))
-    heads = 4 if args.heads is None else args.heads
+    tokens = settings.tokens or (full_tokens if settings.full else full_tokens[:1])
+    head_dims = settings.head_dim or ((64, 128) if settings.full else (64,))
+    dtypes = settings.dtype or (("bf16",) if gpu else ("fp32", "bf16") if settings.full else ("fp32",))
+    heads = 4 if settings.heads is None else settings.heads
     for name, values, least in (("--tokens", tokens, 128), ("--heads", [heads], 1), ("--head-dim", head_dims, 8)):
         for value in values:
             if value < least:
@@ -80,16 +80,14 @@ def chosen_cases(args: argparse.Namespace, device: torch.device) -> list[Case]:
     return [_sized(n, heads, dim, dtype, causal, inputs) for n in tokens for dim in head_dims for dtype in dtypes]
 
 
-def goal_cases(args: argparse.Namespace, device: torch.device) -> list[Case]:
+def goal_cases(settings: BenchSettings, device: torch.device) -> list[Case]:
     """The calls that `bench_goals.py` has something to say about, the most telling first.
 
     The video ones are at a density of 0.35 or 0.5. Cases that differ in their stride alone follow each other.
     """
-    chosen = {"--tokens": args.tokens, "--heads": args.heads, "--head-dim": args.head_dim, "--dtype": args.dtype}
-    chosen |= {"--inputs": args.inputs, "--causal": args.causal, "--full": args.full}
-    for option, value in chosen.items():
-        if value:
-            raise UserError(f"{option} does not go with --goals, which has shapes of its own")
+    for name in ("tokens", "heads", "head_dim", "dtype", "inputs", "causal", "full"):
+        if getattr(settings, name):
+            raise UserError(f"{option_name(name)} does not go with --goals, which has shapes of its own")
     if device.type != "cuda":
         raise UserError("--goals is about GPUs; torch finds none here, or --device names another device")
     wan, hunyuan = GPU_CASES[1:]
@@ -112,11 +110,12 @@ def _sized(tokens: int, heads: int, head_dim: int, dtype: str, causal: bool, inp
     return Case(name, frames, height, width, tokens - frames * height * width, heads, head_dim, dtype, causal, inputs)
 
 
-def _demo_cases(args: argparse.Namespace) -> list[Case]:
-    given = {"--tokens": args.tokens, "--heads": args.heads, "--head-dim": args.head_dim, "--causal": args.causal}
-    for option, value in given.items():
-        if value:
-            raise UserError(f"{option} does not go with --inputs demo, whose tensors have a shape of their own")
+def _demo_cases(settings: BenchSettings) -> list[Case]:
+    for name in ("tokens", "heads", "head_dim", "causal"):
+        if getattr(settings, name):
+            raise UserError(
+                f"{option_name(name)} does not go with --inputs demo, whose tensors have a shape of their own"
+            )
     from xattn_video_eval.bench.demo_tensors import load_demo_qkv
 
     try:
@@ -126,7 +125,7 @@ def _demo_cases(args: argparse.Namespace) -> list[Case]:
     return [
         Case(f"demo-{entry.name}", *entry.grid, 0, 1, entry.query.shape[3], dtype, inputs="demo")
         for entry in entries
-        for dtype in args.dtype or ("bf16",)
+        for dtype in settings.dtype or ("bf16",)
     ]
 
 

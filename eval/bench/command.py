@@ -14,7 +14,6 @@ to the ledger of the project, `--out` to one in a folder of the user's, and `--p
 
 from __future__ import annotations
 
-import argparse
 import functools
 import itertools
 import json
@@ -24,7 +23,6 @@ import traceback
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -38,7 +36,7 @@ from xattn_video.ops.key_mask import KeyMask
 from xattn_video.ops.stages import select_lists
 from xattn_video_eval.bench import goals as bench_goals
 from xattn_video_eval.bench import plots as bench_plots
-from xattn_video_eval.bench.cases import DTYPES, INPUTS, Case, chosen_cases, make_inputs
+from xattn_video_eval.bench.cases import DTYPES, Case, chosen_cases, make_inputs
 from xattn_video_eval.bench.dense_kernels import (
     Judged,
     Problem,
@@ -50,6 +48,7 @@ from xattn_video_eval.bench.dense_kernels import (
 )
 from xattn_video_eval.bench.gates import gate_choice, gate_small, gate_timed
 from xattn_video_eval.bench.goals import Verdict
+from xattn_video_eval.bench.settings import LEDGER_NAME, BenchSettings
 from xattn_video_eval.bench.tables import format_stages, format_table
 from xattn_video_eval.bench.timing import peak_extra_mb, seconds_of
 from xattn_video_eval.results.ledger import RESULTS, append_rows, provenance
@@ -57,9 +56,7 @@ from xattn_video_pipelines.common.environment import device_name
 from xattn_video_pipelines.common.errors import UserError
 from xattn_video_pipelines.common.files import make_writable
 
-LEDGER = RESULTS / "efficiency.jsonl"
-# The inputs at which the default shape keeps about 0.17 of its blocks.
-DEFAULT_LOCALITY = 0.78
+LEDGER = RESULTS / LEDGER_NAME
 # `--goals` leaves out a dense kernel that takes this many times as long as the fastest.
 TOO_SLOW = 2.0
 
@@ -78,101 +75,49 @@ attend density of it, total the sum of both.
 """
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `xattn-video bench`."""
-    parser.add_argument("--device", default="auto", help="cpu, cuda, or auto (a GPU if there is one)")
-    parser.add_argument("--tokens", type=int, nargs="+", help="sequence lengths (default: 7168 on a CPU)")
-    parser.add_argument(
-        "--model",
-        metavar="NAME",
-        help="the time to the first token of a language model instead (Hub id or local folder), dense and sparse",
-    )
-    parser.add_argument("--heads", type=int, help="attention heads (default 4)")
-    parser.add_argument("--head-dim", type=int, nargs="+", help="head dimensions (default 64)")
-    parser.add_argument("--dtype", nargs="+", choices=sorted(DTYPES), help="data types (default: fp32 on a CPU)")
-    parser.add_argument(
-        "--inputs",
-        choices=INPUTS,
-        help="what attention is computed on: video-like (default), tensors that the demo model computed while it made "
-        "a video (bf16, one head each), or text-like (implies --causal)",
-    )
-    parser.add_argument("--causal", action="store_true", help="causal attention, over text-like inputs by default")
-    parser.add_argument("--stride", type=int, default=8)
-    parser.add_argument("--block-size", type=int, default=128)
-    parser.add_argument("--threshold", type=float, default=0.9)
-    parser.add_argument(
-        "--dense-last", type=int, default=0, metavar="N", help="with --model: as of qa, which has 64 (default 0)"
-    )
-    parser.add_argument(
-        "--locality",
-        type=float,
-        default=DEFAULT_LOCALITY,
-        help=f"how local the inputs are, 0 to 1; sets the density (default {DEFAULT_LOCALITY})",
-    )
-    parser.add_argument("--rounds", type=int, default=5, help="interleaved repetitions (default 5)")
-    parser.add_argument("--full", action="store_true", help="all lengths, head dimensions and types of this device")
-    parser.add_argument(
-        "--goals", action="store_true", help="on a GPU: measure what this package wants to reach, and say what it does"
-    )
-    parser.add_argument(
-        "--record", action="store_true", help=f"append each row, as it comes, to eval/results/{LEDGER.name}"
-    )
-    parser.add_argument(
-        "--out",
-        type=Path,
-        metavar="DIR",
-        help=f"append each row, as it comes, to {LEDGER.name} in this folder, also one of a case with a wrong result",
-    )
-    parser.add_argument(
-        "--plot",
-        type=Path,
-        metavar="DIR",
-        help="write speedup.png (over length, beside the ideal) and stages.png (where the time goes) there; "
-        "needs matplotlib",
-    )
+def command(settings: BenchSettings) -> int:
+    """`xattn-video bench`; returns 0, or 1 where something is wrong or nothing was timed. Raises UserError."""
+    report = bench(settings)
+    print(json.dumps(report))
+    return 0 if report["ok"] else 1
 
 
-def run(args: argparse.Namespace) -> int:
-    """Measure and print; returns 0, or 1 where something is wrong or nothing was timed."""
-    if args.rounds < 1:
-        raise UserError(f"--rounds must be 1 or more, got {args.rounds}")
-    if not 0 <= args.locality <= 1:
-        raise UserError(f"--locality must be from 0 to 1, got {args.locality}")
-    if args.dense_last and args.model is None:
-        raise UserError("--dense-last goes with --model")
-    if args.goals and args.model is not None:
-        raise UserError("--goals does not go with --model")
-    if args.out is not None and args.model is not None:
-        raise UserError("--out does not go with --model")
-    given = {name: getattr(args, name) for name in ("stride", "block_size", "threshold", "dense_last")}
-    try:
-        config = XAttnConfig(**given, min_tokens=0)
-    except ValueError as error:
-        raise UserError(str(error)) from error
-    if args.model is not None:
-        from xattn_video_eval.bench import first_token
+def bench(settings: BenchSettings) -> dict[str, Any]:
+    """Measure, and print the tables.
 
-        return first_token.run(args, config)
-    device = _device(args.device)
-    if args.plot is not None:
-        bench_plots.check(args.plot)
-    if args.out is not None:
-        make_writable(args.out)
-    cases = chosen_cases(args, device)
+    Returns:
+        JSON values: `ok`, a line in `failures` for each wrong result, and a row in `rows` for each case that was timed;
+        without `settings.model` also the names of the cases that were `too_large`, and with `settings.goals` what is
+        said of each goal.
+
+    Raises:
+        UserError: settings that do not go together or do not fit the device.
+    """
+    if settings.model is not None:
+        from xattn_video_eval.bench.first_token import time_first_token
+
+        return time_first_token(settings)
+    config = settings.config
+    device = _device(settings.device)
+    if settings.plot is not None:
+        bench_plots.check(settings.plot)
+    if settings.out is not None:
+        make_writable(settings.out)
+    cases = chosen_cases(settings, device)
     source = {"device": device_name(device), **provenance("triton")}
-    print(f"{source['device']}, torch {torch.__version__}, {config.label()}, locality {args.locality}")
+    print(f"{source['device']}, torch {torch.__version__}, {config.label()}, locality {settings.locality}")
     rows: list[dict[str, Any]] = []
     goals: list[Verdict] = []
     failures: list[str] = []
     too_large: list[str] = []
     small = functools.cache(partial(gate_small, device))
     for shape, group in itertools.groupby(cases, lambda case: replace(case, stride=None)):
-        locality = _locality(shape, args)
-        prepare = functools.cache(partial(_prepare, shape, locality, args.goals, device))
+        locality = _locality(shape, settings)
+        prepare = functools.cache(partial(_prepare, shape, locality, settings.goals, device))
         for case in group:
             own = config if case.stride is None else replace(config, stride=case.stride)
             try:
-                measured, wrong = _attempt(case, own, small, prepare, args)
+                measured, wrong = _attempt(case, own, small, prepare, settings)
             except torch.OutOfMemoryError:
                 too_large.append(case.name)
                 print(f"{case.name}: left out, {source['device']} has too little memory for it", file=sys.stderr)
@@ -180,16 +125,16 @@ def run(args: argparse.Namespace) -> int:
             setting = {"config": own.to_dict(), "stride": own.stride, "locality": locality}
             row = asdict(case) | {"tokens": case.tokens} | (measured or {}) | setting | source
             found: list[Verdict] = []
-            if args.goals:
+            if settings.goals:
                 found = [bench_goals.failed_gate(case.name, own.stride, reason) for reason in wrong]
                 found += bench_goals.verdicts([row] if measured else [])
             if measured:
                 rows.append(row)
-                if args.record:
+                if settings.record:
                     append_rows(LEDGER, [row])
-            if args.out is not None:
+            if settings.out is not None:
                 said = {"failures": wrong, "goals": [asdict(verdict) for verdict in found]}
-                append_rows(args.out / LEDGER.name, [row | said])
+                append_rows(settings.out / LEDGER.name, [row | said])
             failures += [f"{case.name}: {reason}" for reason in wrong]
             goals += found
     if rows:
@@ -199,13 +144,12 @@ def run(args: argparse.Namespace) -> int:
         print(bench_goals.format_verdicts(goals))
     for failure in failures:
         print(f"wrong, and not timed: {failure}")
-    if args.plot is not None and rows:
-        for path in bench_plots.write(rows, args.plot):
+    if settings.plot is not None and rows:
+        for path in bench_plots.write(rows, settings.plot):
             print(f"wrote {path}")
     ok = bool(rows) and not failures
     report = {"ok": ok, "failures": failures, "too_large": too_large, "rows": rows}
-    print(json.dumps(report | ({"goals": [asdict(goal) for goal in goals]} if args.goals else {})))
-    return 0 if ok else 1
+    return report | ({"goals": [asdict(goal) for goal in goals]} if settings.goals else {})
 
 
 def _attempt(
@@ -213,12 +157,12 @@ def _attempt(
     config: XAttnConfig,
     small: Callable[[torch.dtype, XAttnConfig, bool], list[str]],
     prepare: Callable[[], Prepared],
-    args: argparse.Namespace,
+    settings: BenchSettings,
 ) -> tuple[dict[str, Any] | None, list[str]]:
     """`_measure` after the small gate. What a kernel or its compiler raises is wrong with this case alone."""
     try:
         wrong = small(DTYPES[case.dtype], config, case.causal)
-        return (None, wrong) if wrong else _measure(case, prepare(), config, args.rounds, args.goals)
+        return (None, wrong) if wrong else _measure(case, prepare(), config, settings.rounds, settings.goals)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
@@ -262,11 +206,11 @@ def _fast_ones(dense: Judged, device: torch.device) -> Judged:
     return Judged(fast, dense.refused | slow)
 
 
-def _locality(case: Case, args: argparse.Namespace) -> float | None:
+def _locality(case: Case, settings: BenchSettings) -> float | None:
     """How local a case's inputs are: as it says, or else the run; tensors that were saved have no locality."""
     if case.inputs == "demo":
         return None
-    return args.locality if case.locality is None else case.locality
+    return settings.locality if case.locality is None else case.locality
 
 
 def _device(name: str) -> torch.device:

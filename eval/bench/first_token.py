@@ -9,8 +9,6 @@ attention alone; the ideal beside it is attention's, `1 / (density + 1 / (2 * st
 
 from __future__ import annotations
 
-import argparse
-import json
 import statistics
 import sys
 from functools import partial
@@ -21,6 +19,7 @@ from torch import Tensor
 
 from xattn_video import XAttnConfig
 from xattn_video_eval.bench.cases import DTYPES
+from xattn_video_eval.bench.settings import BenchSettings
 from xattn_video_eval.bench.timing import seconds_of
 from xattn_video_eval.benchmarks.needle.items import make_item
 from xattn_video_eval.results.ledger import RESULTS, append_rows, provenance
@@ -31,34 +30,35 @@ from xattn_video_pipelines.qa.load import load_model
 
 LEDGER = RESULTS / "first_token.jsonl"
 TOKENS = (4096, 8192, 16384)
-# Options of the bench that say what attention is computed on; a model says that itself.
-_OTHERS = ("heads", "head_dim", "inputs", "causal", "full", "plot")
 
 
-def run(args: argparse.Namespace, config: XAttnConfig) -> int:
-    """Measure and print a row a length; 0, or 1 where the gate fails. Raises UserError."""
-    for name in _OTHERS:
-        if getattr(args, name):
-            raise UserError(f"--{name.replace('_', '-')} does not go with --model")
-    if args.dtype and len(args.dtype) > 1:
-        raise UserError(f"--dtype takes one type with --model, got {' '.join(args.dtype)}")
-    dtype = "auto" if not args.dtype else str(DTYPES[args.dtype[0]]).removeprefix("torch.")
-    config = config.replace(warmup_steps=0)
-    options = argparse.Namespace(model=args.model, device=args.device, dtype=dtype)
-    model, tokenizer = load_model(options, "AutoModelForCausalLM", "AutoTokenizer")
-    prompts = [_prompt(tokenizer, length).to(model.device) for length in args.tokens or TOKENS]
+def time_first_token(settings: BenchSettings) -> dict[str, Any]:
+    """Measure `settings.model` and print a row for each length.
+
+    Returns:
+        JSON values: `ok`, `failures` where the gate failed, and `rows`.
+
+    Raises:
+        UserError: the model cannot be loaded, or a length is too short.
+    """
+    assert settings.model is not None
+    dtype = str(DTYPES[settings.dtype[0]]).removeprefix("torch.") if settings.dtype else "auto"
+    config = settings.config.replace(warmup_steps=0)
+    model, tokenizer = load_model(
+        settings.model, "AutoModelForCausalLM", "AutoTokenizer", device=settings.device, dtype=dtype
+    )
+    prompts = [_prompt(tokenizer, length).to(model.device) for length in settings.tokens or TOKENS]
     failures = _gate(model, min(prompts, key=lambda prompt: prompt.shape[1]), config)
     rows = []
     for prompt in prompts if not failures else []:
-        rows.append({"model": args.model, **_measure(model, prompt, config, args.rounds)})
+        rows.append({"model": settings.model, **_measure(model, prompt, config, settings.rounds)})
     if rows:
         print(table(rows))
     for failure in failures:
         print(f"wrong result, nothing timed: {failure}")
-    if args.record and rows:
+    if settings.record and rows:
         append_rows(LEDGER, rows)
-    print(json.dumps({"ok": not failures, "failures": failures, "rows": rows}))
-    return 1 if failures else 0
+    return {"ok": not failures, "failures": failures, "rows": rows}
 
 
 def table(rows: list[dict[str, Any]]) -> str:

@@ -10,78 +10,73 @@ They download their data. lm-eval's RULER tasks load the tokenizer with trust_re
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import inspect
 import json
+import sys
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from xattn_video import XAttnConfig
+from xattn_video_eval.benchmarks.settings import RESULTS_JSON, HarnessSettings, LmEvalSettings, LmmsEvalSettings
 from xattn_video_eval.results.ledger import provenance
 from xattn_video_pipelines.common.environment import device_name
 from xattn_video_pipelines.common.errors import UserError, one_line
 from xattn_video_pipelines.common.files import make_writable, write_texts
-from xattn_video_pipelines.common.program import Parser, run_program
+from xattn_video_pipelines.common.program import add_command, guarded, program, run_app
 from xattn_video_pipelines.common.tables import aligned
-from xattn_video_pipelines.qa.load import add_attention_options, add_machine_options, configurations, load_model
+from xattn_video_pipelines.qa.load import load_model
 from xattn_video_pipelines.video.models import offline_message
 
 EXAMPLE = """\
 example:
-  python -m xattn_video_eval.benchmarks.harness lm-eval --model Qwen/Qwen3-8B --tasks ruler \\
-      --lengths 16384 65536 --out ruler
-  python -m xattn_video_eval.benchmarks.harness lm-eval --model Qwen/Qwen3-8B --tasks longbench --stride 16 \\
-      --out longbench
-  python -m xattn_video_eval.benchmarks.harness lmms-eval --model Qwen/Qwen2-VL-7B-Instruct --kind qwen2_vl \\
-      --tasks videomme --out videomme
+  xattn-video lm-eval --model Qwen/Qwen3-8B --tasks ruler --lengths 16384 65536 --out ruler
+  xattn-video lm-eval --model Qwen/Qwen3-8B --tasks longbench --stride 16 --out longbench
+  xattn-video lmms-eval --model Qwen/Qwen2-VL-7B-Instruct --kind qwen2_vl --tasks videomme --out videomme
 """
 
-RESULTS_JSON = "results.json"
-# What the paper's language and video tables use.
-_STRIDES = {"lm-eval": 8, "lmms-eval": 16}
-
 Evaluate = Callable[[], dict[str, Any]]
+S = TypeVar("S", bound=HarnessSettings)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run as a program: 0, or 2 with one line for bad input."""
-    parser = Parser(prog="python -m xattn_video_eval.benchmarks.harness", description=__doc__, epilog=EXAMPLE)
-    tools = parser.add_subparsers(dest="tool", metavar="TOOL", required=True)
-    language = tools.add_parser("lm-eval", help="a text model, by lm-evaluation-harness", epilog=EXAMPLE)
-    add_machine_options(language)
-    language.add_argument("--lengths", type=int, nargs="+", metavar="N", help="tokens of the prompts of RULER's tasks")
-    video = tools.add_parser("lmms-eval", help="a video model, by lmms-eval", epilog=EXAMPLE)
-    video.add_argument("--device", default="cuda", help="cuda (default) or cpu")
-    video.add_argument("--kind", default="qwen2_vl", help="lmms-eval's name of the model's class (qwen2_vl)")
-    video.add_argument("--model-args", default="", metavar="A=B,...", help="more arguments of that class")
-    for name, tool in tools.choices.items():
-        tool.add_argument("--model", required=True, help="Hub id or local folder")
-        tool.add_argument("--tasks", required=True, nargs="+", metavar="NAME", help="the tool's names of its tasks")
-        tool.add_argument("--task-folder", metavar="DIR", help="more tasks, in the tool's .yaml files")
-        tool.add_argument("--out", type=Path, required=True, metavar="DIR", help=f"{RESULTS_JSON} goes there")
-        tool.add_argument("--limit", type=int, metavar="N", help="items of each task (all); not the benchmark's score")
-        add_attention_options(tool, stride=_STRIDES[name])
-    return run_program(parser, run, arguments)
+    """`python -m xattn_video_eval.benchmarks.harness`: 0, or 2 with one line for bad input."""
+
+    def call() -> int:
+        app = program("python -m xattn_video_eval.benchmarks.harness", __doc__ or "", EXAMPLE)
+        add_command(app, lm_eval, "lm-eval", "a text model, by lm-evaluation-harness", EXAMPLE)
+        add_command(app, lmms_eval, "lmms-eval", "a video model, by lmms-eval", EXAMPLE)
+        return run_app(app, sys.argv[1:] if arguments is None else arguments, ("lm-eval", "lmms-eval"))
+
+    return guarded("harness", call)
 
 
-def run(args: argparse.Namespace) -> int:
-    """Evaluate each attention in turn, write and print the scores; 0. Raises UserError."""
-    configs = configurations(args)
-    make_writable(args.out)
-    model, evaluate = _language(args) if args.tool == "lm-eval" else _video(args)
-    rows = list(_sides(args, model, evaluate, configs))
+def lm_eval(settings: LmEvalSettings) -> int:
+    """`xattn-video lm-eval`: write and print the scores; 0. Raises UserError."""
+    return _evaluate(settings, "lm-eval", _language)
+
+
+def lmms_eval(settings: LmmsEvalSettings) -> int:
+    """`xattn-video lmms-eval`: write and print the scores; 0. Raises UserError."""
+    return _evaluate(settings, "lmms-eval", _video)
+
+
+def _evaluate(settings: S, tool: str, load: Callable[[S], tuple[Any, Evaluate]]) -> int:
+    """Evaluate each attention in turn."""
+    configs = settings.configurations
+    make_writable(settings.out)
+    model, evaluate = load(settings)
+    rows = list(_sides(settings, tool, model, evaluate, configs))
     document = {
-        "tool": args.tool,
-        "model": args.model,
-        "limit": args.limit,
+        "tool": tool,
+        "model": settings.model,
+        "limit": settings.limit,
         "rows": rows,
         "device_name": device_name(model.device),
-        **provenance("transformers", args.tool),
+        **provenance("transformers", tool),
     }
-    write_texts({args.out / RESULTS_JSON: json.dumps(document, indent=2, default=str) + "\n"})
+    write_texts({settings.out / RESULTS_JSON: json.dumps(document, indent=2, default=str) + "\n"})
     print(table(rows))
     print(json.dumps(document, default=str))
     return 0
@@ -102,7 +97,7 @@ def _cell(value: float | None) -> str:
 
 
 def _sides(
-    args: argparse.Namespace, model: Any, evaluate: Evaluate, configs: dict[str, XAttnConfig | None]
+    settings: HarnessSettings, tool: str, model: Any, evaluate: Evaluate, configs: dict[str, XAttnConfig | None]
 ) -> Iterator[dict[str, Any]]:
     """A row for each configuration."""
     from xattn_video.integrations.transformers import stop_xattention, use_xattention
@@ -113,9 +108,9 @@ def _sides(
         try:
             stats = None if config is None else use_xattention(model, config)
         except ValueError as error:
-            raise UserError(f"--model {args.model}: {error}") from None
+            raise UserError(f"--model {settings.model}: {error}") from None
         started = time.perf_counter()
-        scores = _numbers(_checked(args, evaluate))
+        scores = _numbers(_checked(settings, tool, evaluate))
         seconds = time.perf_counter() - started
         summary = {} if stats is None else stats.summary()
         stop_xattention(model)
@@ -128,17 +123,17 @@ def _sides(
         }
 
 
-def _checked(args: argparse.Namespace, evaluate: Evaluate) -> dict[str, Any]:
+def _checked(settings: HarnessSettings, tool: str, evaluate: Evaluate) -> dict[str, Any]:
     """What the tool gives; what stops it from reaching its data or its tasks, as one line."""
     try:
         results = evaluate()
     except (OSError, KeyError, ValueError) as error:
         reason = one_line(error, 300)
         raise UserError(
-            f"{args.tool} could not run {' '.join(args.tasks)} ({type(error).__name__}: {reason})"
+            f"{tool} could not run {' '.join(settings.tasks)} ({type(error).__name__}: {reason})"
         ) from error
     if not results:
-        raise UserError(f"{args.tool} gave no results for {' '.join(args.tasks)}")
+        raise UserError(f"{tool} gave no results for {' '.join(settings.tasks)}")
     return results
 
 
@@ -152,25 +147,27 @@ def _numbers(results: dict[str, Any]) -> dict[str, float]:
     }
 
 
-def _language(args: argparse.Namespace) -> tuple[Any, Evaluate]:
+def _language(settings: LmEvalSettings) -> tuple[Any, Evaluate]:
     import xattn_video.integrations.transformers  # noqa: F401  (repairs torchvision)
 
-    evaluator, models = _import(args.tool, "lm_eval.evaluator"), _import(args.tool, "lm_eval.models.huggingface")
-    model, tokenizer = load_model(args, "AutoModelForCausalLM", "AutoTokenizer")
+    evaluator, models = _import("lm-eval", "lm_eval.evaluator"), _import("lm-eval", "lm_eval.models.huggingface")
+    model, tokenizer = load_model(
+        settings.model, "AutoModelForCausalLM", "AutoTokenizer", device=settings.device, dtype=settings.dtype
+    )
     # The longest prompt of a task must not be cut.
-    longest = {} if args.lengths is None else {"max_length": max(args.lengths) + 1024}
+    longest = {} if not settings.lengths else {"max_length": max(settings.lengths) + 1024}
     wrapped = models.HFLM(pretrained=model, tokenizer=tokenizer, batch_size=1, **longest)
-    metadata = {"tokenizer": args.model} | ({"max_seq_lengths": args.lengths} if args.lengths else {})
+    metadata = {"tokenizer": settings.model} | ({"max_seq_lengths": list(settings.lengths)} if settings.lengths else {})
 
     def evaluate() -> dict[str, Any]:
         found = evaluator.simple_evaluate(
             model=wrapped,
-            tasks=args.tasks,
-            limit=args.limit,
+            tasks=list(settings.tasks),
+            limit=settings.limit,
             metadata=metadata,
             log_samples=False,
-            task_manager=_import(args.tool, "lm_eval.tasks").TaskManager(
-                include_path=args.task_folder, metadata=metadata
+            task_manager=_import("lm-eval", "lm_eval.tasks").TaskManager(
+                include_path=settings.task_folder, metadata=metadata
             ),
         )
         return found["results"] if found else {}
@@ -178,31 +175,31 @@ def _language(args: argparse.Namespace) -> tuple[Any, Evaluate]:
     return model, evaluate
 
 
-def _video(args: argparse.Namespace) -> tuple[Any, Evaluate]:
+def _video(settings: LmmsEvalSettings) -> tuple[Any, Evaluate]:
     import xattn_video.integrations.transformers  # noqa: F401  (repairs torchvision)
 
-    evaluator, models = _import(args.tool, "lmms_eval.evaluator"), _import(args.tool, "lmms_eval.models")
-    kind = models.get_model(args.kind)
+    evaluator, models = _import("lmms-eval", "lmms_eval.evaluator"), _import("lmms-eval", "lmms_eval.models")
+    kind = models.get_model(settings.kind)
     # Where a class has both, its device_map is a GPU's unless it is told.
-    both = "device_map" in inspect.signature(kind.__init__).parameters and "device_map=" not in (args.model_args or "")
-    given = (f"pretrained={args.model}", f"device_map={args.device}" if both else "", args.model_args)
+    both = "device_map" in inspect.signature(kind.__init__).parameters and "device_map=" not in settings.model_args
+    given = (f"pretrained={settings.model}", f"device_map={settings.device}" if both else "", settings.model_args)
     try:
         wrapped = kind.create_from_arg_string(
-            ",".join(part for part in given if part), {"batch_size": 1, "device": args.device}
+            ",".join(part for part in given if part), {"batch_size": 1, "device": settings.device}
         )
     except (OSError, ValueError) as error:
-        raise UserError(offline_message(args.model, error)) from None
+        raise UserError(offline_message(settings.model, error)) from None
     # The tool throws the weights away after an evaluation, and there is another one with the other attention.
     wrapped.clean = lambda: None
 
     def evaluate() -> dict[str, Any]:
         found = evaluator.simple_evaluate(
             model=wrapped,
-            tasks=args.tasks,
-            limit=args.limit,
+            tasks=list(settings.tasks),
+            limit=settings.limit,
             log_samples=False,
-            task_manager=_import(args.tool, "lmms_eval.tasks").TaskManager(
-                include_path=args.task_folder, model_name=args.kind
+            task_manager=_import("lmms-eval", "lmms_eval.tasks").TaskManager(
+                include_path=settings.task_folder, model_name=settings.kind
             ),
         )
         return found["results"] if found else {}

@@ -17,16 +17,17 @@ import numpy as np
 
 from xattn_video_eval.results.ledger import RESULTS, append_rows, provenance
 from xattn_video_eval.studies.demo_quality import paired_difference
-from xattn_video_pipelines import cli
 from xattn_video_pipelines.common import jsonl
 from xattn_video_pipelines.common.errors import UserError
 from xattn_video_pipelines.common.files import make_writable, write_texts
 from xattn_video_pipelines.common.program import Parser, run_program
 from xattn_video_pipelines.common.tables import aligned
 from xattn_video_pipelines.demo import stories, watcher, world
-from xattn_video_pipelines.qa.command import ANSWERS, SUMMARY
-from xattn_video_pipelines.qa.load import configurations, read_answers
+from xattn_video_pipelines.qa.command import answer_questions, print_answer
+from xattn_video_pipelines.qa.command import table as summary_table
+from xattn_video_pipelines.qa.load import read_answers
 from xattn_video_pipelines.qa.questions import read_questions
+from xattn_video_pipelines.qa.settings import ANSWERS, SUMMARY, QaSettings
 from xattn_video_pipelines.video.io import write_video
 
 EXAMPLE = """\
@@ -62,23 +63,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Tell the stories, ask, compare, print a table; 0, or the code of the program that failed. Raises UserError."""
+    """Tell the stories, ask, compare, print a table; 0. Raises UserError."""
     if min(args.scenes) < 2:
         raise UserError(f"--scenes must be 2 or more, got {min(args.scenes)}")
     if args.stories < 1:
         raise UserError(f"--stories must be 1 or more, got {args.stories}")
-    options = argparse.Namespace(**vars(args), attention="both", block_size=128, min_tokens=0)
-    _, (label, config) = configurations(options).items()
-    assert config is not None, "the second of both is sparse"
+    config = _asking(args, Path(), Path(), 2).config
+    label = config.label()
     make_writable(args.out)
     rows = []
     for scenes in args.scenes:
         items = write_stories(args.out, scenes, args.stories)
         # A folder of its own: dense answers are timed beside the sparse ones that they are compared with.
         answers = args.out / f"answers-{scenes:03d}-{label}"
-        # It has said itself what was wrong.
-        if code := cli.main(_asking(args, items, answers, scenes)):
-            return code
+        print(summary_table(answer_questions(_asking(args, items, answers, scenes), print_answer)))
         rows.append({"scenes": scenes, "config": config.to_dict(), **_row(args, items, answers, label)})
     print(f"sparse: {label}\n{table(rows)}")
     if args.record:
@@ -109,14 +107,13 @@ def write_stories(folder: Path, scenes: int, count: int) -> Path:
     return file
 
 
-def _asking(args: argparse.Namespace, items: Path, out: Path, scenes: int) -> list[str]:
-    """The command that asks the questions of one length."""
-    frames = scenes * stories.SCENE_FRAMES // watcher.EVERY
-    asked = ["qa", "--items", str(items), "--out", str(out), "--attention", "both", "--fps", str(watcher.FPS)]
-    asked += ["--max-frames", str(frames), "--max-new-tokens", "4", "--min-tokens", "0"]
-    for name in ("model", "stride", "threshold", "dense_last", "device", "dtype"):
-        asked += [f"--{name.replace('_', '-')}", str(getattr(args, name))]
-    return asked
+def _asking(args: argparse.Namespace, items: Path, out: Path, scenes: int) -> QaSettings:
+    """What is asked about the stories of one length."""
+    return QaSettings(
+        model=args.model, items=items, out=out, attention="both", fps=watcher.FPS,
+        max_frames=scenes * stories.SCENE_FRAMES // watcher.EVERY, max_new_tokens=4, min_tokens=0,
+        stride=args.stride, threshold=args.threshold, dense_last=args.dense_last, device=args.device, dtype=args.dtype,
+    )  # fmt: skip
 
 
 def _row(args: argparse.Namespace, items: Path, out: Path, label: str) -> dict[str, Any]:

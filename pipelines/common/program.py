@@ -19,7 +19,7 @@ from xattn_video_pipelines.common.errors import UserError
 from xattn_video_pipelines.common.settings import Option, Settings
 
 if TYPE_CHECKING:
-    from cyclopts import App, CycloptsError
+    from cyclopts import App, CycloptsError, Token
 
 
 class UsageError(UserError):
@@ -82,19 +82,45 @@ def add_command(app: App, run: Callable[..., int], name: str, about: str, exampl
     app.command(_flat(run), name=name, help=about, help_epilogue=example.rstrip(), sort_key=place)
 
 
-def run_app(app: App, arguments: Sequence[str]) -> int:
-    """Read `arguments` and run the command that they name; returns its exit code.
+def run_app(app: App, arguments: Sequence[str], commands: Sequence[str] = ()) -> int:
+    """Read `arguments` and run the command that they name, one of `commands` where there are any; its exit code.
 
     Raises:
         UsageError: the arguments cannot be read.
     """
     from cyclopts import CycloptsError
 
+    name = app.name[0]
+    command = asked_command(arguments)
+    if commands and command is None and not {"-h", "--help", "--version"}.intersection(arguments):
+        raise UsageError(name, "the following arguments are required: COMMAND")
+    if commands and command is not None and command not in commands:
+        choices = ", ".join(map(repr, commands))
+        raise UsageError(name, f"argument COMMAND: invalid choice: {command!r} (choose from {choices})")
     try:
         return app(list(arguments)) or 0
     except CycloptsError as error:
-        command = " ".join([app.name[0], *(error.command_chain or ())])
-        raise UsageError(command, _message(error)) from None
+        raise UsageError(" ".join([name, *(error.command_chain or ())]), _message(error)) from None
+
+
+def asked_command(arguments: Sequence[str]) -> str | None:
+    """The command that a command line names: its first word."""
+    return next((argument for argument in arguments if not argument.startswith("-")), None)
+
+
+def run_alone(run: Callable[..., int], module: str, about: str, example: str, arguments: Sequence[str] | None) -> int:
+    """Run a function, as of `add_command`, as `python -m MODULE`; returns the exit code, as of `guarded`.
+
+    Args:
+        arguments: of the command line; None takes the process's own.
+    """
+
+    def call() -> int:
+        app = program(f"python -m {module}", about, example)
+        app.default(_flat(run))
+        return run_app(app, sys.argv[1:] if arguments is None else arguments)
+
+    return guarded(module.rpartition(".")[2], call)
 
 
 def guarded(name: str, call: Callable[[], int]) -> int:
@@ -197,6 +223,8 @@ def _parameter(name: str, hint: Any, default: Any, positional: bool, groups: Cal
     many = "..." if get_origin(kind) is tuple else ""
     metavar = option.metavar and f"{option.metavar}{many}"
     shown: dict[str, Any] = {"help": option.help, "metavar": metavar}
+    if many and not positional:
+        shown["converter"] = _last_given
     if option.group is not None:
         shown["group"] = groups(option.group)
     if positional:
@@ -207,6 +235,14 @@ def _parameter(name: str, hint: Any, default: Any, positional: bool, groups: Cal
         default=inspect.Parameter.empty if default is MISSING else default,
         annotation=Annotated[kind, Parameter(**shown)],
     )
+
+
+def _last_given(kind: Any, tokens: Sequence[Token]) -> Any:
+    """The values of an option that is given twice: those of the last time, as for an option with one value."""
+    from cyclopts import convert
+
+    last = max(place for place, token in enumerate(tokens) if token.index == 0)
+    return convert(kind, tokens[last:])
 
 
 def _group(title: str) -> Any:

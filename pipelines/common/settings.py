@@ -45,6 +45,20 @@ class Settings:
                     raise UserError(f"{option_name(field.name)} must be one of {listed}, got {value!r}")
         self.check()
 
+    def arguments(self) -> list[str]:
+        """The arguments of the command line that make these settings; those that are as by default are left out."""
+        words: list[str] = []
+        for field in fields(self):
+            value = getattr(self, field.name)
+            given = [str(one) for one in (value if isinstance(value, tuple) else (value,))]
+            if not field.kw_only:
+                words += given
+            elif isinstance(value, bool) and value != field.default:
+                words.append(option_name(field.name if value else f"no_{field.name}"))
+            elif value != field.default:
+                words += [option_name(field.name), *given]
+        return words
+
     def check(self) -> None:
         """Raise UserError for a value that is out of its range. The message names option, rule and value."""
 

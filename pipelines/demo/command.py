@@ -5,16 +5,19 @@ On any CPU.
 
 from __future__ import annotations
 
-import argparse
-import json
+import contextlib
 import shlex
 import textwrap
+from json import dumps, loads
 from pathlib import Path
 from typing import Any
 
+from xattn_video_pipelines.common.program import for_people
+from xattn_video_pipelines.common.settings import Json, Settings
 from xattn_video_pipelines.common.tables import aligned
 from xattn_video_pipelines.demo.files import shipped_prompts
 from xattn_video_pipelines.demo.judging import judge_folder
+from xattn_video_pipelines.demo.settings import DemoSettings
 from xattn_video_pipelines.video.manifest import read_manifest
 
 EXAMPLE = """\
@@ -29,92 +32,78 @@ combinations that it never saw in training. The judge reads the videos back by c
 a second small model, a Qwen2-VL, watches them in a row and is asked about each, with dense and with sparse prefill."""
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `xattn-video demo`."""
-    parser.add_argument("--out", type=Path, default=Path("demo-out"), metavar="DIR", help="default: demo-out")
-    parser.add_argument("--prompts", type=Path, metavar="FILE", help="default: the demo's own four prompts")
-    parser.add_argument("--limit", type=int, metavar="N", help="the first N prompts")
-    parser.add_argument("--steps", type=int, help="denoising steps; default: the model's 20")
-    parser.add_argument("--warmup-steps", type=int, help="first steps that stay dense; default: 5")
-    parser.add_argument("--num-frames", type=int, help="default: the model's 33")
-    parser.add_argument("--overwrite", action="store_true", help="make finished videos anew")
-    parser.add_argument("--json", action="store_true", help="the summary as one JSON document on the last line")
-
-
-def run(args: argparse.Namespace) -> int:
-    """Generate, compare, judge, print the summary; returns the exit code of the first program that fails.
-
-    `args.run_command` runs another subcommand: the demo does what a user would type, and shows it.
-    """
-    out: Path = args.out
-    print(_INTRODUCTION, flush=True)
-    generate = [
-        "generate",
-        "--model",
-        "demo",
-        "--prompts",
-        str(args.prompts or shipped_prompts("demo.txt")),
-        "--attention",
-        "both",
-    ]
-    generate += ["--lossless", "--device", "cpu", "--out", str(out)]
-    for name in ("limit", "steps", "warmup_steps", "num_frames"):
-        value = getattr(args, name)
-        generate += [] if value is None else [f"--{name.replace('_', '-')}", str(value)]
-    generate += ["--overwrite"] if args.overwrite else []
-    code = _run(args, generate)
-    if code != 0:
-        return code
-
-    dense, sparse = out / "dense", out / _label(args.warmup_steps)
-    compare = ["compare", str(dense), str(sparse), "--no-lpips", "--allow-unmatched"]
-    code = _run(args, compare)
-    if code != 0:
-        return code
-    summary = _summary(dense, sparse)
-    print(_judged(summary["videos"]))
-    print(_table(summary))
-    code = _ask(args, [(video["dense"]["id"], video["dense"]["seed"]) for video in summary["videos"]])
-    if code != 0:
-        return code
-    print(f"videos: {dense} and {sparse}")
-    if args.json:
-        print(json.dumps(summary))
+def command(settings: DemoSettings, *, json: Json = False) -> int:
+    """`xattn-video demo`; returns 0. Raises UserError."""
+    with contextlib.redirect_stdout(for_people(json)):
+        summary = demo(settings)
+    if json:
+        print(dumps(summary))
     return 0
 
 
-def _run(args: argparse.Namespace, command: list[str]) -> int:
-    print(f"\n$ xattn-video {shlex.join(command)}", flush=True)
-    return args.run_command(command)
+def demo(settings: DemoSettings) -> dict[str, Any]:
+    """Generate, compare, judge, ask; print each command as a user would type it, what it says, and a summary.
+
+    Returns:
+        Means over the compared videos, how many show what was asked, and a row for each video.
+
+    Raises:
+        UserError: as the programs that are run.
+    """
+    # The command line knows the measures, which programs do not import.
+    from xattn_video_pipelines.cli import module_of
+    from xattn_video_pipelines.video import command as video
+    from xattn_video_pipelines.video.settings import GenerateSettings
+
+    print(_INTRODUCTION, flush=True)
+    generating = GenerateSettings(
+        model="demo", prompts=settings.prompts or shipped_prompts("demo.txt"), attention="both", lossless=True,
+        device="cpu", out=settings.out, limit=settings.limit, steps=settings.steps, overwrite=settings.overwrite,
+        warmup_steps=settings.warmup_steps, num_frames=settings.num_frames,
+    )  # fmt: skip
+    _announce("generate", generating)
+    video.command(generating)
+
+    compare = module_of("compare")
+    dense, sparse = settings.out / "dense", settings.out / generating.config.label()
+    comparing = compare.CompareSettings(dense, sparse, lpips=False, allow_unmatched=True)
+    _announce("compare", comparing)
+    compare.command(comparing)
+    summary = _summary(dense, sparse)
+    print(_judged(summary["videos"]))
+    print(_table(summary))
+    _ask(settings.out, [(row["dense"]["id"], row["dense"]["seed"]) for row in summary["videos"]])
+    print(f"videos: {dense} and {sparse}")
+    return summary
 
 
-def _ask(args: argparse.Namespace, keys: list[tuple[str, int]]) -> int:
+def _announce(command: str, settings: Settings) -> None:
+    print(f"\n$ xattn-video {shlex.join([command, *settings.arguments()])}", flush=True)
+
+
+def _ask(out: Path, keys: list[tuple[str, int]]) -> None:
     """Have the dense videos watched and asked about."""
     # Not before: `--help` loads no torch.
     from xattn_video_pipelines.demo.asking import write_story
     from xattn_video_pipelines.demo.stories import ORDINALS, SCENE_FRAMES
-    from xattn_video_pipelines.qa.command import ANSWERS
+    from xattn_video_pipelines.qa import command as qa
+    from xattn_video_pipelines.qa.settings import ANSWERS, DEMO, QaSettings
 
-    folder = args.out / "answers"
-    questions = write_story(args.out / "dense", keys, folder)
+    folder = out / "answers"
+    questions = write_story(out / "dense", keys, folder)
     if questions is None:
         print(f"\nno questions: they need up to {len(ORDINALS)} videos of the shapes world, {SCENE_FRAMES} frames each")
-        return 0
+        return
     # Answers to the same questions about other videos may be there.
     (folder / ANSWERS).unlink(missing_ok=True)
-    asked = ["qa", "--model", "demo", "--items", str(questions), "--attention", "both", "--device", "cpu"]
-    return _run(args, [*asked, "--max-new-tokens", "4", "--out", str(folder)])
-
-
-def _label(warmup_steps: int | None) -> str:
-    from xattn_video import XAttnConfig
-
-    return XAttnConfig(**({} if warmup_steps is None else {"warmup_steps": warmup_steps})).label()
+    asking = QaSettings(model=DEMO, items=questions, attention="both", device="cpu", max_new_tokens=4, out=folder)
+    _announce("qa", asking)
+    qa.command(asking)
 
 
 def _summary(dense: Path, sparse: Path) -> dict[str, Any]:
     """Means over the compared videos and what the judge saw; step seconds leave text encoding and decoding out."""
-    compared = json.loads((sparse / "summary.json").read_text(encoding="utf-8"))
+    compared = loads((sparse / "summary.json").read_text(encoding="utf-8"))
     names = ("pairs", "dense_seconds", "sparse_seconds", "speedup", "density", "psnr", "ssim")
     keys = [(video["id"], video["seed"]) for video in compared["videos"]]
     records = [read_manifest(folder) for folder in (dense, sparse)]

@@ -5,36 +5,30 @@ questions -> sampled frames -> answers, dense and sparse of one question after t
 
 from __future__ import annotations
 
-import argparse
-import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
+from json import dumps
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from xattn_video_pipelines.common import jsonl
 from xattn_video_pipelines.common.environment import device_name
 from xattn_video_pipelines.common.errors import UserError, one_line
 from xattn_video_pipelines.common.files import make_writable, write_texts
+from xattn_video_pipelines.common.program import for_people
+from xattn_video_pipelines.common.settings import Json
 from xattn_video_pipelines.common.tables import aligned
-from xattn_video_pipelines.qa.frames import SampledVideo, check_sampling, sample_video
+from xattn_video_pipelines.qa.frames import SampledVideo, sample_video
 from xattn_video_pipelines.qa.load import (
-    DEMO,
     VIDEO_MODEL,
     Row,
-    add_attention_options,
-    add_machine_options,
-    configurations,
     load_model,
     read_answers,
     weights_of,
 )
 from xattn_video_pipelines.qa.questions import Question, check_answer, check_options, read_questions
-
-MODEL = "Qwen/Qwen2-VL-7B-Instruct"
-ANSWERS, SUMMARY = "answers.jsonl", "summary.json"
-# The blocks of so many last tokens stay dense: the story study shows what a short question loses otherwise.
-QUESTION_TOKENS = 64
+from xattn_video_pipelines.qa.settings import ANSWERS, SUMMARY, QaSettings
 
 EXAMPLE = """\
 example:
@@ -45,59 +39,41 @@ example:
 """
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `xattn-video qa`."""
-    parser.add_argument(
-        "--model",
-        default=MODEL,
-        help=f"Hub id, local folder, or demo, a small one for the demo's videos (default: {MODEL})",
-    )
-    parser.add_argument("--out", type=Path, metavar="DIR", help=f"{ANSWERS} and {SUMMARY} go there; a run goes on")
-
-    group = parser.add_argument_group("what is asked")
-    group.add_argument("--video", type=Path, metavar="FILE")
-    group.add_argument("--question", metavar="TEXT")
-    group.add_argument("--options", nargs="+", metavar="TEXT", help="answers to choose from")
-    group.add_argument("--answer", metavar="TEXT", help="the right one")
-    group.add_argument(
-        "--items", type=Path, metavar="FILE.jsonl", help="many: video, question, and if wanted options, answer and id"
-    )
-
-    group = parser.add_argument_group("what the model sees")
-    group.add_argument("--fps", type=float, help="frames a second (default: 1; the model demo: 2)")
-    group.add_argument("--max-frames", type=int, default=768, metavar="N", help="of a video (768)")
-    group.add_argument("--max-pixels", type=int, default=360 * 420, metavar="N", help="of a frame (151200)")
-
-    group = parser.add_argument_group("attention")
-    add_attention_options(group, stride=16, default="xattn", dense_last=QUESTION_TOKENS)
-
-    group = parser.add_argument_group("machine")
-    group.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="of an answer (64)")
-    add_machine_options(group)
-    group.add_argument("--json", action="store_true", help="the summary as one JSON document on the last line")
-
-
-def run(args: argparse.Namespace) -> int:
+def command(settings: QaSettings, *, json: Json = False) -> int:
     """`xattn-video qa`: answer everything, print and write it; 0. Raises UserError."""
-    args = argparse.Namespace(**{**vars(args), "fps": _fps(args)})
-    questions = _questions(args)
-    configs = configurations(args)
-    check_sampling(**_sampling(args))
-    if args.max_new_tokens < 1:
-        raise UserError(f"--max-new-tokens must be 1 or more, got {args.max_new_tokens}")
+    document = answer_questions(settings, partial(print_answer, file=for_people(json)))
+    print(dumps(document) if json else table(document))
+    return 0
+
+
+def answer_questions(settings: QaSettings, on_answer: Callable[[Row], None] | None = None) -> dict[str, Any]:
+    """Ask what the settings ask, and write the answers and their summary where there is an `out`.
+
+    Args:
+        settings: the questions, the model, and the attention. Answers of an earlier run in `out` are kept.
+        on_answer: called with each new answer.
+
+    Returns:
+        As of `summary`.
+
+    Raises:
+        UserError: a file is missing or damaged, or the model cannot be loaded, made sparse or asked.
+    """
+    questions = _questions(settings)
+    configs = settings.configurations
     rows: dict[tuple[str, str], Row] = {}
-    if args.out is not None:
-        make_writable(args.out)
-        earlier = read_answers(args.out / ANSWERS, ("id", "attention"), _signature(args), weights_of(args.model))
+    if settings.out is not None:
+        make_writable(settings.out)
+        path = settings.out / ANSWERS
+        earlier = read_answers(path, ("id", "attention"), _signature(settings), weights_of(settings.model))
         rows = _still_valid(earlier, questions, configs)
     wanted = [(question, label) for question in questions for label in configs]
     if any((question.id, label) not in rows for question, label in wanted):
-        _answer_all(args, questions, configs, rows)
+        _answer_all(settings, questions, configs, rows, on_answer)
     document = summary([rows[question.id, label] for question, label in wanted])
-    if args.out is not None:
-        write_texts({args.out / SUMMARY: json.dumps(document, indent=2) + "\n"})
-    print(json.dumps(document) if args.json else table(document))
-    return 0
+    if settings.out is not None:
+        write_texts({settings.out / SUMMARY: dumps(document, indent=2) + "\n"})
+    return document
 
 
 def summary(rows: Sequence[Row]) -> dict[str, Any]:
@@ -145,7 +121,11 @@ def table(document: dict[str, Any]) -> str:
 
 
 def _answer_all(
-    args: argparse.Namespace, questions: Sequence[Question], configs: dict[str, Any], rows: dict[tuple[str, str], Row]
+    settings: QaSettings,
+    questions: Sequence[Question],
+    configs: dict[str, Any],
+    rows: dict[tuple[str, str], Row],
+    on_answer: Callable[[Row], None] | None,
 ) -> None:
     """Answer the questions that lack an answer, each by every configuration, and add them to `rows` and the file."""
     from tqdm.auto import tqdm
@@ -153,10 +133,12 @@ def _answer_all(
     from xattn_video.integrations.transformers import use_xattention
     from xattn_video_pipelines.qa.qwen_positions import mend_positions
 
-    model, processor = load_model(args, VIDEO_MODEL, "AutoProcessor")
+    model, processor = load_model(
+        settings.model, VIDEO_MODEL, "AutoProcessor", device=settings.device, dtype=settings.dtype
+    )
     mend_positions(model)
     if getattr(processor, "video_processor", None) is None or not processor.chat_template:
-        raise UserError(f"--model {args.model}: its processor takes no video in a chat")
+        raise UserError(f"--model {settings.model}: its processor takes no video in a chat")
     # --max-frames and --max-pixels say what is seen; some processors would share a budget out among frames besides.
     if hasattr(processor.video_processor, "cap_pixels_per_frame"):
         processor.video_processor.cap_pixels_per_frame = False
@@ -166,28 +148,29 @@ def _answer_all(
             if config is not None:
                 use_xattention(model, config)
     except ValueError as error:
-        raise UserError(f"--model {args.model}: {error}") from None
+        raise UserError(f"--model {settings.model}: {error}") from None
     left = [question for question in questions if any((question.id, label) not in rows for label in configs)]
     seen: tuple[Path, SampledVideo] | None = None
     for question in tqdm(left, desc="questions", disable=None):
         if seen is None or seen[0] != question.video:
-            seen = question.video, sample_video(question.video, **_sampling(args))
-        inputs = _inputs(args, processor, question, seen[1], model)
+            seen = question.video, sample_video(question.video, **_sampling(settings))
+        inputs = _inputs(settings, processor, question, seen[1], model)
         if question is left[0] and len(configs) > 1:
             # Compilers and caches run once: else that would be the difference between the two.
             for config in configs.values():
                 _generate(model, config, question, inputs, 1)
         # All of a question's answers are written together: the comparison of two needs both.
-        made = _answer(args, model, processor, question, seen[1], inputs, configs)
-        if args.out is not None:
-            jsonl.append(args.out / ANSWERS, made)
+        made = _answer(settings, model, processor, question, seen[1], inputs, configs)
+        if settings.out is not None:
+            jsonl.append(settings.out / ANSWERS, made)
         for row in made:
             rows[question.id, row["attention"]] = row
-            tqdm.write(_line(row), file=sys.stdout if not args.json else sys.stderr)
+            if on_answer:
+                on_answer(row)
 
 
 def _answer(
-    args: argparse.Namespace,
+    settings: QaSettings,
     model: Any,
     processor: Any,
     question: Question,
@@ -201,7 +184,7 @@ def _answer(
     rows: list[Row] = []
     dense = None
     for label, config in configs.items():
-        answer, told = _generate(model, config, question, inputs, args.max_new_tokens)
+        answer, told = _generate(model, config, question, inputs, settings.max_new_tokens)
         reply = processor.tokenizer.decode(answer.tokens, skip_special_tokens=True).strip()
         row: Row = {
             "id": question.id, "video": str(question.video), **_asked(question),
@@ -210,8 +193,8 @@ def _answer(
             "prefill_seconds": round(answer.prefill_seconds, 4), "decode_seconds": round(answer.decode_seconds, 4),
             "sparse_density": told.get("sparse_density"), "dense_calls": told.get("dense_calls", {}),
             "agrees": None, "kl": None, "logit_error": None,
-            "finite": bool(answer.first_logits.max().isfinite()), **_signature(args),
-            "weights": weights_of(args.model),
+            "finite": bool(answer.first_logits.max().isfinite()), **_signature(settings),
+            "weights": weights_of(settings.model),
             "device": device_name(model.device), "model_dtype": str(model.dtype).removeprefix("torch."),
         }  # fmt: skip
         if config is None:
@@ -245,7 +228,7 @@ def _generate(
 
 
 def _inputs(
-    args: argparse.Namespace, processor: Any, question: Question, video: SampledVideo, model: Any
+    settings: QaSettings, processor: Any, question: Question, video: SampledVideo, model: Any
 ) -> dict[str, Any]:
     messages = [{"role": "user", "content": [{"type": "video"}, {"type": "text", "text": question.prompt}]}]
     text = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
@@ -262,55 +245,45 @@ def _inputs(
         )
     except (ValueError, IndexError, StopIteration) as error:
         reason = one_line(error, 200)
-        raise UserError(f"{question.id}: the processor of --model {args.model} refuses it: {reason}") from None
+        raise UserError(f"{question.id}: the processor of --model {settings.model} refuses it: {reason}") from None
     return {
         name: value.to(model.device, model.dtype) if value.is_floating_point() else value.to(model.device)
         for name, value in inputs.items()
     }
 
 
-def _line(row: Row) -> str:
+def print_answer(row: Row, file: TextIO | None = None) -> None:
+    """A line about an answer on stdout, or in `file`; it does not tear the bar on stderr."""
+    from tqdm.auto import tqdm
+
     mark = {True: "right", False: "wrong", None: ""}[row["right"]]
     density = "" if row["sparse_density"] is None else f"density {row['sparse_density']:.2f}"
     parts = (f"{row['prompt_tokens']:,} tokens", f"prefill {row['prefill_seconds']:.2f} s", density, mark)
-    return f"{row['id']}  {row['attention']}: {row['reply']}  ({', '.join(part for part in parts if part)})"
+    line = f"{row['id']}  {row['attention']}: {row['reply']}  ({', '.join(part for part in parts if part)})"
+    tqdm.write(line, file=file or sys.stdout)
 
 
-def _questions(args: argparse.Namespace) -> list[Question]:
-    if args.items is not None:
-        given = [name for name in ("video", "question", "options", "answer") if getattr(args, name) is not None]
-        if given:
-            raise UserError(f"--items and --{given[0]} exclude each other")
-        return read_questions(args.items)
-    for name in ("video", "question"):
-        if getattr(args, name) is None:
-            raise UserError(f"needs --{name}, or a file of questions as --items")
-    if not args.video.is_file():
-        raise UserError(f"--video {args.video}: no such video file")
-    options = check_options("--options", args.options or [])
-    return [Question("question", args.video, args.question, options, check_answer("--answer", args.answer, options))]
+def _questions(settings: QaSettings) -> list[Question]:
+    if settings.items is not None:
+        return read_questions(settings.items)
+    assert settings.video is not None
+    assert settings.question is not None
+    video = settings.video
+    if not video.is_file():
+        raise UserError(f"--video {video}: no such video file")
+    options = check_options("--options", settings.options)
+    answer = check_answer("--answer", settings.answer, options)
+    return [Question("question", video, settings.question, options, answer)]
 
 
-def _fps(args: argparse.Namespace) -> float:
-    if args.fps is not None:
-        return args.fps
-    if args.model != DEMO:
-        return 1.0
-    from xattn_video_pipelines.demo.watcher import FPS
-
-    return FPS
+def _sampling(settings: QaSettings) -> dict[str, Any]:
+    return {"fps": settings.frames_per_second, "max_frames": settings.max_frames, "max_pixels": settings.max_pixels}
 
 
-def _sampling(args: argparse.Namespace) -> dict[str, Any]:
-    return {"fps": args.fps, "max_frames": args.max_frames, "max_pixels": args.max_pixels}
-
-
-def _signature(args: argparse.Namespace) -> Row:
+def _signature(settings: QaSettings) -> Row:
     """What must be equal for an answer to be taken from an earlier run."""
-    return {
-        "model": args.model, "asked_fps": args.fps, "max_frames": args.max_frames, "max_pixels": args.max_pixels,
-        "max_new_tokens": args.max_new_tokens, "dtype": args.dtype,
-    }  # fmt: skip
+    names = ("model", "max_frames", "max_pixels", "max_new_tokens", "dtype")
+    return {"asked_fps": settings.frames_per_second, **{name: getattr(settings, name) for name in names}}
 
 
 def _asked(question: Question) -> Row:

@@ -1,76 +1,33 @@
-"""What the programs for language and video-understanding models share: options, loading, and answers kept in a file."""
+"""What the programs for language and video-understanding models share: loading, and answers kept in a file."""
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from xattn_video import XAttnConfig
 from xattn_video_pipelines.common import jsonl
 from xattn_video_pipelines.common.errors import UserError, one_line
 from xattn_video_pipelines.demo.files import DEMO_WATCHER, HOW_TO_GET
+from xattn_video_pipelines.qa.settings import DEMO
 from xattn_video_pipelines.video.models import offline_message, sampled_digest
 
-ATTENTIONS = ("dense", "xattn", "both")
-# The video-understanding model that this project trained and ships; the card in the folder says how.
-DEMO = "demo"
 VIDEO_MODEL = "AutoModelForImageTextToText"
 
 Row = jsonl.Row
 _COMPLAINT = "not an answer of this program; use another --out"
 
 
-def add_attention_options(parser: Any, *, stride: int, default: str = "both", dense_last: int = 0) -> None:
-    """`--attention` and the settings of sparse prefill, on a parser or a group of one."""
-    parser.add_argument("--attention", choices=ATTENTIONS, default=default, help=f"default: {default}")
-    parser.add_argument("--stride", type=int, default=stride, help=f"antidiagonal stride ({stride})")
-    parser.add_argument("--threshold", type=float, default=0.9, help="share of the score mass to keep (0.9)")
-    parser.add_argument("--block-size", type=int, default=128, help="tokens a block (128)")
-    parser.add_argument("--min-tokens", type=int, default=1024, help="shorter prompts stay dense (1024)")
-    parser.add_argument(
-        "--dense-last",
-        type=int,
-        default=dense_last,
-        metavar="N",
-        help=f"the blocks of a prompt's last N tokens stay dense: a question's; 0 as in the paper ({dense_last})",
-    )
-
-
-def configurations(args: argparse.Namespace) -> dict[str, XAttnConfig | None]:
-    """What `--attention` asks for, by the name that its answers have; None is dense.
-
-    Raises:
-        UserError: a setting is out of its range.
-    """
-    try:
-        config = XAttnConfig(
-            stride=args.stride,
-            threshold=args.threshold,
-            block_size=args.block_size,
-            min_tokens=args.min_tokens,
-            dense_last=args.dense_last,
-            warmup_steps=0,
-        )
-    except (ValueError, TypeError) as error:
-        raise UserError(str(error)) from None
-    both = {"dense": None, config.label(): config}
-    return {
-        label: one for label, one in both.items() if args.attention in ("both", "dense" if one is None else "xattn")
-    }
-
-
-def add_machine_options(parser: Any) -> None:
-    """`--device` and `--dtype`, for `load_model`."""
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1; default: auto")
-    parser.add_argument("--dtype", default="auto", help="auto (the weights'), float32, bfloat16, float16")
-
-
-def load_model(args: argparse.Namespace, model_class: str, processor_class: str) -> tuple[Any, Any]:
+def load_model(
+    name: str, model_class: str, processor_class: str, *, device: str = "auto", dtype: str = "auto"
+) -> tuple[Any, Any]:
     """A model of transformers and its tokenizer or processor, by the names of the classes that load them.
 
-    The name `demo` is the shipped model's, which answers questions about videos.
+    Args:
+        name: Hub id or local folder; `demo` is this project's own model, which answers questions about videos.
+        model_class, processor_class: names in transformers, such as `AutoModelForCausalLM` and `AutoTokenizer`.
+        device: `auto` takes a GPU if there is one.
+        dtype: a dtype of torch by its name; `auto` is that of the weights.
 
     Raises:
         UserError: neither here nor reachable, not such a model, damaged, or no such device or dtype.
@@ -83,22 +40,22 @@ def load_model(args: argparse.Namespace, model_class: str, processor_class: str)
     # isort: split
     import transformers
 
-    source = args.model if args.model != DEMO else _demo_source(model_class)
-    device = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    if args.dtype != "auto" and not isinstance(getattr(torch, args.dtype, None), torch.dtype):
-        raise UserError(f"--dtype must be auto or a dtype such as bfloat16, got {args.dtype}")
+    source = name if name != DEMO else _demo_source(model_class)
+    place = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
+        raise UserError(f"--dtype must be auto or a dtype such as bfloat16, got {dtype}")
     try:
-        model = getattr(transformers, model_class).from_pretrained(source, dtype=args.dtype)
+        model = getattr(transformers, model_class).from_pretrained(source, dtype=dtype)
         processor = getattr(transformers, processor_class).from_pretrained(source)
     except (OSError, ValueError, TypeError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         if isinstance(error, OSError) and not Path(source).is_dir():
-            raise UserError(offline_message(args.model, error)) from None
+            raise UserError(offline_message(name, error)) from None
         reason = one_line(error, 200)
-        raise UserError(f"--model {args.model}: cannot be loaded ({type(error).__name__}: {reason})") from None
+        raise UserError(f"--model {name}: cannot be loaded ({type(error).__name__}: {reason})") from None
     try:
-        return model.to(device).eval(), processor
+        return model.to(place).eval(), processor
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {args.device}: {one_line(error, 200)}") from None
+        raise UserError(f"--device {device}: {one_line(error, 200)}") from None
 
 
 def weights_of(model: str) -> str | None:

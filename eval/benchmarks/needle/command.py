@@ -8,25 +8,22 @@ maps, dense beside sparse. `eval/benchmarks/needle/items.py` says what is asked.
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from xattn_video import XAttnConfig
-from xattn_video_eval.benchmarks.needle.items import TASKS, Item, make_item, score
+from xattn_video_eval.benchmarks.needle.items import Item, make_item, score
+from xattn_video_eval.benchmarks.needle.settings import NeedleSettings
 from xattn_video_eval.results.ledger import provenance
 from xattn_video_pipelines.common import jsonl
 from xattn_video_pipelines.common.environment import device_name
 from xattn_video_pipelines.common.errors import UserError
 from xattn_video_pipelines.common.files import make_writable, write_texts
-from xattn_video_pipelines.common.program import Parser, run_program
+from xattn_video_pipelines.common.program import run_alone
 from xattn_video_pipelines.common.tables import aligned
 from xattn_video_pipelines.qa.load import (
-    add_attention_options,
-    add_machine_options,
-    configurations,
     load_model,
     read_answers,
     weights_of,
@@ -34,9 +31,8 @@ from xattn_video_pipelines.qa.load import (
 
 EXAMPLE = """\
 example:
-  python -m xattn_video_eval.benchmarks.needle --model Qwen/Qwen3-8B --lengths 8192 16384 32768 65536 --out needle
-  python -m xattn_video_eval.benchmarks.needle --model Qwen/Qwen3-8B --tasks tracking --stride 16 \\
-      --threshold 0.95 --out tracking
+  xattn-video needle --model Qwen/Qwen3-8B --lengths 8192 16384 32768 65536 --out needle
+  xattn-video needle --model Qwen/Qwen3-8B --tasks tracking --stride 16 --threshold 0.95 --out tracking
 """
 
 ANSWERS, SUMMARY, PICTURE = "answers.jsonl", "summary.json", "needle.png"
@@ -44,48 +40,46 @@ _NEW_TOKENS = 48
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run as a program: 0, or 2 with one line for bad input."""
-    parser = Parser(prog="python -m xattn_video_eval.benchmarks.needle", description=__doc__, epilog=EXAMPLE)
-    parser.add_argument("--model", required=True, help="Hub id or local folder of a causal language model")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="answers and pictures; a run goes on")
-    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=TASKS, help=f"default: {' '.join(TASKS)}")
-    parser.add_argument(
-        "--lengths", type=int, nargs="+", default=[4096, 8192, 16384], metavar="N", help="prompt tokens"
-    )
-    parser.add_argument(
-        "--depths", type=float, nargs="+", default=[0, 25, 50, 75, 100], metavar="P", help="of the needle, in percent"
-    )
-    parser.add_argument("--samples", type=int, default=4, metavar="N", help="of each task, length and depth (4)")
-    add_attention_options(parser, stride=8)
-    parser.add_argument("--no-chat", action="store_true", help="do not put prompts into the tokenizer's chat template")
-    add_machine_options(parser)
-    return run_program(parser, run, arguments)
+    """`python -m xattn_video_eval.benchmarks.needle`: 0, or 2 with one line for bad input."""
+    return run_alone(command, "xattn_video_eval.benchmarks.needle", __doc__ or "", EXAMPLE, arguments)
 
 
-def run(args: argparse.Namespace) -> int:
-    """Answer what is not yet answered, then tables and pictures; 0. Raises UserError."""
-    configs = configurations(args)
-    if args.samples < 1:
-        raise UserError(f"--samples must be 1 or more, got {args.samples}")
-    make_writable(args.out)
-    model, tokenizer = load_model(args, "AutoModelForCausalLM", "AutoTokenizer")
-    rows = read_answers(args.out / ANSWERS, ("label", "key"), _signature(args), weights_of(args.model))
-    items = list(_items(args, tokenizer))
+def command(settings: NeedleSettings) -> int:
+    """`xattn-video needle`: tables and pictures; 0. Raises UserError."""
+    print(json.dumps(needle(settings)))
+    return 0
+
+
+def needle(settings: NeedleSettings) -> dict[str, Any]:
+    """Answer what is not yet answered, print the table, and write the summary and the picture to `settings.out`.
+
+    Returns:
+        What summary.json holds: accuracy, density and time of prefill of each configuration.
+
+    Raises:
+        UserError: the model cannot be loaded, made sparse or asked, or `out` holds answers of other settings.
+    """
+    configs = settings.configurations
+    make_writable(settings.out)
+    model, tokenizer = load_model(
+        settings.model, "AutoModelForCausalLM", "AutoTokenizer", device=settings.device, dtype=settings.dtype
+    )
+    rows = read_answers(settings.out / ANSWERS, ("label", "key"), _signature(settings), weights_of(settings.model))
+    items = list(_items(settings, tokenizer))
     for label, config in configs.items():
-        _answer_all(args, model, tokenizer, items, label, config, rows)
+        _answer_all(settings, model, tokenizer, items, label, config, rows)
     wanted = [rows[label, item.key] for label in configs for item in items]
     summary = {
-        "model": args.model,
+        "model": settings.model,
         "configurations": {label: _means(rows, label, items) for label in configs},
         "device_name": device_name(model.device),
         **provenance("transformers"),
     }
-    write_texts({args.out / SUMMARY: json.dumps(summary, indent=2) + "\n"})
+    write_texts({settings.out / SUMMARY: json.dumps(summary, indent=2) + "\n"})
     print(table(wanted))
-    if _draw(wanted, args.out / PICTURE):
-        print(f"picture: {args.out / PICTURE}")
-    print(json.dumps(summary))
-    return 0
+    if _draw(wanted, settings.out / PICTURE):
+        print(f"picture: {settings.out / PICTURE}")
+    return summary
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
@@ -104,7 +98,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def _answer_all(
-    args: argparse.Namespace,
+    settings: NeedleSettings,
     model: Any,
     tokenizer: Any,
     items: Sequence[Item],
@@ -123,10 +117,10 @@ def _answer_all(
     try:
         stats = None if config is None or not left else use_xattention(model, config)
     except ValueError as error:
-        raise UserError(f"--model {args.model}: {error}") from None
+        raise UserError(f"--model {settings.model}: {error}") from None
 
     def ask(item: Item, most_tokens: int) -> Answer:
-        inputs = _inputs(args, tokenizer, item, model.device)
+        inputs = _inputs(settings, tokenizer, item, model.device)
         try:
             return generate_answer(model, inputs, most_tokens)
         except torch.OutOfMemoryError:
@@ -148,30 +142,30 @@ def _answer_all(
             "prompt_tokens": answer.prompt_tokens, "prefill_seconds": round(answer.prefill_seconds, 4),
             "decode_seconds": round(answer.decode_seconds, 4),
             "sparse_density": None if summary is None else summary["sparse_density"],
-            "dense_calls": {} if summary is None else summary["dense_calls"], **_signature(args),
-            "weights": weights_of(args.model),
+            "dense_calls": {} if summary is None else summary["dense_calls"], **_signature(settings),
+            "weights": weights_of(settings.model),
         }  # fmt: skip
-        jsonl.append(args.out / ANSWERS, [row])
+        jsonl.append(settings.out / ANSWERS, [row])
         rows[label, item.key] = row
     stop_xattention(model)
 
 
-def _items(args: argparse.Namespace, tokenizer: Any) -> Iterator[Item]:
+def _items(settings: NeedleSettings, tokenizer: Any) -> Iterator[Item]:
     def count(text: str) -> int:
         return len(tokenizer(text, add_special_tokens=False)["input_ids"])
 
     try:
-        for task in args.tasks:
-            for length in args.lengths:
-                for depth in args.depths:
-                    for sample in range(args.samples):
+        for task in settings.tasks:
+            for length in settings.lengths:
+                for depth in settings.depths:
+                    for sample in range(settings.samples):
                         yield make_item(task, length, depth, sample, count)
     except ValueError as error:
         raise UserError(str(error)) from None
 
 
-def _inputs(args: argparse.Namespace, tokenizer: Any, item: Item, device: Any) -> dict[str, Any]:
-    if tokenizer.chat_template and not args.no_chat:
+def _inputs(settings: NeedleSettings, tokenizer: Any, item: Item, device: Any) -> dict[str, Any]:
+    if tokenizer.chat_template and settings.chat:
         messages = [{"role": "user", "content": item.prompt}]
         inputs = tokenizer.apply_chat_template(
             messages, add_generation_prompt=True, return_dict=True, return_tensors="pt", enable_thinking=False
@@ -181,9 +175,9 @@ def _inputs(args: argparse.Namespace, tokenizer: Any, item: Item, device: Any) -
     return {name: value.to(device) for name, value in inputs.items()}
 
 
-def _signature(args: argparse.Namespace) -> dict[str, Any]:
+def _signature(settings: NeedleSettings) -> dict[str, Any]:
     """What must be equal for an answer to be taken from an earlier run."""
-    return {"model": args.model, "chat": not args.no_chat, "dtype": args.dtype}
+    return {"model": settings.model, "chat": settings.chat, "dtype": settings.dtype}
 
 
 def _mean(rows: Sequence[dict[str, Any]], name: str) -> float:
