@@ -33,8 +33,8 @@ from xattn_video_pipelines.cli import main
 from xattn_video_pipelines.common import files
 from xattn_video_pipelines.common.errors import UserError
 from xattn_video_pipelines.common.files import claimed
+from xattn_video_pipelines.video import GenerateSettings, generate, models
 from xattn_video_pipelines.video import make as runner
-from xattn_video_pipelines.video import models
 from xattn_video_pipelines.video.io import read_video
 from xattn_video_pipelines.video.manifest import NAME as MANIFEST
 from xattn_video_pipelines.video.manifest import read_manifest
@@ -295,6 +295,22 @@ def test_a_video_that_another_run_has_made_meanwhile_is_not_written_over(
         assert done.code == 2
         assert "another run has made another video of this name; use another --out" in done.err
         assert read_manifest(out / "dense")["0001", 0]["prompt"] == "something else"
+
+
+def test_python_makes_the_videos_that_the_command_line_keeps(model, prompts, tmp_path, xattn, capfd):
+    settings = GenerateSettings(
+        model=str(model), prompts=prompts, out=tmp_path, attention="both", limit=1,
+        height=64, width=64, num_frames=9, steps=2,
+    )  # fmt: skip
+    records = generate(settings)
+    assert [(record["attention"], record["file"]) for record in records] == [
+        ("dense", "0001-s0.mp4"), ("xattn", "0001-s0.mp4"),
+    ]  # fmt: skip
+    # What is for people is the command line's to print.
+    assert capfd.readouterr().out == ""
+    assert generate(settings) == []
+    done = xattn("generate", *settings.arguments(), "--json")
+    assert {name: json.loads(done.out)[name] for name in ("made", "kept")} == {"made": 0, "kept": 2}
 
 
 def test_other_weights_in_the_same_folder_are_another_model(model, prompts, tmp_path, xattn):
