@@ -6,6 +6,7 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
+from xattn_video.extras import install_command
 from xattn_video_eval.bench.tables import STAGES
 from xattn_video_pipelines.common.errors import UserError
 from xattn_video_pipelines.common.files import make_writable, whole_files
@@ -16,7 +17,7 @@ SPEEDUP, BREAKDOWN = "speedup.png", "stages.png"
 def check(folder: Path) -> None:
     """Make the folder, before anything is timed. Raises `UserError` without matplotlib, or for a closed one."""
     if importlib.util.find_spec("matplotlib") is None:
-        raise UserError("--plot needs matplotlib; install it with: pip install 'xattn-video[plot]'")
+        raise UserError(f"--plot needs matplotlib; install it with: {install_command('plot')}")
     make_writable(folder)
 
 

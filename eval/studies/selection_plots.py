@@ -6,6 +6,7 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
+from xattn_video.extras import install_command
 from xattn_video_eval.studies.block_scorers import EXACT, SCORERS
 from xattn_video_pipelines.common.errors import UserError
 from xattn_video_pipelines.common.files import make_writable, whole_files
@@ -14,7 +15,7 @@ from xattn_video_pipelines.common.files import make_writable, whole_files
 def check(path: Path) -> None:
     """Make the picture's folder, before anything is measured. Raises `UserError` for what cannot be written."""
     if importlib.util.find_spec("matplotlib") is None:
-        raise UserError("--plot needs matplotlib; install it with: pip install 'xattn-video[plot]'")
+        raise UserError(f"--plot needs matplotlib; install it with: {install_command('plot')}")
     if path.suffix != ".png":
         raise UserError(f"--plot must end in .png, got {path}")
     if path.is_dir():

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from xattn_video import XAttnConfig
+from xattn_video.extras import install_command
 from xattn_video_eval.compare.command import compare
 from xattn_video_eval.compare.settings import CompareSettings
 from xattn_video_eval.results.ledger import provenance
@@ -201,4 +202,4 @@ def _environment(plan: Plan) -> dict[str, Any]:
 def _check_matplotlib() -> None:
     """Before hours of work, not after them."""
     if importlib.util.find_spec("matplotlib") is None:
-        raise UserError("the picture needs matplotlib: pip install 'xattn-video[plot]'; or use --no-plot")
+        raise UserError(f"the picture needs matplotlib: {install_command('plot')}; or use --no-plot")

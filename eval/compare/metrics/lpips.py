@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from xattn_video.extras import require
 from xattn_video_eval.compare.metrics.frames import check_frames, each_frame, is_video
 
 if TYPE_CHECKING:
@@ -131,6 +132,7 @@ def _load_lpips(net: str, weights: str | os.PathLike[str] | None) -> torch.nn.Mo
     from xattn_video.integrations.torchvision_ops import repair_torchvision
 
     try:
+        require("LPIPS", "lpips")
         repair_torchvision()
         import lpips
     # A torch, torchvision and lpips that do not fit each other fail in many ways, and each leaves LPIPS out.
