@@ -279,7 +279,14 @@ def _measure(
         return None, wrong
 
     call = partial(xattention, query, key, value, config, causal=case.causal)
-    stages = {**dense.kernels, **other.kernels, "score": score, "select": select, **own.kernels, "total": call}
+    stages: dict[str, Callable[[], object]] = {
+        **dense.kernels,
+        **other.kernels,
+        "score": score,
+        "select": select,
+        **own.kernels,
+        "total": call,
+    }
     seconds: dict[str, list[float]] = {name: [] for name in stages}
     for function in stages.values():
         function()

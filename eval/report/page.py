@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from markupsafe import Markup
 
+from xattn_video_eval.compare.settings import FLOOR
 from xattn_video_eval.compare.table import COLUMN_HEADS
 from xattn_video_eval.report import charts
 from xattn_video_eval.report import data as report_data
@@ -44,7 +45,7 @@ def build_page(run: Run, cases: Sequence[Case], embedded: Embedded) -> str:
         cases: every compared video, the worst first.
         embedded: the videos that are in the page.
     """
-    sparse = [case for case in cases if case.label != report_data.FLOOR]
+    sparse = [case for case in cases if case.label != FLOOR]
     worst = sorted(sparse, key=lambda case: (case.row["psnr"], case.row["ssim"]))[:_WORST]
     series = [*run.sparse, *([run.floor] if run.floor else [])]
     return render(

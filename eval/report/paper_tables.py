@@ -19,7 +19,8 @@ Name = TypeVar("Name")
 def load_paper_tables() -> dict[str, Any]:
     """`paper`, `label` and `tables`: name -> `paper_table` (its number, None for a table that is not in the paper),
     `source`, `measure`, `values`."""
-    return json.loads(PAPER_TABLES.read_text(encoding="utf-8"))
+    tables: dict[str, Any] = json.loads(PAPER_TABLES.read_text(encoding="utf-8"))
+    return tables
 
 
 def broken_order(theirs: Mapping[Name, float], ours: Mapping[Name, float | None]) -> list[str]:

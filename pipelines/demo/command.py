@@ -130,11 +130,11 @@ def _judged(videos: list[dict[str, Any]]) -> str:
     """Prompt, what the judge saw dense and sparse, density and PSNR: a row a video."""
     lines = [("prompt", "the judge saw: dense", "sparse", "density", "PSNR dB")]
     for video in videos:
-        sides = [_sight(video[side]) for side in ("dense", "sparse")]
         lines.append(
             (
                 textwrap.shorten(video["prompt"], 60, placeholder="..."),
-                *sides,
+                _sight(video["dense"]),
+                _sight(video["sparse"]),
                 f"{video['density']:.3f}",
                 f"{video['psnr']:.2f}",
             )
@@ -143,7 +143,8 @@ def _judged(videos: list[dict[str, Any]]) -> str:
 
 
 def _sight(judged: dict[str, Any]) -> str:
-    return judged["saw"] + (f" (wrong: {', '.join(judged['wrong'])})" if judged["wrong"] else "")
+    wrong = f" (wrong: {', '.join(judged['wrong'])})" if judged["wrong"] else ""
+    return f"{judged['saw']}{wrong}"
 
 
 def _table(summary: dict[str, Any]) -> str:

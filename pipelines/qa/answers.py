@@ -32,7 +32,7 @@ class Answer:
     first_logits: Tensor
 
 
-class _Clock(BaseStreamer):
+class _Clock(BaseStreamer):  # type: ignore[misc]  # transformers is not type-checked
     """Notes when a generation began and its first token was there: `generate` hands every token over on the CPU."""
 
     def __init__(self) -> None:

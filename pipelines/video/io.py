@@ -205,9 +205,10 @@ def _ffmpeg() -> str:
     import imageio_ffmpeg
 
     try:
-        return imageio_ffmpeg.get_ffmpeg_exe()
+        program: str = imageio_ffmpeg.get_ffmpeg_exe()
     except RuntimeError as error:
         raise VideoError(f"no ffmpeg here (imageio-ffmpeg): {one_line(error)}") from error
+    return program
 
 
 def _check_frames(path: Path, frames: Any, *, lossless: bool) -> VideoInfo:
@@ -232,15 +233,17 @@ def _to_uint8(path: Path, frame: Any, index: int) -> np.ndarray:
         frame = frame.detach().cpu()
         # numpy has no bfloat16; float32 holds every half-precision value exactly.
         frame = (frame.float() if frame.is_floating_point() else frame).numpy()
-    if frame.dtype == np.uint8:
-        return frame
-    if not np.issubdtype(frame.dtype, np.floating):
-        raise VideoError(f"{path}: frames must be uint8 or floats in [0, 1], got {frame.dtype}")
-    low, high = float(frame.min()), float(frame.max())
+    pixels: np.ndarray = frame
+    if pixels.dtype == np.uint8:
+        return pixels
+    if not np.issubdtype(pixels.dtype, np.floating):
+        raise VideoError(f"{path}: frames must be uint8 or floats in [0, 1], got {pixels.dtype}")
+    low, high = float(pixels.min()), float(pixels.max())
     # Written so that a NaN fails too.
     if not (low >= 0.0 and high <= 1.0):
         raise VideoError(f"{path}: float frames must lie in [0, 1], frame {index} has {low:g} to {high:g}")
-    return np.rint(frame.astype(np.float32) * 255.0).astype(np.uint8)
+    rounded: np.ndarray = np.rint(pixels.astype(np.float32) * 255.0)
+    return rounded.astype(np.uint8)
 
 
 def _read_ppm(path: Path, stream: IO[bytes]) -> np.ndarray | None:

@@ -70,7 +70,7 @@ class VideoProgress:
         self._bar.close()
 
 
-class _StepBar(tqdm):
+class _StepBar(tqdm):  # type: ignore[misc]  # tqdm has no types of its own
     def __init__(self, progress: VideoProgress, iterable: Iterable[Any] | None, total: int | None) -> None:
         super().__init__(
             iterable, total=total, unit="step", desc="steps", file=sys.stderr, position=1, leave=False,
@@ -84,7 +84,8 @@ class _StepBar(tqdm):
 
     def update(self, n: float | None = 1) -> bool | None:
         self._note()
-        return super().update(n)
+        shown: bool | None = super().update(n)
+        return shown
 
     def __iter__(self) -> Any:
         for item in super().__iter__():

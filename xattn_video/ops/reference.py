@@ -78,7 +78,9 @@ def antidiagonal_scores(
     ratio = block_size // stride
     query_blocks, key_blocks = num_blocks(q_len, block_size), num_blocks(kv_len, block_size)
     prob = pad(prob, (0, key_blocks * ratio - prob.shape[3], 0, query_blocks * ratio - prob.shape[2]))
-    return prob.unflatten(3, (key_blocks, ratio)).sum(-1).unflatten(2, (query_blocks, ratio)).sum(3)
+    by_block: Tensor = prob.unflatten(3, (key_blocks, ratio))
+    tiles: Tensor = by_block.sum(-1).unflatten(2, (query_blocks, ratio))
+    return tiles.sum(3)
 
 
 def rank_blocks(scores: Tensor, valid: Tensor, forced: Tensor) -> tuple[Tensor, Tensor]:

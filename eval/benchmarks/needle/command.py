@@ -181,7 +181,7 @@ def _signature(settings: NeedleSettings) -> dict[str, Any]:
 
 
 def _mean(rows: Sequence[dict[str, Any]], name: str) -> float:
-    return sum(row[name] for row in rows) / len(rows)
+    return float(sum(row[name] for row in rows) / len(rows))
 
 
 def _means(rows: dict[tuple[str, str], dict[str, Any]], label: str, items: Sequence[Item]) -> dict[str, Any]:

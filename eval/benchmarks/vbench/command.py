@@ -59,7 +59,7 @@ def write_prompts(args: argparse.Namespace) -> int:
     """`prompts`: one line for each prompt of the dimensions, its id its place in VBench's list."""
     if args.out.suffix != ".jsonl":
         raise UserError(f"--out {args.out}: a prompt file with ids ends in .jsonl")
-    lines = {}
+    lines: dict[str, dict[str, str]] = {}
     for number, entry in _entries(args.info, args.dimensions):
         # A prompt may be listed again for another dimension.
         lines.setdefault(entry["prompt_en"], {"id": f"vbench-{number:04d}", "prompt": entry["prompt_en"]})

@@ -50,9 +50,10 @@ def xattention_backend(
         return _parallel_config.attend(query, key, value, **arguments)
     if not torch.compiler.is_compiling():
         _warn_once()
-    return dispatch_attention_fn(
+    output: Tensor = dispatch_attention_fn(
         query, key, value, **arguments, backend=AttentionBackendName.NATIVE, parallel_config=_parallel_config
     )
+    return output
 
 
 @functools.cache

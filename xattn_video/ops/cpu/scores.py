@@ -151,7 +151,8 @@ def _sum_in_blocks(prob: Tensor, lead: int, ratio: int) -> Tensor:
     tail = -(lead + prob.shape[1]) % ratio
     if lead or tail:
         prob = pad(prob, (lead, tail))
-    return prob.unflatten(1, (-1, ratio)).sum(2)
+    columns: Tensor = prob.unflatten(1, (-1, ratio))
+    return columns.sum(2)
 
 
 def _hide_later_groups(logits: Tensor, last: int) -> None:

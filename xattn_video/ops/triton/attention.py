@@ -16,7 +16,6 @@ from .launch import (
     COMPILE_OPTIONS,
     LN2,
     LOG2E,
-    LaunchConfig,
     device_guard,
     headroom,
     is_interpreted,
@@ -25,6 +24,7 @@ from .launch import (
     rows_by_heads,
     unit_inner_stride,
 )
+from .launch_tables import LaunchConfig
 from .primitives import dot, drop_from, finite_max, key_range, load_tile, skip_below
 
 # the smallest tile that tl.dot takes

@@ -26,7 +26,6 @@ from ..key_mask import num_blocks
 from .launch import (
     COMPILE_OPTIONS,
     LOG2E,
-    LaunchConfig,
     check_supported,
     device_guard,
     is_interpreted,
@@ -35,6 +34,7 @@ from .launch import (
     processors,
     unit_inner_stride,
 )
+from .launch_tables import LaunchConfig
 from .primitives import dot, finite_max, key_range, load_tile
 
 # strides are passed in units of 8 elements where they can be: 16 bytes of a 16-bit type, the widest load

@@ -161,4 +161,5 @@ def select(
         shares = threshold.to(device=device, dtype=torch.float64).expand(heads).contiguous()
     else:
         shares = torch.full((heads,), threshold, dtype=torch.float64, device=device)
-    return _block_selection(scores.float(), valid, forced, shares)
+    lists: tuple[torch.Tensor, torch.Tensor] = _block_selection(scores.float(), valid, forced, shares)
+    return lists
