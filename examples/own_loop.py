@@ -19,7 +19,7 @@ from diffusers.utils import export_to_video  # isort: skip
 
 
 @torch.no_grad()
-def denoise(
+def denoise(  # noqa: PLR0913 - a loop that is read, not called
     transformer: Any,
     processor: XAttnProcessor,
     latents: Tensor,

@@ -114,29 +114,29 @@ def attached(pipe: DiffusionPipeline, **changes: Any) -> Iterator[XAttnProcessor
 
 @contextmanager
 def spied_xattention() -> Iterator[list[tuple[int, int]]]:
-    """The (query length, key length) of every call that the integration makes of `xattention`."""
+    """The (query length, key length) of every sparse call that the integration makes."""
     lengths: list[tuple[int, int]] = []
     owners = [
         module
         for name, module in sys.modules.items()
-        if name.startswith("xattn_video.integrations") and hasattr(module, "xattention")
+        if name.startswith("xattn_video.integrations") and hasattr(module, "attend_sparse")
     ]
-    assert owners, "no module of xattn_video.integrations holds xattention: this spy would see nothing"
+    assert owners, "no module of xattn_video.integrations holds attend_sparse: this spy would see nothing"
     with pytest.MonkeyPatch.context() as patch:
         for owner in owners:
-            original = owner.xattention
+            original = owner.attend_sparse
 
-            def spy(query: Tensor, key: Tensor, *args: Any, _original: Any = original, **kwargs: Any) -> Any:
-                lengths.append((query.shape[2], key.shape[2]))
-                return _original(query, key, *args, **kwargs)
+            def spy(backend: Any, call: Any, config: XAttnConfig, _original: Any = original) -> Any:
+                lengths.append((call.query.shape[2], call.key.shape[2]))
+                return _original(backend, call, config)
 
-            patch.setattr(owner, "xattention", spy)
+            patch.setattr(owner, "attend_sparse", spy)
         yield lengths
 
 
 @functools.lru_cache(maxsize=1)
 def spied_run(family: Family) -> tuple[Run, list[tuple[int, int]]]:
-    """A run that is sparse from the first step on, and the lengths that `xattention` saw in it."""
+    """A run that is sparse from the first step on, and the lengths of its sparse calls."""
     own = subject(family)
     with attached(own.pipe, threshold=0.5, warmup_steps=0), spied_xattention() as lengths:
         return run(family, own.pipe), lengths

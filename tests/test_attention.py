@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.functional import scaled_dot_product_attention
 
 from xattn_video import XAttnConfig, block_sparse_attention, score_blocks, select_blocks, xattention
-from xattn_video.ops.xattention import dense_attention
+from xattn_video.ops import KeyMask, dense_attention
 
 BACKENDS = ["reference", "cpu"]
 
@@ -52,7 +52,7 @@ def test_threshold_one_is_dense_attention(backend, causal, q_len, kv_len, kv_sta
     output, stats = run(query, key, value, backend, threshold=1.0, return_stats=True, **masking)
     assert stats.density == 1.0
     assert stats.dense_reason is None
-    torch.testing.assert_close(output, dense_attention(query, key, value, **masking), atol=2e-6, rtol=1e-5)
+    torch.testing.assert_close(output, dense_attention(query, key, value, KeyMask(**masking)), atol=2e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("minimum", [0, 1024])
@@ -87,7 +87,7 @@ def test_thresholds_of_heads_are_as_exact_as_one_for_all():
 def test_dense_attention_follows_the_masking_rules(causal):
     query, key, value = random_qkv(2, 2, 1, 50, 80, 16)
     start, stop = [10, 60], [80, 70]
-    got = dense_attention(query, key, value, causal=causal, kv_start=torch.tensor(start), kv_lens=torch.tensor(stop))
+    got = dense_attention(query, key, value, KeyMask(causal, torch.tensor(start), torch.tensor(stop)))
     for b in range(2):
         for i in range(50):
             end = min(stop[b], i + stop[b] - 50 + 1) if causal else stop[b]
@@ -287,7 +287,7 @@ def test_dense_calls_name_their_reason(reason, arguments, grad):
     assert stats.dense_reason == reason
     assert stats.density == 1.0
     causal = arguments.get("causal", False)
-    torch.testing.assert_close(output, dense_attention(query, key, value, causal=causal))
+    torch.testing.assert_close(output, dense_attention(query, key, value, KeyMask(causal)))
     if grad:
         output.sum().backward()
         assert query.grad is not None
@@ -392,7 +392,7 @@ def test_dense_attention_takes_every_scale(scale: float, dtype: torch.dtype) -> 
             *(part.double() for part in (rows, key, value)), causal=True, scale=scale, min_tokens=0, threshold=1.0,
             backend="reference",
         )  # fmt: skip
-        got = dense_attention(rows, key, value, causal=True, scale=scale)
+        got = dense_attention(rows, key, value, KeyMask(causal=True), scale=scale)
         torch.testing.assert_close(got.double(), wanted, rtol=0, atol=1e-5 if dtype == torch.float32 else 3e-2)
 
 

@@ -18,11 +18,12 @@ from torch._subclasses import FakeTensorMode
 
 from tests.kernel_checks import Problem, check_listed_attention
 from xattn_video import XAttnConfig, block_sparse_attention, score_blocks, select_blocks, xattention
+from xattn_video.ops import KeyMask
 from xattn_video.ops.backends import unavailable_reason
 from xattn_video.ops.triton import attention_choice, launch_tables
 from xattn_video.ops.triton.attention_choice import HOPPER, PLAIN, choose_kernel, hopper_refusal
 
-RULES: dict[str, Any] = {"block_size": 128, "causal": False, "kv_start": None, "kv_lens": None}
+RULES: dict[str, Any] = {"mask": KeyMask(), "block_size": 128}
 BF16, FP16 = torch.bfloat16, torch.float16
 
 # a fake tensor has no address, which counts as an aligned one
@@ -63,12 +64,12 @@ def test_calls_that_the_kernel_takes(gpu, head_dim, dtype):
     query, key = on_gpu(300, 4, head_dim, dtype), on_gpu(1000, 2, head_dim, dtype)
     lens = torch.empty(2, device="cuda:0", dtype=torch.int32)
     assert choose_kernel(query, key, key, **RULES) == HOPPER
-    assert choose_kernel(query, key, key, **RULES | {"kv_lens": lens}) == HOPPER
+    assert choose_kernel(query, key, key, **RULES | {"mask": KeyMask(kv_lens=lens)}) == HOPPER
     by_head = torch.empty(2, 2, 1000, head_dim, device="cuda:0", dtype=dtype)
     assert choose_kernel(query, by_head, key, **RULES) == HOPPER
-    assert choose_kernel(query, query, query, **RULES | {"causal": True}) == HOPPER
+    assert choose_kernel(query, query, query, **RULES | {"mask": KeyMask(causal=True)}) == HOPPER
     longer = on_gpu(300 + 3 * 128, 2, head_dim, dtype)
-    assert choose_kernel(query, longer, longer, **RULES | {"causal": True}) == HOPPER
+    assert choose_kernel(query, longer, longer, **RULES | {"mask": KeyMask(causal=True)}) == HOPPER
 
 
 def test_calls_that_stay_plain_and_why(gpu):
@@ -78,10 +79,10 @@ def test_calls_that_stay_plain_and_why(gpu):
         ("float32", on_gpu(dtype=torch.float32), on_gpu(dtype=torch.float32), {}),
         ("head_dim 64 and 128, not 96", on_gpu(head_dim=96), on_gpu(head_dim=96), {}),
         ("block_size 128, not 64", query, query, {"block_size": 64}),
-        ("kv_start", query, query, {"kv_start": lens}),
-        ("multiple of block_size", query, longer, {"causal": True}),
-        ("multiple of block_size", on_gpu(1000 + 128), query, {"causal": True}),
-        ("without kv_lens", query, query, {"causal": True, "kv_lens": lens}),
+        ("kv_start", query, query, {"mask": KeyMask(kv_start=lens)}),
+        ("multiple of block_size", query, longer, {"mask": KeyMask(True)}),
+        ("multiple of block_size", on_gpu(1000 + 128), query, {"mask": KeyMask(True)}),
+        ("without kv_lens", query, query, {"mask": KeyMask(True, kv_lens=lens)}),
         ("key must have strides", query, strided((2, 4, 1000, 128), (0, 128, 512, 1)), {}),
         ("key must have strides", query, strided((2, 4, 1000, 128), (513_000, 128, 513, 1)), {}),
         ("query must have strides", on_gpu(0), query, {}),

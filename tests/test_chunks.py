@@ -19,10 +19,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from xattn_video import CallStats, XAttnConfig, xattention
-from xattn_video.ops import xattention as attention
+from xattn_video.ops import sparse
 from xattn_video.ops.backends import SORT_BYTES, resolve
-from xattn_video.ops.chunks import rows_per_chunk
 from xattn_video.ops.cpu import backend as cpu
+from xattn_video.ops.sparse import rows_per_chunk
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).resolve().parent.parent
@@ -50,7 +50,7 @@ def chunked(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[Tensor, Call
 
     def call(rows: int, *tensors: Tensor, **arguments: Any) -> tuple[Tensor, CallStats]:
         with monkeypatch.context() as patch:
-            patch.setattr(attention, "rows_per_chunk", lambda *sizes, **settings: rows)
+            patch.setattr(sparse, "rows_per_chunk", lambda *sizes, **settings: rows)
             result = xattention(*tensors, **{**SETTINGS, **arguments})
         assert isinstance(result, tuple)
         return result

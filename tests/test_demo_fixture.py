@@ -12,10 +12,9 @@ from safetensors import safe_open
 from torch import Tensor
 
 from xattn_video import XAttnConfig, xattention
-from xattn_video.ops import reference
+from xattn_video.ops import dense_attention, reference
 from xattn_video.ops.cpu import backend
 from xattn_video.ops.key_mask import KeyMask
-from xattn_video.ops.xattention import dense_attention
 from xattn_video_eval.bench.demo_tensors import DemoTensors, load_demo_qkv
 from xattn_video_pipelines.demo.files import DEMO_QKV
 from xattn_video_pipelines.video.models import find_model
@@ -33,7 +32,7 @@ def entry(number: int) -> tuple[Tensor, Tensor, Tensor]:
 
 @functools.cache
 def exact(number: int) -> Tensor:
-    return dense_attention(*entry(number), causal=False, scale=None, kv_start=None, kv_lens=None)
+    return dense_attention(*entry(number))
 
 
 def error(output: Tensor, number: int) -> float:

@@ -32,8 +32,9 @@ from tests.tiny.other_families import (
     call_kandinsky_5,
     call_ltx_2,
 )
-from xattn_video import XAttnConfig, XAttnProcessor, xattention
+from xattn_video import XAttnConfig, XAttnProcessor
 from xattn_video.integrations.diffusers import layers as diffusers_layers
+from xattn_video.ops import attend_sparse
 
 # after tests.tiny, which mends a torchvision that does not fit this torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler  # isort: skip
@@ -140,12 +141,12 @@ def test_text_of_a_joint_sequence_is_exact_and_its_padding_left_out(name: str, m
     video = FRAMEPACK_VIDEO if name == "framepack" else VIDEO
     seen: set[tuple[tuple[int, int], tuple[int, ...]]] = set()
 
-    def spy(query: Tensor, *args: Any, kv_lens: Tensor, dense_tokens: tuple[int, int], **kwargs: Any) -> Any:
-        assert dense_tokens[1] == query.shape[2]
-        seen.add((dense_tokens, tuple(kv_lens.tolist())))
-        return xattention(query, *args, kv_lens=kv_lens, dense_tokens=dense_tokens, **kwargs)
+    def spy(backend: Any, call: Any, config: XAttnConfig) -> Any:
+        assert call.dense_tokens[1] == call.query.shape[2]
+        seen.add((call.dense_tokens, tuple(call.mask.kv_lens.tolist())))
+        return attend_sparse(backend, call, config)
 
-    monkeypatch.setattr(diffusers_layers, "xattention", spy)
+    monkeypatch.setattr(diffusers_layers, "attend_sparse", spy)
     with attached(subject(family).pipe, threshold=0.5, warmup_steps=0):
         family.call(subject(family).pipe, items=(0, 1), num_inference_steps=1)
     text = {text for text, _ in seen}
@@ -238,11 +239,11 @@ def test_cosmos_leaves_the_process_wide_default_alone(monkeypatch: pytest.Monkey
     # its processors name no backend: they use the default of the process
     default = _AttentionBackendRegistry._active_backend
 
-    def spy(*args: Any, **kwargs: Any) -> Any:
+    def spy(*args: Any) -> Any:
         assert _AttentionBackendRegistry._active_backend == default
-        return xattention(*args, **kwargs)
+        return attend_sparse(*args)
 
-    monkeypatch.setattr(diffusers_layers, "xattention", spy)
+    monkeypatch.setattr(diffusers_layers, "attend_sparse", spy)
     family = by_name("cosmos")
     sparse_pipe, dense_pipe = family.build(0), family.build(0)
     for pipe in (sparse_pipe, dense_pipe):

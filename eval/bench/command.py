@@ -33,7 +33,7 @@ from xattn_video.ops.backends import resolve
 from xattn_video.ops.block_lists import lists_to_mask
 from xattn_video.ops.call_blocks import call_blocks
 from xattn_video.ops.key_mask import KeyMask
-from xattn_video.ops.stages import select_lists
+from xattn_video.ops.sparse import select_lists
 from xattn_video_eval.bench import goals as bench_goals
 from xattn_video_eval.bench import plots as bench_plots
 from xattn_video_eval.bench.cases import DTYPES, Case, chosen_cases, make_inputs
@@ -259,7 +259,7 @@ def _measure(
     lists = select()
     block_mask = lists_to_mask(*lists)
     blocks = call_blocks(query, length, mask, **rules)
-    wrong = gate_choice(case, query, key, scores, block_mask, blocks.valid, blocks.forced, config)
+    wrong = gate_choice(case, query, key, scores, block_mask, blocks, config)
     if wrong:
         return None, wrong
     density = block_mask.sum().item() / (blocks.total.item() * case.heads)

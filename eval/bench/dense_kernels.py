@@ -17,10 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from xattn_video.ops import flex
+from xattn_video.ops import KeyMask, dense_attention, flex
 from xattn_video.ops.block_lists import mask_to_lists
-from xattn_video.ops.key_mask import KeyMask
-from xattn_video.ops.xattention import dense_attention
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
@@ -75,8 +73,8 @@ def attention_candidates(problem: Problem) -> Judged:
     from xattn_video.ops.triton.attention_choice import hopper_refusal
 
     own = Judged({"attend-plain": _OnLists(problem, launch_block_sparse)}, {})
-    bounds: dict[str, Any] = {"block_size": problem.block_size, "causal": problem.causal}
-    reason = hopper_refusal(problem.query, problem.key, problem.value, **bounds, kv_start=None, kv_lens=None)
+    query, key, value = problem.query, problem.key, problem.value
+    reason = hopper_refusal(query, key, value, KeyMask(problem.causal), block_size=problem.block_size)
     if reason is None:
         # Triton before 3.6 cannot import it
         from xattn_video.ops.triton.attention_hopper import launch_hopper
@@ -159,7 +157,7 @@ def judge(candidates: Mapping[str, Kernel], problem: Problem) -> Judged:
 
 
 def _sdpa(problem: Problem, backend: SDPBackend | None) -> Tensor:
-    attend = partial(dense_attention, problem.query, problem.key, problem.value, causal=problem.causal)
+    attend = partial(dense_attention, problem.query, problem.key, problem.value, KeyMask(problem.causal))
     if backend is None:
         return attend()
     with sdpa_kernel([backend]):

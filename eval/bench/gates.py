@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from xattn_video import XAttnConfig, block_sparse_attention, score_blocks, select_blocks, xattention
-from xattn_video.ops import reference
-from xattn_video.ops.xattention import dense_attention
+from xattn_video.ops import KeyMask, dense_attention, reference
+from xattn_video.ops.call_blocks import CallBlocks
 from xattn_video.testing.synthetic import causal_text_like_qkv
 from xattn_video_eval.bench.cases import Case
 
@@ -58,7 +58,7 @@ def _eager(query: Tensor, key: Tensor, value: Tensor, block_mask: Tensor, block_
 
 def gate_timed(case: Case, query: Tensor, key: Tensor, value: Tensor, config: XAttnConfig) -> list[str]:
     """With threshold 1 the timed problem must give what dense attention gives."""
-    dense = dense_attention(query, key, value, causal=case.causal)
+    dense = dense_attention(query, key, value, KeyMask(case.causal))
     output = xattention(query, key, value, config, causal=case.causal, threshold=1.0)
     assert isinstance(output, Tensor)
     # Both round their output, and both sum in another order.
@@ -73,8 +73,7 @@ def gate_choice(
     key: Tensor,
     scores: Tensor,
     block_mask: Tensor,
-    valid: Tensor,
-    forced: Tensor,
+    blocks: CallBlocks,
     config: XAttnConfig,
 ) -> list[str]:
     """Scores of the timed problem in float64 and what is kept of them, at the first, middle and last query block.
@@ -82,12 +81,12 @@ def gate_choice(
     Args:
         query, key: `[1, H, S, D]`.
         scores, block_mask: `[1, H, N, N]`, of all of it.
-        valid, forced: bool, broadcastable to these.
+        blocks: the call's valid and forced ones.
     """
-    size, length, blocks = config.block_size, case.tokens, scores.shape[2]
+    size, length, rows = config.block_size, case.tokens, scores.shape[2]
     bounds: dict[str, Any] = {"kv_start": None, "kv_lens": None, "causal": case.causal, "scale": case.head_dim**-0.5}
     failures = []
-    for block in sorted({0, blocks // 2, blocks - 1}):
+    for block in sorted({0, rows // 2, rows - 1}):
         row = slice(block, block + 1)
         end = min((block + 1) * size, length)
         # causal rows stand at the end of the keys that they see
@@ -101,7 +100,7 @@ def gate_choice(
             # written so that NaN is wrong too
             if not (error := _error(got, wanted)) <= SCORES_ERROR:
                 failures.append(f"scores of head {head}, block {block} are off by {error:.2e}")
-        own = [part.expand(scores.shape)[:, :, row] for part in (valid, forced)]
+        own = [part.expand(scores.shape)[:, :, row] for part in (blocks.valid, blocks.forced)]
         assert isinstance(config.threshold, float)
         wanted_mask = reference.select(scores[:, :, row], *own, threshold=config.threshold)
         # sums in another order may end a block earlier or later

@@ -1,1 +1,31 @@
-"""The method: score blocks, select blocks, attend to the selected ones. Pure functions over tensors."""
+"""The method: score blocks, select blocks, attend to the selected ones. Pure functions over tensors.
+
+What other rooms use is named here. `xattention` is a module here; the function of that name is imported from
+`xattn_video`, as users do.
+"""
+
+from .backends import Backend, auto_name, unavailable_reason
+from .call_blocks import exact_type
+from .checks import MAX_HEAD_DIM, checked_call, without_autocast
+from .dense import dense_attention, find_backend
+from .key_mask import KeyMask, num_blocks
+from .sparse import attend_sparse
+from .stages import block_sparse_attention, score_blocks, select_blocks
+
+__all__ = [
+    "MAX_HEAD_DIM",
+    "Backend",
+    "KeyMask",
+    "attend_sparse",
+    "auto_name",
+    "block_sparse_attention",
+    "checked_call",
+    "dense_attention",
+    "exact_type",
+    "find_backend",
+    "num_blocks",
+    "score_blocks",
+    "select_blocks",
+    "unavailable_reason",
+    "without_autocast",
+]

@@ -1,13 +1,69 @@
-"""Argument checks that the public functions share. They look at shapes and dtypes, and at values only on a CPU."""
+"""What the public functions do with their arguments first: cast them as autocast asks, and check them.
+
+The checks look at shapes and dtypes, and at values only on a CPU. Nothing behind them checks again.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from .call_blocks import head_thresholds
+from .key_mask import KeyMask
+from .sparse import Call
+
 MAX_HEAD_DIM = 256
+
+
+def checked_call(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: KeyMask,
+    *,
+    threshold: float | tuple[float, ...] | Tensor,
+    scale: float | None = None,
+    dense_tokens: tuple[int, int] | None = None,
+) -> Call:
+    """The arguments of `xattention`, checked, cast as autocast asks and in the form that the stages take.
+
+    Raises:
+        ValueError: shapes, dtypes or values that do not go together.
+    """
+    # As PyTorch's own attention does.
+    query, key, value = _cast_as_autocast(query), _cast_as_autocast(key), _cast_as_autocast(value)
+    check_query_key(query, key)
+    check_value(key, value)
+    _, heads, q_len, head_dim = query.shape
+    check_dense_tokens(dense_tokens, q_len, key.shape[2])
+    if isinstance(threshold, tuple):
+        threshold = head_thresholds(query, threshold)
+    check_threshold(threshold, heads)
+    # A list is taken too, and a key of the cache of blocks must be a tuple.
+    exact = None if dense_tokens is None else (dense_tokens[0], dense_tokens[1])
+    return Call(query, key, value, checked_mask(mask, key), default_scale(scale, head_dim), threshold, exact)
+
+
+def checked_mask(mask: KeyMask, key: Tensor, kv_len: int | None = None) -> KeyMask:
+    """The mask with bounds that are contiguous int32 on key's device.
+
+    Args:
+        mask: with the bounds that a user gave.
+        key: `[B, Hkv, Sk, D]`, or another tensor of that batch size and device.
+        kv_len: None is Sk.
+
+    Raises:
+        ValueError: a wrong shape or dtype, and on a CPU a value out of range.
+    """
+    if not mask.bounded:
+        return mask
+    batch, length = key.shape[0], key.shape[2] if kv_len is None else kv_len
+    start = _checked_bound("kv_start", mask.kv_start, batch, length, key.device)
+    return KeyMask(mask.causal, start, _checked_bound("kv_lens", mask.kv_lens, batch, length, key.device))
 
 
 def check_query_key(query: Tensor, key: Tensor) -> None:
@@ -90,3 +146,37 @@ def check_threshold(threshold: float | Tensor, heads: int) -> None:
 def default_scale(scale: float | None, head_dim: int) -> float:
     """`scale`, or `1 / sqrt(head_dim)` where it is None."""
     return 1.0 / math.sqrt(head_dim) if scale is None else float(scale)
+
+
+def _checked_bound(name: str, bound: Tensor | None, batch: int, kv_len: int, device: torch.device) -> Tensor | None:
+    if bound is None:
+        return None
+    if not isinstance(bound, Tensor) or bound.is_floating_point() or bound.dtype == torch.bool:
+        raise ValueError(f"{name} must be an integer tensor [batch], got {bound!r}")
+    if bound.shape != (batch,):
+        raise ValueError(f"{name} must have shape ({batch},), got {tuple(bound.shape)}")
+    # Reading values of a device tensor would make the host wait for it.
+    readable = bound.device.type == "cpu" and not torch.compiler.is_compiling()
+    if readable and (int(bound.min()) < 0 or int(bound.max()) > kv_len):
+        raise ValueError(f"{name} must lie between 0 and the key length {kv_len}, got {bound.tolist()}")
+    # The kernels read one item after the other.
+    return bound.to(device=device, dtype=torch.int32).contiguous()
+
+
+def _autocasts(device: torch.device) -> bool:
+    """Whether autocast is on for this kind of device."""
+    # the common ones by name: torch.compile of torch 2.8 cannot look into is_autocast_available
+    available = device.type in ("cpu", "cuda", "xpu") or torch.amp.is_autocast_available(device.type)
+    return available and torch.is_autocast_enabled(device.type)
+
+
+def _cast_as_autocast(tensor: Tensor) -> Tensor:
+    """The tensor in the dtype that autocast asks for, where it is on; float64 and integers stay."""
+    if tensor.dtype == torch.float64 or not tensor.is_floating_point() or not _autocasts(tensor.device):
+        return tensor
+    return tensor.to(torch.get_autocast_dtype(tensor.device.type))
+
+
+def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """What is computed inside keeps its dtypes: scores in float32 stay so."""
+    return torch.autocast(device.type, enabled=False) if _autocasts(device) else contextlib.nullcontext()

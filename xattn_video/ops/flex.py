@@ -86,9 +86,8 @@ def make_block_mask(
     )
 
 
-# Ten parameters: torch takes neither a KeyMask nor a pair of lists.
 @torch.library.custom_op("xattn_video::flex_attend", mutates_args=())
-def block_sparse_forward(
+def block_sparse_forward(  # noqa: PLR0913 - torch takes neither a KeyMask nor a pair of lists
     query: Tensor,
     key: Tensor,
     value: Tensor,

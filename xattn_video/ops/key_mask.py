@@ -34,27 +34,6 @@ class KeyMask:
     kv_start: Tensor | None = None
     kv_lens: Tensor | None = None
 
-    @classmethod
-    def checked(
-        cls,
-        causal: bool,
-        kv_start: Tensor | None,
-        kv_lens: Tensor | None,
-        *,
-        batch: int,
-        kv_len: int,
-        device: torch.device,
-    ) -> KeyMask:
-        """The mask of what a user gave, with bounds that are contiguous int32 on `device`.
-
-        Raises `ValueError` for a wrong shape or dtype, and on a CPU for a value out of range.
-        """
-        bounds = (
-            _checked_bound(name, bound, batch, kv_len, device)
-            for name, bound in (("kv_start", kv_start), ("kv_lens", kv_lens))
-        )
-        return cls(causal, *bounds)
-
     @property
     def bounded(self) -> bool:
         """Whether some keys may be invalid."""
@@ -115,8 +94,7 @@ class KeyMask:
         blocks = (edges.end + block_size - 1) // block_size - edges.first // block_size
         return torch.where(edges.first < edges.end, blocks, 0).sum()
 
-    # Eight parameters beside self: sizes, and what a user may force.
-    def valid_and_forced_blocks(
+    def valid_and_forced_blocks(  # noqa: PLR0913 - sizes, and what a user may force
         self,
         batch: int,
         q_len: int,
@@ -187,6 +165,10 @@ class KeyMask:
         return _Edges(start[:, None, None], end, query_begin, query_end, key_begin, key_begin + block_size, offset)
 
 
+# Every query sees every key.
+ALL_KEYS = KeyMask()
+
+
 class _Edges(NamedTuple):
     """Where the keys that query blocks see begin and end, and where the key blocks do, int64.
 
@@ -212,18 +194,3 @@ class _Edges(NamedTuple):
         Each comparison gives bool at once. A maximum or minimum of the edges would be int64 in that shape.
         """
         return (self.key_begin < self.end) & (self.first < self.end) & (self.first < self.key_end)
-
-
-def _checked_bound(name: str, bound: Tensor | None, batch: int, kv_len: int, device: torch.device) -> Tensor | None:
-    if bound is None:
-        return None
-    if not isinstance(bound, Tensor) or bound.is_floating_point() or bound.dtype == torch.bool:
-        raise ValueError(f"{name} must be an integer tensor [batch], got {bound!r}")
-    if bound.shape != (batch,):
-        raise ValueError(f"{name} must have shape ({batch},), got {tuple(bound.shape)}")
-    # Reading values of a device tensor would make the host wait for it.
-    readable = bound.device.type == "cpu" and not torch.compiler.is_compiling()
-    if readable and (int(bound.min()) < 0 or int(bound.max()) > kv_len):
-        raise ValueError(f"{name} must lie between 0 and the key length {kv_len}, got {bound.tolist()}")
-    # The kernels read one item after the other.
-    return bound.to(device=device, dtype=torch.int32).contiguous()

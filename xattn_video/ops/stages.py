@@ -8,15 +8,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..config import check_geometry, check_selection
-from . import reference
-from .autocast import without_autocast
-from .backends import Backend, auto_name, resolve
+from .backends import auto_name, resolve
 from .block_lists import lists_to_mask
-from .call_blocks import exact_type
 from .checks import (
     check_block_mask,
     check_dense_last,
@@ -24,12 +20,15 @@ from .checks import (
     check_query_key,
     check_threshold,
     check_value,
+    checked_mask,
     default_scale,
+    without_autocast,
 )
 from .key_mask import KeyMask, num_blocks
+from .sparse import select_lists
 
 
-def score_blocks(
+def score_blocks(  # noqa: PLR0913 - public, its parameters are settings
     query: Tensor,
     key: Tensor,
     *,
@@ -66,14 +65,14 @@ def score_blocks(
     """
     check_query_key(query, key)
     check_geometry(stride, block_size)
-    batch, kv_len, device = query.shape[0], key.shape[2], query.device
-    mask = KeyMask.checked(causal, kv_start, kv_lens, batch=batch, kv_len=kv_len, device=device)
+    device = query.device
+    mask = checked_mask(KeyMask(causal, kv_start, kv_lens), key)
     sizes: dict[str, Any] = {"stride": stride, "block_size": block_size, "scale": default_scale(scale, query.shape[3])}
     with without_autocast(device):
         return resolve(backend, device, query.dtype).antidiagonal_scores(query, key, **sizes, **mask.keywords)
 
 
-def select_blocks(
+def select_blocks(  # noqa: PLR0913 - public, its parameters are settings
     scores: Tensor,
     *,
     threshold: float | Tensor = 0.9,
@@ -132,7 +131,7 @@ def select_blocks(
     check_dense_tokens(dense_tokens, q_len, kv_len)
     check_dense_last(dense_last, causal)
     device = scores.device
-    mask = KeyMask.checked(causal, kv_start, kv_lens, batch=batch, kv_len=kv_len, device=device)
+    mask = checked_mask(KeyMask(causal, kv_start, kv_lens), scores, kv_len)
     valid, forced = mask.valid_and_forced_blocks(
         batch,
         q_len,
@@ -149,7 +148,7 @@ def select_blocks(
     return lists_to_mask(*lists)
 
 
-def block_sparse_attention(
+def block_sparse_attention(  # noqa: PLR0913 - public, its parameters are settings
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -190,7 +189,7 @@ def block_sparse_attention(
     check_geometry(1, block_size)
     batch, heads, q_len, head_dim = query.shape
     kv_len, device = key.shape[2], query.device
-    mask = KeyMask.checked(causal, kv_start, kv_lens, batch=batch, kv_len=kv_len, device=device)
+    mask = checked_mask(KeyMask(causal, kv_start, kv_lens), key)
     shape = (batch, heads, num_blocks(q_len, block_size), num_blocks(kv_len, block_size))
     check_block_mask(block_mask, shape, device)
     # The backends take no block without a visible pair.
@@ -201,28 +200,3 @@ def block_sparse_attention(
         lists = chosen.mask_to_lists(kept)
         output, lse = chosen.block_sparse_forward(query, key, value, *lists, **sizes, **mask.keywords)
     return (output, lse) if return_lse else output
-
-
-def select_lists(
-    backend: Backend,
-    scores: Tensor,
-    valid: Tensor,
-    forced: Tensor,
-    *,
-    threshold: float | Tensor,
-    top_k: int | None = None,
-    top_ratio: float | None = None,
-) -> tuple[Tensor, Tensor]:
-    """`select_blocks` as lists, after the geometry is known: valid and forced are bool `[B, 1, Nq, Nk]`.
-
-    A threshold is the backend's; the rules of the ablations sort.
-    """
-    if top_k is not None:
-        count = torch.tensor(top_k, device=scores.device)
-    elif top_ratio is not None:
-        # 0.3 of 50 blocks is 15 and 0.14 of them 7, whatever binary fractions say
-        rows = valid.sum(-1, keepdim=True).to(exact_type(valid.device))
-        count = (rows * top_ratio - 1e-9).ceil().clamp(min=1).to(torch.int64)
-    else:
-        return backend.select(scores, valid, forced, threshold=threshold)
-    return backend.mask_to_lists(reference.select_top(scores, valid, forced, count=count))

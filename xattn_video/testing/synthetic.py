@@ -9,7 +9,7 @@ Pure torch, reproducible from the seed on one kind of device; used by tests and 
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,7 +28,7 @@ _SINK_TOKENS = 64
 _OTHER_DIMS = 4
 
 
-def video_like_qkv(
+def video_like_qkv(  # noqa: PLR0913 - all but the sizes have defaults
     batch: int,
     heads: int,
     frames: int,
@@ -94,11 +94,8 @@ def video_like_qkv(
             field = _place_values(place, torch.tensor([0.7, 2.0, 8.0], device=device), head_dim, generator)
             parts.append(
                 _head(
-                    code,
-                    phase,
-                    sinks,
+                    _Look(code, phase, sinks, _between(_PEAK_LOGIT, locality)),
                     field,
-                    _between(_PEAK_LOGIT, locality),
                     heads // kv_heads,
                     text_tokens,
                     generator,
@@ -107,7 +104,7 @@ def video_like_qkv(
     return _stacked(parts, batch, dtype)
 
 
-def causal_text_like_qkv(
+def causal_text_like_qkv(  # noqa: PLR0913 - all but the sizes have defaults
     batch: int,
     heads: int,
     tokens: int,
@@ -156,7 +153,9 @@ def causal_text_like_qkv(
             back = _place_code(place - distance, reach, head_dim - _OTHER_DIMS, generator)
             field = _place_values(place, torch.tensor([48.0], device=device), head_dim, generator)
             peak = _between(_PEAK_LOGIT, locality)
-            parts.append(_head(code, phase, sinks, field, peak, heads // kv_heads, 0, generator, query_code=back))
+            parts.append(
+                _head(_Look(code, phase, sinks, peak), field, heads // kv_heads, 0, generator, query_code=back)
+            )
     return _stacked(parts, batch, dtype)
 
 
@@ -191,18 +190,32 @@ def _place_values(place: Tensor, lengths: Tensor, head_dim: int, generator: torc
     return (angle + phase).cos() * math.sqrt(2.0) + 0.5 * torch.randn(angle.shape, **made)
 
 
+class _Look(NamedTuple):
+    """What the tokens of one head match by.
+
+    Attributes:
+        code: of each token's place `[S, C]`.
+        phase: of the texture, 0-d.
+        sinks: 1 for tokens that every query looks at, else 0, `[S]`.
+        peak: logit of two equal places.
+    """
+
+    code: Tensor
+    phase: Tensor
+    sinks: Tensor
+    peak: float
+
+
 def _head(
-    code: Tensor,
-    phase: Tensor,
-    sinks: Tensor,
+    look: _Look,
     field: Tensor,
-    peak: float,
     group: int,
     text_tokens: int,
     generator: torch.Generator,
     query_code: Tensor | None = None,
 ) -> tuple[list[Tensor], Tensor, Tensor]:
     """The `group` queries, the key and the value of one key head."""
+    code, phase, sinks, peak = look
     head_dim, device = field.shape[1], field.device
     angle = torch.arange(code.shape[0], device=device) * (2 * math.pi / _TEXTURE_PERIOD) + phase
     texture = torch.stack([angle.cos(), angle.sin()], dim=1) * math.sqrt(_TEXTURE_LOGIT)

@@ -187,7 +187,7 @@ def capture(
     return {f"{entry.name}.{part}": recorder.tensors[f"{entry.name}.{part}"] for entry in entries for part in _PARTS}
 
 
-def save(
+def save(  # noqa: PLR0913 - a clip and where it came from
     path: Path,
     tensors: dict[str, Tensor],
     pipeline: Any,

@@ -82,7 +82,7 @@ def _run(options: argparse.Namespace) -> int:
     return 0 if done else 3
 
 
-def run(
+def run(  # noqa: PLR0913 - settings of a training
     out: Path,
     *,
     steps: int,

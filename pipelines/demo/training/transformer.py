@@ -64,7 +64,7 @@ def noise_levels(batch: Batch) -> torch.Tensor:
     return levels
 
 
-def train_transformer(
+def train_transformer(  # noqa: PLR0913 - settings of a training
     plan: Plan,
     vae: Any,
     device: torch.device,

@@ -16,7 +16,7 @@ from ...config import XAttnConfig
 from ...stats import AttentionStats
 from ..dense_layers import dense_layers
 from .dispatch import register
-from .layers import ForwardState, SparseSelfAttention, wrap
+from .layers import ForwardState, Shared, SparseSelfAttention, wrap
 from .models import REPLACEMENTS, spec_of
 from .steps import StepTracker, WeakLink
 
@@ -55,22 +55,16 @@ class Attachment:
         paths = list(modules)
         dense = dense_layers(paths, config.dense_layers)
         self._counts = stats.add_model([f"{name}.{path}" for path in paths])
-        spec = spec_of(model)
-        backend = register()
+        shared = Shared(owner, config, spec_of(model), register(), self._state)
         self._wrappers: dict[str, SparseSelfAttention] = {}
         for index, (path, module) in enumerate(modules.items()):
             original = module.processor
             replacement = REPLACEMENTS.get(type(original).__name__)
             self._wrappers[path] = wrap(
                 original,
-                owner=owner,
                 inner=replacement() if replacement else None,
-                backend=backend,
-                config=config,
+                shared=shared,
                 counts=self._counts.layers[index],
-                state=self._state,
-                text=spec.text,
-                trusted_mask=spec.mask == "prefix",
                 dense_layer=index in dense,
             )
         for path, module in modules.items():

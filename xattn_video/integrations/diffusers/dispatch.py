@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 NAME = "xattention"
 
 
-def xattention_backend(
+def xattention_backend(  # noqa: PLR0913 - diffusers' signature
     query: Tensor,
     key: Tensor,
     value: Tensor,

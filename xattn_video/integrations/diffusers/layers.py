@@ -6,6 +6,8 @@ import copy
 import functools
 import inspect
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -14,9 +16,9 @@ from diffusers.models.attention_dispatch import dispatch_attention_fn
 from torch import Tensor
 
 from ...config import XAttnConfig
-from ...ops.call_blocks import exact_type
-from ...ops.xattention import dense_reason, xattention
+from ...ops import Backend, KeyMask, attend_sparse, checked_call, exact_type, find_backend, without_autocast
 from ...stats import LayerCounts
+from .models import ModelSpec
 
 Value = TypeVar("Value")
 
@@ -51,6 +53,25 @@ class ForwardState:
         return value
 
 
+@dataclass(frozen=True, eq=False)
+class Shared:
+    """What the wrappers of one model have in common.
+
+    Attributes:
+        owner: the XAttnProcessor that they are part of.
+        config: its settings.
+        spec: the row of the model's class in the table of models.
+        backend: diffusers' name for sparse attention.
+        state: what the layers share during one forward.
+    """
+
+    owner: Any
+    config: XAttnConfig
+    spec: ModelSpec
+    backend: Any
+    state: ForwardState
+
+
 class SparseSelfAttention:
     """Stands in for the processor of one self-attention module.
 
@@ -63,27 +84,21 @@ class SparseSelfAttention:
         self,
         original: Any,
         *,
-        owner: Any,
         inner: Any,
-        backend: Any,
-        config: XAttnConfig,
+        shared: Shared,
         counts: LayerCounts,
-        state: ForwardState,
-        text: str,
-        trusted_mask: bool,
         dense_layer: bool,
     ) -> None:
         self.original = original
-        # the XAttnProcessor that this wrapper is part of
-        self.owner = owner
+        self.owner = shared.owner
         self.inner = copy.copy(original) if inner is None else inner
-        self.inner._attention_backend = backend
+        self.inner._attention_backend = shared.backend
         self.inner._parallel_config = self
-        self.config = config
+        self.config = config = shared.config
         self.counts = counts
-        self.state = state
-        self.text = text
-        self.trusted_mask = trusted_mask
+        self.state = shared.state
+        self.text = shared.spec.text
+        self.trusted_mask = shared.spec.mask == "prefix"
         self.dense_layer = dense_layer
         self.text_tokens = 0
         # where the original has no such attribute
@@ -131,7 +146,7 @@ class SparseSelfAttention:
         else:
             self._unset[name] = value
 
-    def attend(
+    def attend(  # noqa: PLR0913 - diffusers' signature
         self,
         query: Tensor,
         key: Tensor,
@@ -145,21 +160,20 @@ class SparseSelfAttention:
     ) -> Tensor:
         """The attention call of the inner processor: query, key, value and output are `[B, S, H, D]`."""
         reason = "dense_layer" if self.dense_layer else self.state.reason
-        kv_lens = None
+        mask = KeyMask(is_causal)
         if reason is None:
             reason, kv_lens = self._read_call(query, key, attn_mask, dropout_p)
+            mask = KeyMask(is_causal, kv_lens=kv_lens)
         parallel = self._parallel_config
-        if reason is None:
-            tensors = {"query": query, "key": key, "value": value}
-            swapped = {name: tensor.transpose(1, 2) for name, tensor in tensors.items()}
-            reason = dense_reason(**swapped, config=self.config, causal=is_causal)
-            # each rank holds its share of the tokens here
-            if reason == "min_tokens" and key.shape[1] * sequence_ranks(parallel) >= self.config.min_tokens:
-                reason = None
+        # each rank of a parallel call holds its share of the tokens here
+        ranks = sequence_ranks(parallel)
+        backend = reason or find_backend(
+            self.config, query, key, value, q_len=query.shape[1] * ranks, kv_len=key.shape[1] * ranks, causal=is_causal
+        )
         if self.counts.values.device != query.device:
             self.counts.place(query.device)
-        if reason is not None:
-            self.counts.add_dense(reason)
+        if isinstance(backend, str):
+            self.counts.add_dense(backend)
             dense: Tensor = dispatch_attention_fn(
                 query,
                 key,
@@ -175,47 +189,41 @@ class SparseSelfAttention:
             return dense
         # a layer of a model that is split over GPUs
         self.place(query.device)
+        attend = partial(self._attend_sparse, backend, mask=mask, scale=scale)
         if parallel is not None:
-            return self._attend_parallel(query, key, value, is_causal, scale, kv_lens)
-        return self._attend_sparse(query, key, value, is_causal, scale, kv_lens, self.threshold)
+            return self._attend_parallel(attend, query, key, value, mask)
+        return attend(query, key, value, threshold=self.threshold)
 
     def _attend_sparse(
         self,
+        backend: Backend,
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        is_causal: bool,
+        mask: KeyMask,
         scale: float | None,
-        kv_lens: Tensor | None,
         threshold: Tensor | None,
     ) -> Tensor:
         tokens = query.shape[1]
-        output, stats = xattention(
+        call = checked_call(
             query.transpose(1, 2),
             key.transpose(1, 2),
             value.transpose(1, 2),
-            self.config,
-            causal=is_causal,
+            mask,
+            threshold=self.config.threshold if threshold is None else threshold,
             scale=scale,
-            kv_lens=kv_lens,
             dense_tokens=(tokens - self.text_tokens, tokens) if self.text_tokens else None,
-            return_stats=True,
-            threshold=threshold,
         )
-        self.counts.add_sparse(stats.kept, stats.valid)
+        with without_autocast(query.device):
+            output, kept, valid = attend_sparse(backend, call, self.config)
+        self.counts.add_sparse(kept.sum(), valid * query.shape[2])
         return output.transpose(1, 2)
 
     def _attend_parallel(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        is_causal: bool,
-        scale: float | None,
-        kv_lens: Tensor | None,
+        self, attend: Callable[..., Tensor], query: Tensor, key: Tensor, value: Tensor, mask: KeyMask
     ) -> Tensor:
         """Ulysses: each rank trades its share of the tokens for all tokens of its share of the heads, and back."""
-        if self.text_tokens or kv_lens is not None:
+        if self.text_tokens or mask.bounded:
             raise ValueError("context parallelism with text in a joint sequence is not supported by XAttnProcessor")
         parallel = self._parallel_config
         threshold = self.threshold
@@ -225,10 +233,10 @@ class SparseSelfAttention:
             ]
 
         def forward_op(ctx: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            return self._attend_sparse(query, key, value, is_causal, scale, None, threshold)
+            return attend(query, key, value, threshold=threshold)
 
         output: Tensor = attention_dispatch._templated_context_parallel_attention(
-            query, key, value, scale=scale, forward_op=forward_op, backward_op=None, _parallel_config=parallel
+            query, key, value, forward_op=forward_op, backward_op=None, _parallel_config=parallel
         )
         return output
 

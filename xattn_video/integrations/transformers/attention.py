@@ -11,8 +11,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from ...config import XAttnConfig
-from ...ops.checks import MAX_HEAD_DIM
-from ...ops.xattention import dense_reason, xattention
+from ...ops import MAX_HEAD_DIM, KeyMask, attend_sparse, checked_call, find_backend, without_autocast
 from ...stats import AttentionStats, LayerCounts
 from ..dense_layers import dense_layers
 from .masks import dense_mask, is_range, range_mask, without_plain
@@ -134,7 +133,7 @@ def causal_layers(model: PreTrainedModel) -> dict[str, nn.Module]:
     return dict(sorted(modules.items(), key=lambda item: item[1].layer_idx))
 
 
-def xattention_forward(
+def xattention_forward(  # noqa: PLR0913 - transformers' signature
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -168,23 +167,26 @@ def xattention_forward(
     layer = getattr(module, _ATTRIBUTE, _DEFAULT)
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     keys = _visible_keys(query, key, attention_mask)
-    reason = _reason(layer, query, attention_mask, causal, dropout, kwargs)
     seen_key, seen_value = key[:, :, :keys], value[:, :, :keys]
-    reason = reason or dense_reason(query, seen_key, layer.config, causal=True, value=seen_value)
-    # gradient checkpointing may run a forward without gradients that it will run again with them
-    reason = reason or ("training" if module.training else None)
+    backend = _reason(layer, query, attention_mask, causal, dropout, kwargs) or find_backend(
+        layer.config, query, seen_key, seen_value, q_len=query.shape[2], kv_len=seen_key.shape[2], causal=True
+    )
+    if not isinstance(backend, str) and module.training:
+        # gradient checkpointing may run a forward without gradients that it will run again with them
+        backend = "training"
     if layer.counts is not None:
         layer.counts.place(query.device)
-    if reason is None:
+    if not isinstance(backend, str):
         start = attention_mask[:, 0, 0, 0] if attention_mask is not None else None
-        output, did = xattention(
-            query, seen_key, seen_value, layer.config, causal=True, scale=scaling, kv_start=start, return_stats=True
-        )
+        mask = KeyMask(causal=True, kv_start=start)
+        call = checked_call(query, seen_key, seen_value, mask, threshold=layer.config.threshold, scale=scaling)
+        with without_autocast(query.device):
+            output, kept, valid = attend_sparse(backend, call, layer.config)
         if layer.counts is not None:
-            layer.counts.add_sparse(did.kept, did.valid)
+            layer.counts.add_sparse(kept.sum(), valid * query.shape[1])
         return output.transpose(1, 2).contiguous(), None
     if layer.counts is not None:
-        layer.counts.add_dense(reason)
+        layer.counts.add_dense(backend)
     return _dense(
         module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs
     )
@@ -233,7 +235,7 @@ def _reason(
     dropout: float,
     kwargs: Mapping[str, Any],
 ) -> str | None:
-    """Why a call is dense by what the model asks for; what `attention.dense_reason` sees comes after it."""
+    """Why a call is dense by what the model asks for; what `find_backend` sees comes after it."""
     if query.shape[2] == 1:
         return "decode"
     if not causal:

@@ -24,9 +24,8 @@ from .tensors import geometries
 _SELECT_ELEMENTS = 1 << 16
 
 
-# Eight parameters: torch takes no KeyMask.
 @torch.library.custom_op("xattn_video::cpu_scores", mutates_args=(), device_types="cpu")
-def antidiagonal_scores(
+def antidiagonal_scores(  # noqa: PLR0913 - torch takes neither a KeyMask nor a pair of lists
     query: Tensor,
     key: Tensor,
     kv_start: Tensor | None,
@@ -67,9 +66,8 @@ def select(scores: Tensor, valid: Tensor, forced: Tensor, *, threshold: float | 
     return indices, counts
 
 
-# Ten parameters: torch takes neither a KeyMask nor a pair of lists.
 @torch.library.custom_op("xattn_video::cpu_attend", mutates_args=(), device_types="cpu")
-def block_sparse_forward(
+def block_sparse_forward(  # noqa: PLR0913 - torch takes neither a KeyMask nor a pair of lists
     query: Tensor,
     key: Tensor,
     value: Tensor,

@@ -14,6 +14,7 @@ import torch
 import triton
 from torch import Tensor
 
+from ..key_mask import KeyMask
 from .descriptors import describable, heads_inside
 from .launch_tables import find_optional_config
 
@@ -30,11 +31,9 @@ def choose_kernel(
     query: Tensor,
     key: Tensor,
     value: Tensor,
+    mask: KeyMask,
     *,
     block_size: int,
-    causal: bool,
-    kv_start: Tensor | None,
-    kv_lens: Tensor | None,
     force: str | None = None,
 ) -> str:
     """`HOPPER` or `PLAIN`, for the tensors and settings of `block_sparse_forward`.
@@ -45,9 +44,7 @@ def choose_kernel(
     Raises:
         ValueError: `HOPPER` is forced and cannot do the call.
     """
-    refusal = hopper_refusal(
-        query, key, value, block_size=block_size, causal=causal, kv_start=kv_start, kv_lens=kv_lens
-    )
+    refusal = hopper_refusal(query, key, value, mask, block_size=block_size)
     if force == HOPPER:
         if refusal is not None:
             raise ValueError(f"backend 'triton-hopper' cannot do this call: {refusal}; backend='triton' can")
@@ -72,16 +69,7 @@ def _say_once(kernel: str, dtype: str, head_dim: int, reason: str) -> None:
     logger.info("attention over kept blocks, %s, head_dim %d: the %s kernel (%s)", dtype, head_dim, kernel, reason)
 
 
-def hopper_refusal(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    *,
-    block_size: int,
-    causal: bool,
-    kv_start: Tensor | None,
-    kv_lens: Tensor | None,
-) -> str | None:
+def hopper_refusal(query: Tensor, key: Tensor, value: Tensor, mask: KeyMask, *, block_size: int) -> str | None:
     """Why the Hopper kernel cannot do a call, or None if it can. The arguments are those of `choose_kernel`."""
     refusal = hopper_device_refusal(query.device)
     if refusal is not None:
@@ -92,11 +80,11 @@ def hopper_refusal(
         return f"it takes head_dim 64 and 128, not {query.shape[3]}"
     if block_size != HOPPER_BLOCK_SIZE:
         return f"it takes block_size {HOPPER_BLOCK_SIZE}, not {block_size}"
-    if kv_start is not None:
+    if mask.kv_start is not None:
         return "it does not take kv_start"
-    if causal:
+    if mask.causal:
         offset = key.shape[2] - query.shape[2]
-        if kv_lens is not None or offset < 0 or offset % block_size:
+        if mask.kv_lens is not None or offset < 0 or offset % block_size:
             return "causal calls need keys that are a multiple of block_size longer than the queries, without kv_lens"
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         # one whose head dimension is not dense is copied first, and can then be described

@@ -5,10 +5,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
+from ..key_mask import KeyMask
 from .attention import MIN_BLOCK_SIZE, launch_block_sparse
 from .attention_choice import HOPPER, choose_kernel
 from .launch import check_supported, unit_inner_stride
@@ -46,13 +45,13 @@ def block_sparse_forward(
             "use backend='reference'"
         )
     output, lse = _empty_outputs(query)
-    rules: dict[str, Any] = {"block_size": block_size, "causal": causal, "kv_start": kv_start, "kv_lens": kv_lens}
-    if choose_kernel(query, key, value, force=force, **rules) == HOPPER:
+    mask = KeyMask(causal, kv_start, kv_lens)
+    if choose_kernel(query, key, value, mask, block_size=block_size, force=force) == HOPPER:
         # needs a newer Triton than the others
         from .attention_hopper import launch_hopper as launch
     else:
         launch = launch_block_sparse
-    launch(query, key, value, output, lse, indices, counts, scale=scale, **rules)
+    launch(query, key, value, output, lse, indices, counts, block_size=block_size, scale=scale, **mask.keywords)
     return output, lse
 
 

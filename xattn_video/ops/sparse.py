@@ -1,0 +1,206 @@
+"""The sparse call: score, select and attend, for long calls a few query blocks at a time.
+
+In such chunks what a call holds beside its inputs and its output stays under a bound.
+
+Scores, lists and masks have an entry for every pair of a query block and a key block, so they grow with the square of
+the length. The rows of query blocks are independent of each other: a few at a time give the same result.
+
+What a backend needs beside them grows with the length itself and is not counted here:
+
+* Triton: the scratch of the scoring kernel, 4.5 bytes for each key block, row of a strip and multiprocessor. With 128
+  rows and 132 multiprocessors that is 71 MB at 119,056 tokens and 620 MB at 1,048,576. It is free again before the
+  lists are made: as long as it is below half of the default bound (up to 226,000 tokens) it adds nothing to the peak.
+* CPU: copies in float32 of one head's keys and values, unless they are float32, contiguous and whole blocks; and
+  buffers of about 10 to 25 MB for each thread, whatever the length.
+* `reference`, and `flex` on a CPU: every logit of a chunk.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..config import XAttnConfig
+from . import reference
+from .backends import SORT_BYTES, Backend
+from .call_blocks import call_blocks, exact_type
+from .key_mask import KeyMask, num_blocks
+
+# Bytes for each pair of blocks and each batch item: which are valid and which are forced.
+_MASK_BYTES = 2
+
+
+class Call(NamedTuple):
+    """The arguments of an attention call, checked, or of a range of its query tokens with the keys that they may see.
+
+    Attributes:
+        query: `[B, Hq, n, D]`.
+        key, value: `[B, Hkv, m, D]`.
+        mask: which of those m keys each query sees.
+        scale: factor on the products.
+        threshold: a number or a tensor, 0-d or `[Hq]`.
+        dense_tokens: token range of the whole joint sequence that stays exact, or None.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    mask: KeyMask
+    scale: float
+    threshold: float | Tensor
+    dense_tokens: tuple[int, int] | None
+
+    def cut(self, begin: int, end: int) -> Call | None:
+        """The query tokens `[begin, end)` as a call, or None where they can see no key.
+
+        In a causal call the last query sees the last valid key. So that this holds for the part too, its keys end as
+        many tokens earlier as its queries do.
+        """
+        later = self.query.shape[2] - end
+        query = self.query[:, :, begin:end]
+        if not self.mask.causal or later == 0:
+            return self._replace(query=query)
+        keys = self.key.shape[2] - later
+        if keys <= 0:
+            return None
+        key, value = self.key[:, :, :keys], self.value[:, :, :keys]
+        return self._replace(query=query, key=key, value=value, mask=self.mask.without_last(later, keys))
+
+
+def attend_sparse(backend: Backend, call: Call, config: XAttnConfig) -> tuple[Tensor, Tensor, Tensor]:
+    """Score, select and attend.
+
+    Returns:
+        output `[B, Hq, Sq, D]`; counts that sum to the number of kept blocks; and the number of valid blocks of one
+        head over the batch, int64 0-d. All of them stay on the device.
+    """
+    query, kv_len = call.query, call.key.shape[2]
+    rows = rows_per_chunk(
+        query,
+        kv_len,
+        block_size=config.block_size,
+        pair_bytes=backend.pair_bytes if config.selection == "threshold" else SORT_BYTES,
+        max_bytes=config.max_extra_mib << 20,
+    )
+    if rows < num_blocks(query.shape[2], config.block_size):
+        sizes = query.shape[0], query.shape[2], kv_len
+        valid = call.mask.count_valid_blocks(*sizes, block_size=config.block_size, device=query.device)
+        return *_attend_in_chunks(backend, call, config, rows), valid
+    blocks = call_blocks(query, kv_len, call.mask, **_rules(call, config))
+    return *_attend_part(backend, config, call, call, (blocks.valid, blocks.forced)), blocks.total
+
+
+def rows_per_chunk(query: Tensor, kv_len: int, *, block_size: int, pair_bytes: int, max_bytes: int) -> int:
+    """Query blocks that one chunk of a call takes: all of them where the whole call stays under the bound.
+
+    Args:
+        query: `[B, Hq, Sq, D]`; only its sizes and its dtype are read.
+        kv_len: key length Sk.
+        block_size: tokens per block.
+        pair_bytes: bytes that are held for each pair of blocks and each head.
+        max_bytes: the bound.
+
+    Returns:
+        at least 1, even where one row is larger than the bound; chunks of a call are about equal.
+    """
+    batch, heads, q_len, head_dim = query.shape
+    rows, columns = num_blocks(q_len, block_size), num_blocks(kv_len, block_size)
+    row_bytes = batch * columns * (heads * pair_bytes + _MASK_BYTES)
+    if rows * row_bytes <= max_bytes:
+        return rows
+    # A chunk's output is held until it is copied to its place, and so are its log-sum-exps.
+    row_bytes += batch * heads * block_size * (head_dim * query.element_size() + 4)
+    chunks = num_blocks(rows, max(max_bytes // row_bytes, 1))
+    return num_blocks(rows, chunks)
+
+
+def _attend_in_chunks(backend: Backend, call: Call, config: XAttnConfig, rows: int) -> tuple[Tensor, Tensor]:
+    """Output `[B, Hq, Sq, D]` in query's layout, and the number of kept blocks, int64 0-d.
+
+    Takes `rows` query blocks at a time.
+    """
+    query, key, mask = call.query, call.key, call.mask
+    batch, _, q_len, _ = query.shape
+    kv_len, size = key.shape[2], config.block_size
+    # The last group of keys that a query group sees may hold keys which are later than that group of queries. The
+    # scores of the whole call take them in, so a chunk's last group must not be the last one that is scored.
+    cut = mask.causal and (mask.kv_lens is not None or (kv_len - q_len) % config.stride)
+    more = config.stride if cut else 0
+    output = torch.empty_like(query)
+    total = torch.zeros((), dtype=torch.int64, device=query.device)
+    for first in range(0, num_blocks(q_len, size), rows):
+        begin, end = first * size, min((first + rows) * size, q_len)
+        part = call.cut(begin, end)
+        if part is None:
+            output[:, :, begin:end] = 0
+            continue
+        scored = call.cut(begin, min(end + more, q_len)) if more else part
+        assert scored is not None
+        blocks = mask.valid_and_forced_blocks(
+            batch, q_len, kv_len, rows=(first, num_blocks(end, size)), device=query.device, **_rules(call, config)
+        )
+        columns = num_blocks(part.key.shape[2], size)
+        output[:, :, begin:end], kept = _attend_part(
+            backend, config, scored, part, (blocks[0][..., :columns], blocks[1][..., :columns])
+        )
+        total = total + kept.sum()
+    return output, total
+
+
+def _attend_part(
+    backend: Backend, config: XAttnConfig, scored: Call, part: Call, blocks: tuple[Tensor, Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Output of a part, and the counts of its kept blocks, int32 `[B, H, Nq]`.
+
+    `scored` are the part's queries, or those and a few more, which its scores come from; blocks are the part's valid
+    and its forced ones, bool `[B, 1, Nq, Nk]` each.
+    """
+    sizes: dict[str, Any] = {"block_size": config.block_size, "scale": part.scale}
+    scores = backend.antidiagonal_scores(
+        scored.query, scored.key, stride=config.stride, **sizes, **scored.mask.keywords
+    )
+    valid, forced = blocks
+    if scored is not part:
+        scores = scores[:, :, : valid.shape[2], : valid.shape[3]]
+    rule: dict[str, Any] = {"threshold": part.threshold, "top_k": config.top_k, "top_ratio": config.top_ratio}
+    lists = select_lists(backend, scores, valid, forced, **rule)
+    # Not needed while attention runs.
+    del scores
+    output, _ = backend.block_sparse_forward(part.query, part.key, part.value, *lists, **sizes, **part.mask.keywords)
+    return output, lists[1]
+
+
+def _rules(call: Call, config: XAttnConfig) -> dict[str, Any]:
+    """What makes blocks valid and forced beside the lengths: arguments of `KeyMask.valid_and_forced_blocks`."""
+    return {
+        "block_size": config.block_size,
+        "dense_tokens": call.dense_tokens,
+        "dense_last": config.dense_last,
+    }
+
+
+def select_lists(
+    backend: Backend,
+    scores: Tensor,
+    valid: Tensor,
+    forced: Tensor,
+    *,
+    threshold: float | Tensor,
+    top_k: int | None = None,
+    top_ratio: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The kept blocks as lists: indices int32 `[B, H, Nq, Nk]` and counts int32 `[B, H, Nq]`.
+
+    Valid and forced are bool `[B, 1, Nq, Nk]`. A threshold is the backend's; the rules of the ablations sort.
+    """
+    if top_k is not None:
+        count = torch.tensor(top_k, device=scores.device)
+    elif top_ratio is not None:
+        # 0.3 of 50 blocks is 15 and 0.14 of them 7, whatever binary fractions say
+        rows = valid.sum(-1, keepdim=True).to(exact_type(valid.device))
+        count = (rows * top_ratio - 1e-9).ceil().clamp(min=1).to(torch.int64)
+    else:
+        return backend.select(scores, valid, forced, threshold=threshold)
+    return backend.mask_to_lists(reference.select_top(scores, valid, forced, count=count))
