@@ -285,22 +285,28 @@ model = torch.nn.Linear(3, 3)
 def loss_of(step):
     x = torch.randn(8, 3, generator=torch.Generator().manual_seed(step))
     return {"loss": (model(x) - x.flip(1)).square().mean()}
-_, average = train(Plan("toy", Path(sys.argv[1]), int(sys.argv[2]), 1e-2, checkpoint_seconds=0.0), model, loss_of)
-torch.save(average, Path(sys.argv[1]) / "average.pt")
+folder, steps, seconds = Path(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3])
+_, average = train(Plan("toy", folder, steps, 1e-2, checkpoint_seconds=seconds), model, loss_of)
+torch.save(average, folder / "average.pt")
 """
 
 
 def test_sigkill_at_any_moment_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def arguments(folder: str) -> list[str]:
+    # A checkpoint draws the curve too, so only the run that is killed writes one after each step.
+    def arguments(folder: str, checkpoint_seconds: float) -> list[str]:
         (tmp_path / folder).mkdir(exist_ok=True)
-        return ["loop", str(tmp_path / folder), "400"]
+        return ["loop", str(tmp_path / folder), "400", str(checkpoint_seconds)]
 
     def finish(folder: str) -> dict[str, torch.Tensor]:
-        monkeypatch.setattr(sys, "argv", arguments(folder))
+        monkeypatch.setattr(sys, "argv", arguments(folder, 1e9))
         exec(LOOP, {})
         return torch.load(tmp_path / folder / "average.pt")
 
-    process = subprocess.Popen([sys.executable, "-c", LOOP, *arguments("killed")[1:]], cwd=Path(__file__).parent.parent)
+    def logged_steps(folder: str) -> list[int]:
+        return [json.loads(line)["step"] for line in (tmp_path / folder / "log.jsonl").read_text().splitlines()]
+
+    command = [sys.executable, "-c", LOOP, *arguments("killed", 0.0)[1:]]
+    process = subprocess.Popen(command, cwd=Path(__file__).parent.parent)
     while not (tmp_path / "killed" / "toy.safetensors").exists():
         assert process.poll() is None
         time.sleep(0.01)
@@ -308,6 +314,7 @@ def test_sigkill_at_any_moment_loses_nothing(tmp_path: Path, monkeypatch: pytest
     process.wait()
     assert not (tmp_path / "killed" / "average.pt").exists()
     assert_same(finish("whole"), finish("killed"))
+    assert logged_steps("killed") == logged_steps("whole") == list(range(20, 401, 20))
 
 
 def test_training_learns(tmp_path: Path) -> None:
