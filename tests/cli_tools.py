@@ -42,19 +42,17 @@ def run_command(capfd: pytest.CaptureFixture[str], *arguments: object) -> Result
 
 def save_tiny_wan(folder: Path) -> Path:
     """A whole Wan pipeline with text encoder and tokenizer, in `save_pretrained`'s layout."""
-    from tests.tiny.wan_family import build_t2v
+    from tests.tiny.wan_family import T2V
 
-    build_t2v(0, text_encoder=tiny_text_encoder, tokenizer=tiny_tokenizer).save_pretrained(folder)
+    T2V.build(0, text_encoder=tiny_text_encoder, tokenizer=tiny_tokenizer).save_pretrained(folder)
     return folder
 
 
 def save_tiny_image_to_video(folder: Path) -> Path:
     """The same for image-to-video."""
-    from tests.tiny.wan_family import build_i2v_5b
+    from tests.tiny.wan_family import I2V_5B
 
-    build_i2v_5b(
-        0, text_encoder=tiny_text_encoder, tokenizer=tiny_tokenizer, image_encoder=_none, image_processor=_none
-    ).save_pretrained(folder)
+    I2V_5B.build(0, text_encoder=tiny_text_encoder, tokenizer=tiny_tokenizer).save_pretrained(folder)
     return folder
 
 
@@ -104,10 +102,6 @@ def tiny_text_encoder() -> Any:
 
     config = UMT5Config(vocab_size=259, d_model=TEXT_DIM, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
     return UMT5EncoderModel(config).eval()
-
-
-def _none() -> None:
-    return None
 
 
 def tool(capfd: pytest.CaptureFixture[str]) -> Run:

@@ -535,10 +535,10 @@ def test_guidance_and_flow_shift_reach_a_pipeline_that_keeps_them_in_components(
     """HunyuanVideo 1.5: guidance is in its guider, the shift in its scheduler; geometry and tiling from its files."""
     import torch
 
-    from tests.tiny.hunyuan_families import build_hunyuan_15
+    from tests.tiny.hunyuan_families import HUNYUAN_VIDEO_15
     from xattn_video_pipelines.video import make as runner
 
-    pipe = build_hunyuan_15(0)
+    pipe = HUNYUAN_VIDEO_15.build(0)
     for number in ("", "_2"):
         pipe.register_modules(**{f"text_encoder{number}": tiny_text_encoder(), f"tokenizer{number}": tiny_tokenizer()})
     pipe.save_pretrained(tmp_path)

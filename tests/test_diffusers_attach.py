@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.tiny.wan_family import TEXT_DIM, build_t2v, build_t2v_a14b, build_v2v, call_t2v, tiny_transformer
+from tests.tiny.wan_family import T2V, T2V_A14B, TEXT_DIM, V2V, tiny_transformer
 from xattn_video import XAttnConfig, XAttnProcessor
 from xattn_video.integrations import diffusers as integration
 from xattn_video.integrations import torchvision_ops
@@ -26,7 +26,7 @@ from xattn_video.integrations.diffusers import dispatch as diffusers_backend
 from xattn_video.integrations.diffusers.layers import SparseSelfAttention
 from xattn_video.integrations.diffusers.models import MODELS, REFUSED, find_self_attention
 
-# after tests.tiny, which mends a torchvision that does not fit this torch
+# after tests.tiny, which repairs a torchvision that does not fit this torch
 from diffusers import (  # isort: skip
     AutoencoderKLWan,
     DiffusionPipeline,
@@ -167,20 +167,20 @@ def test_attn_processors_can_be_kept_and_set_again(model: Any) -> None:
 
 
 def test_a_pipelines_transformers_share_one_processor() -> None:
-    pipe = build_t2v_a14b(0)
+    pipe = T2V_A14B.build(0)
     processor = XAttnProcessor(**SETTINGS)
     pipe.set_attn_processor(processor)
     assert attached_processor(pipe.transformer) is attached_processor(pipe.transformer_2) is processor
     layers = {"transformer.blocks.0.attn1", "transformer_2.blocks.1.attn1"}
     pipe.set_progress_bar_config(disable=True)
-    call_t2v(pipe, num_inference_steps=4)
+    T2V.call(pipe, num_inference_steps=4)
     assert layers <= set(processor.stats.summary()["density_by_layer"])
     pipe.set_attn_processor(None)
     assert not any(is_wrapped(processor) for processor in processors(pipe.transformer_2).values())
 
 
 def test_one_processor_serves_one_pipeline(model: Any) -> None:
-    first, second = build_t2v(0), build_v2v(0)
+    first, second = T2V.build(0), V2V.build(0)
     processor = XAttnProcessor(**SETTINGS)
     first.set_attn_processor(processor)
     with pytest.raises(ValueError, match=r"one pipeline.*XAttnProcessor\(processor\.config\)"):
@@ -193,7 +193,7 @@ def test_one_processor_serves_one_pipeline(model: Any) -> None:
 
 
 def test_one_processor_on_two_transformers_set_one_by_one() -> None:
-    pipe = build_t2v_a14b(0)
+    pipe = T2V_A14B.build(0)
     processor = XAttnProcessor(**SETTINGS)
     pipe.transformer.set_attn_processor(processor)
     pipe.transformer_2.set_attn_processor(processor)
@@ -230,7 +230,7 @@ def test_settings_that_do_not_fit_leave_what_is_attached(model: Any, setting: di
 
 
 def test_settings_that_fit_one_of_two_models_are_attached_to_neither() -> None:
-    pipe = build_t2v_a14b(0)
+    pipe = T2V_A14B.build(0)
     pipe.transformer_2.blocks = pipe.transformer_2.blocks[:1]
     with pytest.raises(ValueError, match="dense_layers"):
         pipe.set_attn_processor(XAttnProcessor(**SETTINGS, dense_layers=(1,)))
@@ -245,7 +245,7 @@ def test_models_whose_calls_cannot_be_served_are_refused(name: str) -> None:
 
 
 def test_a_model_that_cannot_be_attached_leaves_the_others_alone() -> None:
-    pipe = build_t2v_a14b(0)
+    pipe = T2V_A14B.build(0)
     for block in pipe.transformer_2.blocks:
         block.attn1.processor = object()
     with pytest.raises(ValueError, match=r"WanTransformer3DModel.*blocks\.0\.attn1"):
@@ -706,9 +706,9 @@ import torchvision.transforms
 
 
 def test_a_scheduler_of_another_kind_changes_nothing(model: Any) -> None:
-    pipe = build_t2v(0, scheduler=FlowMatchEulerDiscreteScheduler)
+    pipe = T2V.build(0, scheduler=FlowMatchEulerDiscreteScheduler)
     pipe.set_progress_bar_config(disable=True)
     processor = XAttnProcessor(**{**SETTINGS, "warmup_steps": 2})
     pipe.set_attn_processor(processor)
-    call_t2v(pipe, num_inference_steps=3)
+    T2V.call(pipe, num_inference_steps=3)
     assert processor.stats.summary()["dense_calls"] == {"warmup": 2 * 2 * 2}

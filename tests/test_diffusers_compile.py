@@ -14,7 +14,7 @@ from torch._dynamo.utils import counters
 from tests.tiny.wan_family import TEXT_DIM, tiny_transformer
 from xattn_video import XAttnProcessor
 
-# after tests.tiny, which mends a torchvision that does not fit this torch
+# after tests.tiny, which repairs a torchvision that does not fit this torch
 from diffusers import HunyuanVideoTransformer3DModel  # isort: skip
 
 SETTINGS: dict[str, Any] = {"stride": 4, "block_size": 32, "min_tokens": 64, "warmup_steps": 3}

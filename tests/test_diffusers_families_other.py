@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import pytest
@@ -13,30 +14,24 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from tests.family_checks import CHECKS, SETTINGS, attached, check_id, processors, relative_error, run, subject
-from tests.tiny.common import Family, normal
+from tests.tiny.common import Family, normal, prefix_mask
 from tests.tiny.hunyuan_families import (
     FRAMEPACK_VIDEO,
     HUNYUAN_FAMILIES,
     IMAGE_TOKENS,
+    TEXT_LENGTH,
     VALID_GLYPH,
     VALID_NEGATIVE,
     VALID_TEXT,
     VIDEO,
-    prefix_mask,
 )
 from tests.tiny.not_dispatching import NOT_DISPATCHING, NotDispatching
-from tests.tiny.other_families import (
-    OTHER_FAMILIES,
-    build_kandinsky_5,
-    build_ltx_2,
-    call_kandinsky_5,
-    call_ltx_2,
-)
+from tests.tiny.other_families import KANDINSKY_5, LTX_2, OTHER_FAMILIES, ltx_2_transformer
 from xattn_video import XAttnConfig, XAttnProcessor
 from xattn_video.integrations.diffusers import layers as diffusers_layers
 from xattn_video.ops import attend_sparse
 
-# after tests.tiny, which mends a torchvision that does not fit this torch
+# after tests.tiny, which repairs a torchvision that does not fit this torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler  # isort: skip
 from diffusers.models.attention_dispatch import _AttentionBackendRegistry  # isort: skip
 
@@ -116,7 +111,7 @@ def test_what_stands_in_the_padding_does_not_show(name: str) -> None:
     family = by_name(name)
     pipe = subject(family).pipe
     text = normal((22, 24), (0, 1), salt=1)
-    spoilt = torch.where(prefix_mask(VALID_TEXT, (0, 1)).bool()[..., None], text, text.flip(1) * 5)
+    spoilt = torch.where(prefix_mask(VALID_TEXT, (0, 1), TEXT_LENGTH).bool()[..., None], text, text.flip(1) * 5)
     with attached(pipe, threshold=0.5, warmup_steps=0):
         clean, padded, other = (
             family.call(pipe, items=(0, 1), prompt_embeds=embeds, num_inference_steps=2)
@@ -185,11 +180,11 @@ def test_ltx_2_guidance_that_skips_a_layer() -> None:
         "modality_scale": 3.0,
         "audio_modality_scale": 3.0,
     }
-    pipe = build_ltx_2(0, perturbed_attn=True)
+    pipe = LTX_2.build(0, transformer=partial(ltx_2_transformer, perturbed_attn=True))
     pipe.set_progress_bar_config(disable=True)
-    dense = call_ltx_2(pipe, **guidance)
+    dense = LTX_2.call(pipe, **guidance)
     with attached(pipe, threshold=1.0, warmup_steps=3) as processor:
-        sparse = call_ltx_2(pipe, **guidance)
+        sparse = LTX_2.call(pipe, **guidance)
     assert relative_error(sparse, dense) < 1e-4
     summary = processor.stats.summary()
     # two layers in each of three forwards, less the one skipped
@@ -198,7 +193,7 @@ def test_ltx_2_guidance_that_skips_a_layer() -> None:
 
 
 def test_ltx_2_weights_between_tokens_stay_dense() -> None:
-    pipe = build_ltx_2(0)
+    pipe = LTX_2.build(0)
     pipe.set_progress_bar_config(disable=True)
     tokens = by_name("ltx-2").tokens[0]
     # the video attends half as strongly to its first hundred tokens, as with a reference video
@@ -207,9 +202,9 @@ def test_ltx_2_weights_between_tokens_stay_dense() -> None:
     forward = pipe.transformer.forward
     pipe.transformer.forward = lambda **kwargs: forward(**kwargs, video_self_attention_mask=weights)
     one_forward = {"guidance_scale": 1.0, "audio_guidance_scale": 1.0}
-    dense = call_ltx_2(pipe, **one_forward)
+    dense = LTX_2.call(pipe, **one_forward)
     with attached(pipe, threshold=0.5, warmup_steps=0) as processor:
-        masked = call_ltx_2(pipe, **one_forward)
+        masked = LTX_2.call(pipe, **one_forward)
     assert torch.equal(masked, dense)
     summary = processor.stats.summary()
     assert summary["dense_calls"] == {"mask": 8 * 2}
@@ -220,7 +215,7 @@ def test_ltx_2_weights_between_tokens_stay_dense() -> None:
 def test_kandinsky_5_with_its_own_sparse_attention_keeps_it(monkeypatch: pytest.MonkeyPatch) -> None:
     # setting a backend on a model also sets a default for the whole process
     monkeypatch.setattr(_AttentionBackendRegistry, "_active_backend", _AttentionBackendRegistry._active_backend)
-    pipe = build_kandinsky_5(0)
+    pipe = KANDINSKY_5.build(0)
     pipe.set_progress_bar_config(disable=True)
     pipe.transformer.register_to_config(
         attention_type="nabla", attention_P=0.8, attention_wT=3, attention_wH=3, attention_wW=3, attention_add_sta=True
@@ -228,9 +223,9 @@ def test_kandinsky_5_with_its_own_sparse_attention_keeps_it(monkeypatch: pytest.
     pipe.transformer.set_attention_backend("flex")
     # its blocks are 8 x 8 tokens of a frame
     settings = {"height": 128, "width": 128, "num_inference_steps": 2, "guidance_scale": 1.0}
-    own = call_kandinsky_5(pipe, **settings)
+    own = KANDINSKY_5.call(pipe, **settings)
     with attached(pipe, threshold=0.5, warmup_steps=0) as processor:
-        wrapped = call_kandinsky_5(pipe, **settings)
+        wrapped = KANDINSKY_5.call(pipe, **settings)
     assert torch.equal(wrapped, own)
     assert processor.stats.summary()["dense_calls"] == {"mask": 2 * 2}
 

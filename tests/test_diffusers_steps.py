@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.tiny.wan_family import TEXT_DIM, build_t2v, call_t2v, flow_scheduler, tiny_transformer
+from tests.tiny.wan_family import T2V, TEXT_DIM, flow_scheduler, tiny_transformer
 from xattn_video import XAttnProcessor
 from xattn_video.integrations import diffusers as integration
 
@@ -37,7 +37,7 @@ def model() -> Any:
 
 @pytest.fixture
 def pipe() -> Any:
-    pipe = build_t2v(0, scheduler=FlowMatchEulerDiscreteScheduler)
+    pipe = T2V.build(0, scheduler=FlowMatchEulerDiscreteScheduler)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -164,7 +164,7 @@ def test_a_run_of_the_pipeline_warms_up_after_steps_that_the_user_counted(pipe: 
         forward(pipe.transformer, 500.0)
     assert calls(processor) == (0, 4)
     for _ in range(2):
-        call_t2v(pipe, num_inference_steps=4, guidance_scale=1.0)
+        T2V.call(pipe, num_inference_steps=4, guidance_scale=1.0)
         assert calls(processor) == (4, 4)
     processor.step(0)
     run_own_loop(pipe, TIMESTEPS["constant"])
@@ -202,7 +202,7 @@ def test_a_loop_that_was_interrupted_begins_again_with_its_scheduler(pipe: Any) 
     assert calls(processor) == (4, 4)
     # and after a run of the pipeline that left its timestep behind
     with pytest.raises(KeyboardInterrupt):
-        call_t2v(pipe, num_inference_steps=4, guidance_scale=1.0, callback_on_step_end=lambda *_: stop())
+        T2V.call(pipe, num_inference_steps=4, guidance_scale=1.0, callback_on_step_end=lambda *_: stop())
     assert pipe._current_timestep is not None
     processor.stats.reset()
     run_own_loop(pipe, TIMESTEPS["zigzag"])
@@ -217,7 +217,7 @@ def test_a_scheduler_that_is_set_after_attaching_is_seen(pipe: Any) -> None:
     run_own_loop(pipe, TIMESTEPS["constant"])
     assert calls(processor) == (4, 12)
     pipe.scheduler = flow_scheduler()
-    call_t2v(pipe, num_inference_steps=4, guidance_scale=1.0)
+    T2V.call(pipe, num_inference_steps=4, guidance_scale=1.0)
     assert calls(processor) == (4, 4)
 
 

@@ -16,11 +16,11 @@ from packaging.version import Version
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.tiny.wan_family import build_t2v, build_t2v_5b, build_t2v_a14b, build_v2v, call_t2v, call_v2v
+from tests.tiny.wan_family import T2V, T2V_5B, T2V_A14B, V2V, size
 from xattn_video import XAttnProcessor
 from xattn_video.integrations.diffusers import attached_processor
 
-# after tests.tiny, which mends a torchvision that does not fit this torch
+# after tests.tiny, which repairs a torchvision that does not fit this torch
 import diffusers  # isort: skip
 from diffusers import (  # isort: skip
     DiffusionPipeline,
@@ -37,7 +37,7 @@ LAYERS = 2
 
 @pytest.fixture(scope="module")
 def shared_pipe() -> WanPipeline:
-    return quiet(build_t2v(0))
+    return quiet(T2V.build(0))
 
 
 @pytest.fixture
@@ -59,7 +59,7 @@ def attach(pipe: DiffusionPipeline, **changes: Any) -> XAttnProcessor:
 
 def call(pipe: Any, **overrides: Any) -> Tensor:
     """Four steps without guidance: one forward each."""
-    return call_t2v(pipe, **{"num_inference_steps": 4, "guidance_scale": 1.0, **overrides})
+    return T2V.call(pipe, **{"num_inference_steps": 4, "guidance_scale": 1.0, **overrides})
 
 
 def steps_of(processor: XAttnProcessor) -> tuple[int, int]:
@@ -127,14 +127,14 @@ def test_a_pipeline_interrupted_by_its_own_flag_warms_up_again(pipe: WanPipeline
 
 
 def test_video_to_video_counts_from_the_first_step_it_runs() -> None:
-    pipe = quiet(build_v2v(0))
+    pipe = quiet(V2V.build(0))
     processor = attach(pipe)
-    call_v2v(pipe, num_inference_steps=8, strength=0.5, guidance_scale=1.0)
+    V2V.call(pipe, num_inference_steps=8, strength=0.5, guidance_scale=1.0)
     assert steps_of(processor) == (2, 2)
 
 
 def test_steps_go_on_counting_in_the_second_transformer() -> None:
-    pipe = quiet(build_t2v_a14b(0))
+    pipe = quiet(T2V_A14B.build(0))
     processor = attach(pipe, warmup_steps=4)
     ran = []
     for name in ("transformer", "transformer_2"):
@@ -148,15 +148,15 @@ def test_steps_go_on_counting_in_the_second_transformer() -> None:
 
 
 def test_timesteps_by_token_are_counted() -> None:
-    pipe = quiet(build_t2v_5b(0))
+    pipe = quiet(T2V_5B.build(0))
     processor = attach(pipe)
-    call(pipe, scale=2)
+    call(pipe, **size(2))
     assert steps_of(processor) == (2, 2)
     # and without the pipeline's own timestep
     pipe.set_attn_processor(None)
     processor = XAttnProcessor(**SETTINGS, warmup_steps=2)
     pipe.transformer.set_attn_processor(processor)
-    call(pipe, scale=2)
+    call(pipe, **size(2))
     assert steps_of(processor) == (2, 2)
 
 
@@ -166,13 +166,13 @@ def test_a_pipeline_made_from_another_keeps_the_processor(pipe: WanPipeline) -> 
     other = quiet(WanVideoToVideoPipeline.from_pipe(pipe))
     assert attached_processor(other.transformer) is processor
     processor.stats.reset()
-    call_v2v(other, num_inference_steps=8, strength=0.5, guidance_scale=4.0)
+    V2V.call(other, num_inference_steps=8, strength=0.5, guidance_scale=4.0)
     assert steps_of(processor) == (4, 4)
     assert torch.equal(call(pipe), dense_and_sparse)
     # the second one may be given the same processor, or another
     other.set_attn_processor(processor)
     steps_of(processor)
-    call_v2v(other, num_inference_steps=8, strength=0.5, guidance_scale=4.0)
+    V2V.call(other, num_inference_steps=8, strength=0.5, guidance_scale=4.0)
     assert steps_of(processor) == (4, 4)
     replaced = attach(other)
     assert torch.equal(call(pipe), dense_and_sparse)
@@ -193,7 +193,7 @@ def test_a_copied_pipeline_counts_its_own_steps(pipe: WanPipeline) -> None:
 
 
 def test_two_pipelines_in_two_threads(pipe: WanPipeline) -> None:
-    others = [quiet(build_t2v(seed)) for seed in (1, 2)]
+    others = [quiet(T2V.build(seed)) for seed in (1, 2)]
     processors = [attach(other) for other in others]
     alone = [call(other, guidance_scale=4.0) for other in others]
     for processor in processors:
@@ -266,7 +266,7 @@ def test_weights_that_come_from_the_cpu_layer_by_layer(pipe: WanPipeline) -> Non
     expected = call(pipe)
     assert steps_of(expected_processor) == (2, 2)
     # what enable_sequential_cpu_offload and enable_model_cpu_offload do, which ask for an accelerator
-    offloaded = quiet(build_t2v(0))
+    offloaded = quiet(T2V.build(0))
     processor = attach(offloaded)
     accelerate.cpu_offload(offloaded.transformer, execution_device=torch.device("cpu"))
     accelerate.cpu_offload(offloaded.vae, execution_device=torch.device("cpu"))
@@ -274,7 +274,7 @@ def test_weights_that_come_from_the_cpu_layer_by_layer(pipe: WanPipeline) -> Non
     assert torch.equal(call(offloaded), expected)
     assert steps_of(processor) == (2, 2)
 
-    whole = quiet(build_t2v(0))
+    whole = quiet(T2V.build(0))
     processor = attach(whole)
     whole.transformer, _ = accelerate.cpu_offload_with_hook(whole.transformer, execution_device=torch.device("cpu"))
     assert torch.equal(call(whole), expected)
@@ -286,7 +286,7 @@ def test_weights_that_come_from_the_cpu_layer_by_layer(pipe: WanPipeline) -> Non
     reason="diffusers before 0.41 groups weights only with an accelerator",
 )
 def test_group_offloading() -> None:
-    grouped = quiet(build_t2v(0))
+    grouped = quiet(T2V.build(0))
     attach(grouped)
     expected = call(grouped)
     cpu = torch.device("cpu")
@@ -295,7 +295,7 @@ def test_group_offloading() -> None:
 
 
 def test_weights_stored_in_eight_bits() -> None:
-    small = quiet(build_t2v(0))
+    small = quiet(T2V.build(0))
     small.transformer.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
     dense = call(small)
     processor = attach(small, threshold=1.0)
@@ -305,7 +305,7 @@ def test_weights_stored_in_eight_bits() -> None:
 
 
 def test_bf16() -> None:
-    pipe = quiet(build_t2v(0)).to(torch.bfloat16)
+    pipe = quiet(T2V.build(0)).to(torch.bfloat16)
     dense = call(pipe)
     processor = attach(pipe, threshold=1.0)
     exact = call(pipe)
@@ -330,7 +330,7 @@ def test_moving_a_pipeline_keeps_it_attached(pipe: WanPipeline) -> None:
 
 def test_a_step_cache_skips_calls_and_changes_nothing_else() -> None:
     # diffusers 0.38 to 0.40 fail, dense too, where the cache is enabled after the model's first call
-    pipe = quiet(build_t2v(0))
+    pipe = quiet(T2V.build(0))
     processor = attach(pipe)
     pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=1e9))
     try:

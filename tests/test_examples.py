@@ -20,8 +20,9 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from tests.cli_tools import save_tiny_wan
 from tests.test_asking import SCENES, add
-from tests.tiny.hunyuan_families import SIZE, VIDEO, build_hunyuan_video, llama_prompts
-from tests.tiny.wan_family import TOKENS, build_t2v, size, text_inputs
+from tests.tiny.hunyuan_families import HUNYUAN_VIDEO, SIZE, VIDEO
+from tests.tiny.hunyuan_families import prompts as hunyuan_prompts
+from tests.tiny.wan_family import T2V, TOKENS, prompts, text_inputs
 from xattn_video import XAttnConfig, XAttnProcessor, score_blocks
 from xattn_video.testing.synthetic import video_like_qkv
 
@@ -63,9 +64,9 @@ def test_wan_runs_as_a_script(tmp_path: Path, capsys: pytest.CaptureFixture[str]
 
 
 def test_wan_gives_the_processors_back() -> None:
-    pipe, processor = build_t2v(0), XAttnProcessor(**TINY)
+    pipe, processor = T2V.build(0), XAttnProcessor(**TINY)
     before = dict(pipe.transformer.attn_processors)
-    inputs = {**text_inputs((0,)), **size(), "num_inference_steps": 3}
+    inputs = {**text_inputs((0,)), "num_inference_steps": 3, "output_type": "latent"}
     frames = example("wan").make_video(pipe, processor, **inputs)
     assert torch.isfinite(frames).all()
     assert processor.stats.summary()["sparse_calls"] > 0
@@ -74,9 +75,9 @@ def test_wan_gives_the_processors_back() -> None:
 
 @pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_hunyuan_counts_its_layers(compiled: bool) -> None:
-    hunyuan, pipe = example("hunyuan"), build_hunyuan_video(0)
+    hunyuan, pipe = example("hunyuan"), HUNYUAN_VIDEO.build(0)
     config = hunyuan.CONFIG.replace(**TINY, dense_layers=(0,))
-    inputs = {**SIZE, **llama_prompts((0,), negative=False), "num_inference_steps": 4, "output_type": "latent"}
+    inputs = {**SIZE, **hunyuan_prompts((0,)), "num_inference_steps": 4, "output_type": "latent"}
     generator = torch.Generator("cpu").manual_seed(0)
     frames, summary = hunyuan.make_video(pipe, config, compile_blocks=compiled, generator=generator, **inputs)
     assert torch.isfinite(frames).all()
@@ -95,9 +96,9 @@ def test_the_settings_of_hunyuan_are_the_papers_with_dense_layers() -> None:
 
 
 def test_own_loop_counts_the_steps_it_is_told() -> None:
-    own_loop, pipe, processor = example("own_loop"), build_t2v(0), XAttnProcessor(**TINY)
+    own_loop, pipe, processor = example("own_loop"), T2V.build(0), XAttnProcessor(**TINY)
     pipe.transformer.set_attn_processor(processor)
-    inputs = text_inputs((0,))
+    inputs = prompts((0,))
     text, negative = inputs["prompt_embeds"], inputs["negative_prompt_embeds"]
     noise = torch.randn(1, 16, 5, 14, 18, generator=torch.Generator().manual_seed(0))
     assert TOKENS == 5 * 7 * 9

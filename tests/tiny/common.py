@@ -1,11 +1,13 @@
-"""What every tiny pipeline shares: its description, seeded construction, fixed inputs."""
+"""What every tiny pipeline shares: its row in the table of families, seeded construction, fixed inputs."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
+from inspect import signature
+from operator import attrgetter
 from typing import Any, NoReturn
 
 import pytest
@@ -21,24 +23,24 @@ from diffusers import DiffusionPipeline
 SHARPNESS = 2.0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Family:
-    """A tiny pipeline of one model family and what a right integration does with it.
-
-    `call(pipe, **overrides)` runs the pipeline with fixed text and noise and gives the result as a tensor
-    `[items, ...]`. Every `call` takes `items` (a tuple of ints, default `(0,)`: which of the fixed prompts
-    and noises to run as one batch); anything else goes to the pipeline.
-    """
+    """A row of the table: a tiny pipeline of one model family, and what a right integration does with it."""
 
     name: str
-    build: Callable[[int], DiffusionPipeline]
-    call: Callable[..., Tensor]
+    # the class of diffusers, and its parts by name: a function that makes the part, or a plain value
+    pipeline: Callable[..., DiffusionPipeline]
+    parts: Mapping[str, Any]
+    # what the pipeline is called with to make the videos of `items`
+    inputs: Callable[[tuple[int, ...]], dict[str, Any]]
+    # sequence lengths that reach sparse attention: the video's tokens, with the text's in joint attention
+    tokens: tuple[int, ...]
     # where the text sits: 'cross-attention' or 'joint, after the video', ...
-    text: str
+    text: str = "cross-attention"
+    # what is peculiar about it
+    notes: str = ""
     # names of the pipeline's components that hold sparse layers
     transformers: tuple[str, ...] = ("transformer",)
-    # sequence lengths that reach sparse attention: the video's tokens, with the text's in joint attention
-    tokens: tuple[int, ...] = ()
     # video self-attention layers that one forward runs through
     layers: int = 2
     # 2 where guidance runs the two prompts one after the other
@@ -51,7 +53,38 @@ class Family:
     batches: bool = True
     # relative error between two ways to compute the same in float32
     tolerance: float = 1e-5
-    notes: str = field(default="", compare=False)
+    # takes the videos from the pipeline's output
+    result: Callable[[Any], Tensor] = attrgetter("frames")
+
+    def build(self, seed: int, **changes: Any) -> DiffusionPipeline:
+        """The pipeline with random weights from `seed`; `changes` are parts in place of the row's own."""
+        with seeded(seed):
+            made = {name: part() if callable(part) else part for name, part in {**self.parts, **changes}.items()}
+        for part in made.values():
+            if isinstance(part, nn.Module):
+                part.eval()
+        return assemble(self.pipeline, made)
+
+    def call(self, pipe: DiffusionPipeline, items: tuple[int, ...] = (0,), **overrides: Any) -> Tensor:
+        """Run the pipeline with fixed text and noise; the result is `[items, ...]`.
+
+        `items` tells which of the fixed prompts and noises to run as one batch. `overrides` go to the pipeline.
+        """
+        noise = generators(items) if self.batches else generators(items)[0]
+        arguments = {"generator": noise, "output_type": "latent", **self.inputs(items), **overrides}
+        # the noise between the stages of Helios comes from torch's global generator
+        with seeded(items[0]):
+            return self.result(pipe(**arguments))
+
+
+def assemble(pipeline: Callable[..., DiffusionPipeline], parts: Mapping[str, Any]) -> DiffusionPipeline:
+    """A pipeline of `parts`; all else that it asks for (tokenizers, text encoders) is None."""
+    asked = [
+        parameter.name
+        for parameter in signature(pipeline).parameters.values()
+        if parameter.default is parameter.empty and parameter.kind is parameter.POSITIONAL_OR_KEYWORD
+    ]
+    return pipeline(**{**dict.fromkeys(asked), **parts})
 
 
 def newer_classes(*names: str) -> list[Any]:
@@ -86,10 +119,22 @@ def _generator(salt: int, item: int) -> torch.Generator:
     return torch.Generator("cpu").manual_seed(7919 * (salt + 1) + item)
 
 
-def sharpen(module: nn.Module, factor: float = SHARPNESS) -> nn.Module:
+def prefix_mask(valid: Sequence[int], items: Sequence[int], length: int) -> Tensor:
+    """Padding mask `[items, length]`, int64: the first `valid[item]` tokens of each item are real."""
+    counts = torch.tensor([valid[item] for item in items])
+    return (torch.arange(length)[None] < counts[:, None]).long()
+
+
+def sharpen(module: nn.Module) -> nn.Module:
     """Scale the query and key norms: random weights then attend to few tokens, and a wrong mask shows."""
+    norms = ("norm_q", "norm_k", "norm_added_q", "norm_added_k", "query_norm", "key_norm")
     with torch.no_grad():
         for name, parameter in module.named_parameters():
-            if name.endswith(("norm_q.weight", "norm_k.weight")):
-                parameter.mul_(factor)
+            if name.endswith(tuple(f"{norm}.weight" for norm in norms)):
+                parameter.mul_(SHARPNESS)
     return module
+
+
+def two_heads(cls: Callable[..., nn.Module], **config: Any) -> nn.Module:
+    """A transformer of two heads of 32, with sharpened attention."""
+    return sharpen(cls(num_attention_heads=2, attention_head_dim=32, **config))

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
-# repairs a torchvision that does not fit this torch, so that diffusers can be imported
-import xattn_video.integrations.diffusers  # noqa: F401  # isort: skip
+from tests.tiny.common import assemble
 
-from diffusers import (
+# after tests.tiny.common, which repairs a torchvision that does not fit this torch
+from diffusers import (  # isort: skip
     AllegroPipeline,
     AllegroTransformer3DModel,
     CogVideoXPipeline,
@@ -26,79 +27,47 @@ from diffusers import (
     MochiTransformer3DModel,
 )
 
+HEADS: dict[str, int] = {"num_attention_heads": 2, "attention_head_dim": 16, "num_layers": 1}
+JOINT = {"in_channels": 4, "out_channels": 4, "text_embed_dim": 8}
+CROSS = {"cross_attention_dim": 32, "caption_channels": 8}
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, eq=False)
 class NotDispatching:
     """A pipeline whose transformer computes attention by itself, out of the wrapper's reach."""
 
-    transformer: str
-    build: Callable[[], DiffusionPipeline]
+    pipeline: Callable[..., DiffusionPipeline]
+    cls: Callable[..., nn.Module]
+    config: Mapping[str, Any]
 
+    @property
+    def transformer(self) -> str:
+        return self.cls.__name__
 
-def without_encoders(pipeline: type[DiffusionPipeline], transformer: nn.Module) -> DiffusionPipeline:
-    return pipeline(
-        tokenizer=None,
-        text_encoder=None,
-        vae=None,
-        transformer=transformer,
-        scheduler=FlowMatchEulerDiscreteScheduler(),
-    )
+    def build(self) -> DiffusionPipeline:
+        parts = {"transformer": self.cls(**HEADS, **self.config), "scheduler": FlowMatchEulerDiscreteScheduler()}
+        return assemble(self.pipeline, parts)
 
-
-HEADS: dict[str, int] = {"num_attention_heads": 2, "attention_head_dim": 16, "num_layers": 1}
 
 NOT_DISPATCHING: tuple[NotDispatching, ...] = (
+    NotDispatching(CogVideoXPipeline, CogVideoXTransformer3DModel, JOINT),
+    NotDispatching(MochiPipeline, MochiTransformer3DModel, {"pooled_projection_dim": 16, "text_embed_dim": 8}),
+    NotDispatching(AllegroPipeline, AllegroTransformer3DModel, CROSS),
     NotDispatching(
-        "CogVideoXTransformer3DModel",
-        lambda: without_encoders(
-            CogVideoXPipeline, CogVideoXTransformer3DModel(**HEADS, in_channels=4, out_channels=4, text_embed_dim=8)
-        ),
+        LattePipeline,
+        LatteTransformer3DModel,
+        {
+            **CROSS,
+            "in_channels": 4,
+            "out_channels": 8,
+            "sample_size": 8,
+            "patch_size": 2,
+            "num_embeds_ada_norm": 1000,
+            "norm_type": "ada_norm_single",
+            "norm_elementwise_affine": False,
+        },
     ),
-    NotDispatching(
-        "MochiTransformer3DModel",
-        lambda: without_encoders(
-            MochiPipeline, MochiTransformer3DModel(**HEADS, pooled_projection_dim=16, text_embed_dim=8)
-        ),
-    ),
-    NotDispatching(
-        "AllegroTransformer3DModel",
-        lambda: without_encoders(
-            AllegroPipeline, AllegroTransformer3DModel(**HEADS, cross_attention_dim=32, caption_channels=8)
-        ),
-    ),
-    NotDispatching(
-        "LatteTransformer3DModel",
-        lambda: without_encoders(
-            LattePipeline,
-            LatteTransformer3DModel(
-                **HEADS,
-                in_channels=4,
-                out_channels=8,
-                cross_attention_dim=32,
-                sample_size=8,
-                patch_size=2,
-                num_embeds_ada_norm=1000,
-                norm_type="ada_norm_single",
-                norm_elementwise_affine=False,
-                caption_channels=8,
-            ),
-        ),
-    ),
-    NotDispatching(
-        "ConsisIDTransformer3DModel",
-        lambda: without_encoders(
-            # its own pipeline class has the same components but needs OpenCV
-            CogVideoXPipeline,
-            ConsisIDTransformer3DModel(**HEADS, in_channels=4, out_channels=4, text_embed_dim=8),
-        ),
-    ),
-    NotDispatching(
-        "EasyAnimateTransformer3DModel",
-        lambda: without_encoders(
-            EasyAnimatePipeline,
-            EasyAnimateTransformer3DModel(
-                **HEADS, in_channels=4, out_channels=4, patch_size=2, mmdit_layers=1, text_embed_dim=8
-            ),
-        ),
-    ),
+    # its own pipeline class has the same components but needs OpenCV
+    NotDispatching(CogVideoXPipeline, ConsisIDTransformer3DModel, JOINT),
+    NotDispatching(EasyAnimatePipeline, EasyAnimateTransformer3DModel, {**JOINT, "patch_size": 2, "mmdit_layers": 1}),
 )

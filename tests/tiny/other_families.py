@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from functools import partial
 from inspect import signature
 from typing import Any
 
@@ -10,8 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.tiny.common import SHARPNESS, Family, generators, newer_classes, normal, seeded, sharpen
-from tests.tiny.hunyuan_families import prefix_mask
+from tests.tiny.common import Family, newer_classes, normal, prefix_mask, sharpen, two_heads
 
 import diffusers  # isort: skip
 from diffusers import (  # isort: skip
@@ -35,6 +34,7 @@ AutoencoderKLLTX2Audio, AutoencoderKLLTX2Video, LTX2Pipeline, LTX2VideoTransform
 
 TEXT_LENGTH, TEXT_DIM, POOLED_DIM = 22, 24, 16
 VALID_TEXT, VALID_NEGATIVE = (13, 20), (7, 11)
+GUIDED = {"guidance_scale": 3.0, "num_inference_steps": 8}
 
 
 def fill_zeros(module: nn.Module) -> nn.Module:
@@ -46,136 +46,104 @@ def fill_zeros(module: nn.Module) -> nn.Module:
     return module
 
 
-def padded_prompts(items: Sequence[int]) -> dict[str, Tensor]:
+def prompts(items: tuple[int, ...], dim: int = TEXT_DIM) -> dict[str, Tensor]:
     return {
-        "prompt_embeds": normal((TEXT_LENGTH, TEXT_DIM), items, salt=1),
-        "prompt_attention_mask": prefix_mask(VALID_TEXT, items),
-        "negative_prompt_embeds": normal((TEXT_LENGTH, TEXT_DIM), items, salt=3),
-        "negative_prompt_attention_mask": prefix_mask(VALID_NEGATIVE, items),
+        "prompt_embeds": normal((TEXT_LENGTH, dim), items, salt=1),
+        "negative_prompt_embeds": normal((TEXT_LENGTH, dim), items, salt=3),
     }
 
 
-def build_ltx(seed: int) -> LTXPipeline:
-    with seeded(seed):
-        transformer = LTXVideoTransformer3DModel(
-            in_channels=8,
-            out_channels=8,
-            num_attention_heads=2,
-            attention_head_dim=32,
-            cross_attention_dim=64,
-            num_layers=2,
-            caption_channels=TEXT_DIM,
-        )
-    return LTXPipeline(
-        scheduler=FlowMatchEulerDiscreteScheduler(),
-        vae=None,
-        text_encoder=None,
-        tokenizer=None,
-        transformer=sharpen(transformer).eval(),
-    )
+# ---- LTX and LTX-2: 3 latent frames of 10 x 13 tokens
 
-
-# 3 latent frames of 10 x 13 tokens
-LTX_SIZE = {"height": 320, "width": 416, "num_frames": 17}
-
-
-def call_ltx(pipe: LTXPipeline, items: Sequence[int] = (0,), **overrides: Any) -> Tensor:
-    arguments = {
-        **LTX_SIZE,
-        **padded_prompts(items),
-        "guidance_scale": 3.0,
-        "num_inference_steps": 8,
-        "generator": generators(items),
-        "output_type": "latent",
-    }
-    return pipe(**{**arguments, **overrides}).frames
-
-
+LTX_TRANSFORMER: dict[str, Any] = {
+    "in_channels": 8,
+    "out_channels": 8,
+    "cross_attention_dim": 64,
+    "num_layers": 2,
+    "caption_channels": TEXT_DIM,
+}
 # latent audio channels x latent mel bins: what one audio token holds
 AUDIO_CHANNELS = 16
 
 
-def build_ltx_2(seed: int, **changes: Any) -> LTX2Pipeline:
-    with seeded(seed):
-        transformer = LTX2VideoTransformer3DModel(
-            in_channels=8,
-            out_channels=8,
-            num_attention_heads=2,
-            attention_head_dim=32,
-            cross_attention_dim=64,
-            audio_in_channels=AUDIO_CHANNELS,
-            audio_out_channels=AUDIO_CHANNELS,
-            audio_num_attention_heads=2,
-            audio_attention_head_dim=16,
-            audio_cross_attention_dim=32,
-            num_layers=2,
-            caption_channels=TEXT_DIM,
-            **changes,
-        )
-        from diffusers.pipelines.ltx2 import LTX2TextConnectors, LTX2Vocoder
+def ltx_inputs(items: tuple[int, ...]) -> dict[str, Any]:
+    masks = {
+        "prompt_attention_mask": prefix_mask(VALID_TEXT, items, TEXT_LENGTH),
+        "negative_prompt_attention_mask": prefix_mask(VALID_NEGATIVE, items, TEXT_LENGTH),
+    }
+    return {**prompts(items), **masks, **GUIDED, "height": 320, "width": 416, "num_frames": 17}
 
-        connectors = LTX2TextConnectors(
-            caption_channels=TEXT_DIM,
-            text_proj_in_factor=1,
-            video_connector_num_attention_heads=2,
-            video_connector_attention_head_dim=TEXT_DIM // 2,
-            video_connector_num_layers=1,
-            video_connector_num_learnable_registers=None,
-            audio_connector_num_attention_heads=2,
-            audio_connector_attention_head_dim=TEXT_DIM // 2,
-            audio_connector_num_layers=1,
-            audio_connector_num_learnable_registers=None,
-        )
-        vae = AutoencoderKLLTX2Video(
-            latent_channels=8,
-            block_out_channels=(8, 8, 8, 8),
-            decoder_block_out_channels=(8, 8, 8),
-            layers_per_block=(1, 1, 1, 1, 1),
-            decoder_layers_per_block=(1, 1, 1, 1),
-            spatial_compression_ratio=32,
-            temporal_compression_ratio=8,
-        )
-        audio_vae = AutoencoderKLLTX2Audio(
-            base_channels=AUDIO_CHANNELS, ch_mult=(1, 1, 1), num_res_blocks=1, latent_channels=2, mel_bins=32
-        )
-        vocoder = LTX2Vocoder(
-            in_channels=64,
-            hidden_channels=32,
-            upsample_kernel_sizes=[4, 4],
-            upsample_factors=[2, 2],
-            resnet_kernel_sizes=[3],
-            resnet_dilations=[[1]],
-        )
-    return LTX2Pipeline(
-        scheduler=FlowMatchEulerDiscreteScheduler(),
-        vae=vae.eval(),
-        audio_vae=audio_vae.eval(),
-        text_encoder=None,
-        tokenizer=None,
-        connectors=connectors.eval(),
-        transformer=sharpen(transformer).eval(),
-        vocoder=vocoder.eval(),
+
+def ltx_2_transformer(**changes: Any) -> nn.Module:
+    audio = {
+        "audio_in_channels": AUDIO_CHANNELS,
+        "audio_out_channels": AUDIO_CHANNELS,
+        "audio_num_attention_heads": 2,
+        "audio_attention_head_dim": 16,
+        "audio_cross_attention_dim": 32,
+    }
+    return two_heads(LTX2VideoTransformer3DModel, **LTX_TRANSFORMER, **audio, **changes)
+
+
+def ltx_2_connectors() -> nn.Module:
+    from diffusers.pipelines.ltx2 import LTX2TextConnectors
+
+    one = {
+        "num_attention_heads": 2,
+        "attention_head_dim": TEXT_DIM // 2,
+        "num_layers": 1,
+        "num_learnable_registers": None,
+    }
+    both = {f"{name}_connector_{key}": value for name in ("video", "audio") for key, value in one.items()}
+    return LTX2TextConnectors(caption_channels=TEXT_DIM, text_proj_in_factor=1, **both)
+
+
+def ltx_2_vocoder() -> nn.Module:
+    from diffusers.pipelines.ltx2 import LTX2Vocoder
+
+    return LTX2Vocoder(
+        in_channels=64,
+        hidden_channels=32,
+        upsample_kernel_sizes=[4, 4],
+        upsample_factors=[2, 2],
+        resnet_kernel_sizes=[3],
+        resnet_dilations=[[1]],
     )
 
 
-def call_ltx_2(pipe: LTX2Pipeline, items: Sequence[int] = (0,), **overrides: Any) -> Tensor:
-    """Video and audio latents of each item, one after the other in one row."""
-    arguments = {
-        **LTX_SIZE,
-        **padded_prompts(items),
-        # slow enough for 85 audio tokens: long enough a sequence to be sparse, if it were taken for the video's
-        "frame_rate": 5.0,
-        "guidance_scale": 3.0,
-        "stg_scale": 0.0,
-        "modality_scale": 1.0,
-        "audio_stg_scale": 0.0,
-        "audio_modality_scale": 1.0,
-        "num_inference_steps": 8,
-        "generator": generators(items),
-        "output_type": "latent",
-    }
-    video, audio = pipe(**{**arguments, **overrides}, return_dict=False)
-    return torch.cat([video.flatten(1), audio.flatten(1)], dim=1)
+LTX_2_PARTS = {
+    "transformer": ltx_2_transformer,
+    "connectors": ltx_2_connectors,
+    "vae": partial(
+        AutoencoderKLLTX2Video,
+        latent_channels=8,
+        block_out_channels=(8, 8, 8, 8),
+        decoder_block_out_channels=(8, 8, 8),
+        layers_per_block=(1, 1, 1, 1, 1),
+        decoder_layers_per_block=(1, 1, 1, 1),
+        spatial_compression_ratio=32,
+        temporal_compression_ratio=8,
+    ),
+    "audio_vae": partial(
+        AutoencoderKLLTX2Audio,
+        base_channels=AUDIO_CHANNELS,
+        ch_mult=(1, 1, 1),
+        num_res_blocks=1,
+        latent_channels=2,
+        mel_bins=32,
+    ),
+    "vocoder": ltx_2_vocoder,
+    "scheduler": FlowMatchEulerDiscreteScheduler,
+}
+
+
+def ltx_2_inputs(items: tuple[int, ...]) -> dict[str, Any]:
+    # slow enough for 85 audio tokens: long enough a sequence to be sparse, if it were taken for the video's
+    guidance = {"stg_scale": 0.0, "modality_scale": 1.0, "audio_stg_scale": 0.0, "audio_modality_scale": 1.0}
+    return {**ltx_inputs(items), **guidance, "frame_rate": 5.0}
+
+
+# ---- Cosmos: 3 latent frames of 10 x 13 tokens
 
 
 class AllowAll(ModelMixin):
@@ -193,174 +161,139 @@ class AllowAll(ModelMixin):
         return video
 
 
-def cosmos_transformer(seed: int, **changes: Any) -> CosmosTransformer3DModel:
-    with seeded(seed):
-        transformer = CosmosTransformer3DModel(
-            num_attention_heads=2,
-            attention_head_dim=32,
-            num_layers=2,
-            mlp_ratio=2.0,
-            adaln_lora_dim=8,
-            max_size=(8, 64, 64),
-            **changes,
-        )
-        return sharpen(fill_zeros(transformer)).eval()
+def cosmos_transformer(**changes: Any) -> nn.Module:
+    settings = {"num_layers": 2, "mlp_ratio": 2.0, "adaln_lora_dim": 8, "max_size": (8, 64, 64)}
+    channels = {"in_channels": 4, "out_channels": 4, "text_embed_dim": TEXT_DIM}
+    return fill_zeros(two_heads(CosmosTransformer3DModel, **{**settings, **channels, **changes}))
 
 
-def build_cosmos(seed: int) -> CosmosTextToWorldPipeline:
-    return CosmosTextToWorldPipeline(
-        text_encoder=None,
-        tokenizer=None,
-        transformer=cosmos_transformer(seed, in_channels=4, out_channels=4, text_embed_dim=TEXT_DIM),
-        vae=None,
-        scheduler=EDMEulerScheduler(
-            sigma_min=0.002, sigma_max=80, sigma_data=0.5, sigma_schedule="karras", final_sigmas_type="sigma_min"
-        ),
-        safety_checker=AllowAll(),
-    )
-
-
-def unmasked_prompts(items: Sequence[int], dim: int = TEXT_DIM) -> dict[str, Tensor]:
-    return {
-        "prompt_embeds": normal((TEXT_LENGTH, dim), items, salt=1),
-        "negative_prompt_embeds": normal((TEXT_LENGTH, dim), items, salt=3),
-    }
-
-
-def call_cosmos(pipe: CosmosTextToWorldPipeline, items: Sequence[int] = (0,), **overrides: Any) -> Tensor:
-    arguments = {
-        **unmasked_prompts(items),
-        # 3 latent frames of 10 x 13 tokens
-        "height": 160,
-        "width": 208,
-        "num_frames": 17,
-        "guidance_scale": 3.0,
-        "num_inference_steps": 8,
-        "generator": generators(items),
-        "output_type": "latent",
-    }
-    return pipe(**{**arguments, **overrides}).frames
-
-
-def build_cosmos_25(seed: int) -> Cosmos2_5_PredictBasePipeline:
+def cosmos_25_transformer() -> nn.Module:
     if "encoder_hidden_states_channels" not in signature(CosmosTransformer3DModel).parameters:
         pytest.skip(f"the Cosmos transformer of diffusers {diffusers.__version__} is that of 1.0 and 2.0")
-    with seeded(seed):
-        vae = AutoencoderKLWan(
-            base_dim=4,
-            z_dim=4,
-            dim_mult=[1, 1, 1, 1],
-            num_res_blocks=1,
-            latents_mean=[0.0] * 4,
-            latents_std=[1.0] * 4,
-        )
-    return Cosmos2_5_PredictBasePipeline(
-        text_encoder=None,
-        tokenizer=None,
-        transformer=cosmos_transformer(
-            seed,
-            # the condition's mask is one channel more
-            in_channels=4 + 1,
-            out_channels=4,
-            text_embed_dim=TEXT_DIM,
-            use_crossattn_projection=True,
-            crossattn_proj_in_channels=32,
-            encoder_hidden_states_channels=TEXT_DIM,
-            extra_pos_embed_type=None,
-        ),
-        vae=vae.eval(),
-        scheduler=UniPCMultistepScheduler(
-            prediction_type="flow_prediction", use_flow_sigmas=True, use_karras_sigmas=True, sigma_max=200.0
-        ),
-        safety_checker=AllowAll(),
+    return cosmos_transformer(
+        # the condition's mask is one channel more
+        in_channels=4 + 1,
+        use_crossattn_projection=True,
+        crossattn_proj_in_channels=32,
+        encoder_hidden_states_channels=TEXT_DIM,
+        extra_pos_embed_type=None,
     )
 
 
-def call_cosmos_25(pipe: Cosmos2_5_PredictBasePipeline, items: Sequence[int] = (0,), **overrides: Any) -> Tensor:
-    arguments = {
-        **unmasked_prompts(items, dim=32),
-        # 3 latent frames of 10 x 13 tokens
-        "height": 160,
-        "width": 208,
-        "num_frames": 9,
-        "guidance_scale": 3.0,
-        "num_inference_steps": 8,
-        "generator": generators(items),
-        "output_type": "latent",
-    }
-    return pipe(**{**arguments, **overrides}).frames
+COSMOS_PARTS = {
+    "transformer": cosmos_transformer,
+    "scheduler": partial(
+        EDMEulerScheduler,
+        sigma_min=0.002,
+        sigma_max=80,
+        sigma_data=0.5,
+        sigma_schedule="karras",
+        final_sigmas_type="sigma_min",
+    ),
+    "safety_checker": AllowAll,
+}
+COSMOS_25_PARTS = {
+    "transformer": cosmos_25_transformer,
+    "vae": partial(
+        AutoencoderKLWan,
+        base_dim=4,
+        z_dim=4,
+        dim_mult=[1, 1, 1, 1],
+        num_res_blocks=1,
+        latents_mean=[0.0] * 4,
+        latents_std=[1.0] * 4,
+    ),
+    "scheduler": partial(
+        UniPCMultistepScheduler,
+        prediction_type="flow_prediction",
+        use_flow_sigmas=True,
+        use_karras_sigmas=True,
+        sigma_max=200.0,
+    ),
+    "safety_checker": AllowAll,
+}
 
 
-def build_kandinsky_5(seed: int) -> Kandinsky5T2VPipeline:
-    with seeded(seed):
-        transformer = Kandinsky5Transformer3DModel(
-            in_visual_dim=4,
-            out_visual_dim=4,
-            in_text_dim=TEXT_DIM,
-            in_text_dim2=POOLED_DIM,
-            time_dim=16,
-            model_dim=64,
-            ff_dim=128,
-            num_text_blocks=1,
-            num_visual_blocks=2,
-            axes_dims=(8, 12, 12),
-        )
-        fill_zeros(transformer)
-    with torch.no_grad():
-        for block in transformer.visual_transformer_blocks:
-            block.self_attention.query_norm.weight.mul_(SHARPNESS)
-            block.self_attention.key_norm.weight.mul_(SHARPNESS)
-    return Kandinsky5T2VPipeline(
-        transformer=transformer.eval(),
-        vae=None,
-        text_encoder=None,
-        tokenizer=None,
-        text_encoder_2=None,
-        tokenizer_2=None,
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=5.0),
-    )
+def cosmos_inputs(items: tuple[int, ...], frames: int = 17, text_dim: int = TEXT_DIM) -> dict[str, Any]:
+    return {**prompts(items, text_dim), **GUIDED, "height": 160, "width": 208, "num_frames": frames}
 
+
+# ---- Kandinsky 5: 5 latent frames of 8 x 10 tokens
 
 # long enough a sequence to be sparse, if it were taken for the video's
 KANDINSKY_TEXT = 90
 
 
-def call_kandinsky_5(pipe: Kandinsky5T2VPipeline, items: Sequence[int] = (0,), **overrides: Any) -> Tensor:
+def kandinsky_transformer() -> nn.Module:
+    transformer = Kandinsky5Transformer3DModel(
+        in_visual_dim=4,
+        out_visual_dim=4,
+        in_text_dim=TEXT_DIM,
+        in_text_dim2=POOLED_DIM,
+        time_dim=16,
+        model_dim=64,
+        ff_dim=128,
+        num_text_blocks=1,
+        num_visual_blocks=2,
+        axes_dims=(8, 12, 12),
+    )
+    return sharpen(fill_zeros(transformer))
+
+
+def kandinsky_inputs(items: tuple[int, ...]) -> dict[str, Any]:
     lengths = torch.arange(len(items) + 1, dtype=torch.int32)
-    arguments = {
-        "prompt_embeds_qwen": normal((KANDINSKY_TEXT, TEXT_DIM), items, salt=1),
-        "prompt_embeds_clip": normal((POOLED_DIM,), items, salt=2),
-        "prompt_cu_seqlens": lengths * KANDINSKY_TEXT,
-        "negative_prompt_embeds_qwen": normal((KANDINSKY_TEXT - 5, TEXT_DIM), items, salt=3),
-        "negative_prompt_embeds_clip": normal((POOLED_DIM,), items, salt=4),
-        "negative_prompt_cu_seqlens": lengths * (KANDINSKY_TEXT - 5),
-        # 5 latent frames of 8 x 10 tokens
-        "height": 128,
-        "width": 160,
-        "num_frames": 17,
-        "guidance_scale": 3.0,
-        "num_inference_steps": 8,
-        "generator": generators(items),
-        "output_type": "latent",
-    }
-    return pipe(**{**arguments, **overrides}).frames
+    inputs = {**GUIDED, "height": 128, "width": 160, "num_frames": 17}
+    for prefix, salt, length in (("", 1, KANDINSKY_TEXT), ("negative_", 3, KANDINSKY_TEXT - 5)):
+        inputs |= {
+            f"{prefix}prompt_embeds_qwen": normal((length, TEXT_DIM), items, salt=salt),
+            f"{prefix}prompt_embeds_clip": normal((POOLED_DIM,), items, salt=salt + 1),
+            f"{prefix}prompt_cu_seqlens": lengths * length,
+        }
+    return inputs
 
 
-CROSS = "cross-attention"
+LTX_2 = Family(
+    "ltx-2",
+    LTX2Pipeline,
+    LTX_2_PARTS,
+    ltx_2_inputs,
+    tokens=(390,),
+    forwards_per_step=1,
+    # video and audio latents of each item, one after the other in one row
+    result=lambda output: torch.cat([output.frames.flatten(1), output.audio.flatten(1)], dim=1),
+    notes="audio has its own self-attention and crosses with the video: dense",
+)
+KANDINSKY_5 = Family(
+    "kandinsky-5",
+    Kandinsky5T2VPipeline,
+    {"transformer": kandinsky_transformer, "scheduler": partial(FlowMatchEulerDiscreteScheduler, shift=5.0)},
+    kandinsky_inputs,
+    tokens=(400,),
+    # its rotary embedding rounds queries and keys to bfloat16
+    tolerance=5e-4,
+)
 
 OTHER_FAMILIES: tuple[Family, ...] = (
-    Family("ltx", build_ltx, call_ltx, text=CROSS, tokens=(390,), forwards_per_step=1),
     Family(
-        "ltx-2",
-        build_ltx_2,
-        call_ltx_2,
-        text=CROSS,
+        "ltx",
+        LTXPipeline,
+        {
+            "transformer": partial(two_heads, LTXVideoTransformer3DModel, **LTX_TRANSFORMER),
+            "scheduler": FlowMatchEulerDiscreteScheduler,
+        },
+        ltx_inputs,
         tokens=(390,),
         forwards_per_step=1,
-        notes="audio has its own self-attention and crosses with the video: dense",
     ),
-    Family("cosmos", build_cosmos, call_cosmos, text=CROSS, tokens=(390,)),
-    Family("cosmos-2.5", build_cosmos_25, call_cosmos_25, text=CROSS, tokens=(390,), notes="a time for each frame"),
-    # its rotary embedding rounds queries and keys to bfloat16
-    Family("kandinsky-5", build_kandinsky_5, call_kandinsky_5, text=CROSS, tokens=(400,), tolerance=5e-4),
+    LTX_2,
+    Family("cosmos", CosmosTextToWorldPipeline, COSMOS_PARTS, cosmos_inputs, tokens=(390,)),
+    Family(
+        "cosmos-2.5",
+        Cosmos2_5_PredictBasePipeline,
+        COSMOS_25_PARTS,
+        partial(cosmos_inputs, frames=9, text_dim=32),
+        tokens=(390,),
+        notes="a time for each frame",
+    ),
+    KANDINSKY_5,
 )

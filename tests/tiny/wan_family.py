@@ -9,12 +9,11 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from tests.tiny.common import Family, generators, normal, seeded, sharpen
+from tests.tiny.common import Family, normal, two_heads
 
-# after tests.tiny.common, which mends a torchvision that does not fit this torch
+# after tests.tiny.common, which repairs a torchvision that does not fit this torch
 from diffusers import (  # isort: skip
     AutoencoderKLWan,
-    DiffusionPipeline,
     UniPCMultistepScheduler,
     WanAnimatePipeline,
     WanAnimateTransformer3DModel,
@@ -36,27 +35,22 @@ TOKENS = 5 * 7 * 9
 
 
 def tiny_transformer(cls: Any = WanTransformer3DModel, **changes: Any) -> Any:
-    settings = {
-        "patch_size": (1, 2, 2),
-        "num_attention_heads": 2,
-        "attention_head_dim": 32,
-        "in_channels": 16,
-        "out_channels": 16,
-        "text_dim": TEXT_DIM,
-        "freq_dim": 32,
-        "ffn_dim": 64,
-        "num_layers": LAYERS,
-    }
-    return sharpen(cls(**{**settings, **changes}).eval())
+    settings = {"patch_size": (1, 2, 2), "in_channels": 16, "out_channels": 16, "text_dim": TEXT_DIM, "freq_dim": 32}
+    return two_heads(cls, **{**settings, "ffn_dim": 64, "num_layers": LAYERS, **changes}).eval()
 
 
-def tiny_vae() -> AutoencoderKLWan:
-    return AutoencoderKLWan(base_dim=2, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1).eval()
+tiny_vae = partial(AutoencoderKLWan, base_dim=2, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1)
+flow_scheduler = partial(
+    UniPCMultistepScheduler, prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
+)
+WAN = {"transformer": tiny_transformer, "vae": tiny_vae, "scheduler": flow_scheduler}
 
-
-def tiny_vae_22() -> AutoencoderKLWan:
-    """The Wan 2.2 5B layout: 48 channels, 16 pixels a side, residual, patched."""
-    return AutoencoderKLWan(
+# 48 channels, 16 pixels a side, residual, patched
+WAN_5B = {
+    **WAN,
+    "transformer": partial(tiny_transformer, in_channels=48, out_channels=48),
+    "vae": partial(
+        AutoencoderKLWan,
         base_dim=4,
         z_dim=48,
         in_channels=12,
@@ -68,19 +62,48 @@ def tiny_vae_22() -> AutoencoderKLWan:
         latents_mean=[0.0] * 48,
         latents_std=[1.0] * 48,
         scale_factor_spatial=16,
-    ).eval()
+    ),
+    "expand_timesteps": True,
+}
 
 
-def flow_scheduler() -> UniPCMultistepScheduler:
-    return UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
+def image_encoder() -> CLIPVisionModel:
+    """16 patches and a class token."""
+    sizes = {"hidden_size": IMAGE_DIM, "intermediate_size": 32, "image_size": 32, "patch_size": 8}
+    return CLIPVisionModel(CLIPVisionConfig(**sizes, num_hidden_layers=2, num_attention_heads=2))
 
 
-def text_inputs(items: tuple[int, ...], text_tokens: int = 80) -> dict[str, Any]:
+SIDE = {"height": 32, "width": 32}
+IMAGE_BRANCH = {"image_dim": IMAGE_DIM, "added_kv_proj_dim": 64}
+WITH_IMAGE = {
+    **WAN,
+    "transformer": partial(tiny_transformer, in_channels=36, **IMAGE_BRANCH),
+    "image_encoder": image_encoder,
+    "image_processor": partial(CLIPImageProcessor, size=SIDE, crop_size=SIDE),
+}
+# Wan 2.2's image is in the latents alone
+IMAGE_IN_LATENTS = partial(tiny_transformer, in_channels=36)
+
+ANIMATE_TRANSFORMER = partial(
+    tiny_transformer,
+    WanAnimateTransformer3DModel,
+    in_channels=36,
+    **IMAGE_BRANCH,
+    motion_encoder_channel_sizes={"4": 8, "8": 8, "16": 8},
+    motion_encoder_size=16,
+    motion_style_dim=8,
+    motion_dim=4,
+    motion_encoder_dim=16,
+    face_encoder_hidden_dim=16,
+    face_encoder_num_heads=2,
+    inject_face_latents_blocks=LAYERS,
+)
+
+
+def prompts(items: tuple[int, ...], text_tokens: int = 80) -> dict[str, Tensor]:
     return {
         "prompt_embeds": normal((text_tokens, TEXT_DIM), items),
         "negative_prompt_embeds": normal((text_tokens, TEXT_DIM), items, salt=1),
-        "generator": generators(items),
-        "output_type": "latent",
     }
 
 
@@ -88,7 +111,7 @@ def size(scale: int = 1) -> dict[str, int]:
     return {"height": scale * HEIGHT, "width": scale * WIDTH, "num_frames": FRAMES}
 
 
-def frame(height: int, width: int, shift: int = 0) -> Image.Image:
+def frame(height: int = HEIGHT, width: int = WIDTH, shift: int = 0) -> Image.Image:
     """A gradient with a moving square: cheap, and different in every frame."""
     rows, columns = np.mgrid[0:height, 0:width]
     square = (abs(rows - height // 2) < height // 4) & (abs(columns - width // 3 - 4 * shift) < width // 6)
@@ -96,189 +119,40 @@ def frame(height: int, width: int, shift: int = 0) -> Image.Image:
     return Image.fromarray(np.stack(channels, axis=-1).astype(np.uint8))
 
 
-def image_encoder() -> dict[str, Any]:
-    """CLIP's image encoder and its processor: 16 patches and a class token."""
-    side = {"height": 32, "width": 32}
-    config = CLIPVisionConfig(
-        hidden_size=IMAGE_DIM,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        image_size=32,
-        patch_size=8,
-    )
-    return {
-        "image_encoder": CLIPVisionModel(config).eval(),
-        "image_processor": CLIPImageProcessor(size=side, crop_size=side),
-    }
+def clip(frames: int = FRAMES) -> list[Image.Image]:
+    return [frame(shift=shift) for shift in range(frames)]
 
 
-# ---- Wan 2.1 and 2.2, text to video
+def text_inputs(items: tuple[int, ...], scale: int = 1, text_tokens: int = 80) -> dict[str, Any]:
+    return {**prompts(items, text_tokens), **size(scale), "num_inference_steps": 8, "guidance_scale": 4.0}
 
 
-def build_t2v(seed: int, **changes: Any) -> WanPipeline:
-    with seeded(seed):
-        parts = {
-            "transformer": tiny_transformer(),
-            "vae": tiny_vae(),
-            "scheduler": flow_scheduler(),
-            "text_encoder": None,
-            "tokenizer": None,
-        }
-        return WanPipeline(**{**parts, **{name: make() for name, make in changes.items()}})
-
-
-def call_t2v(pipe: DiffusionPipeline, items: tuple[int, ...] = (0,), scale: int = 1, **overrides: Any) -> Tensor:
-    inputs = {**text_inputs(items), **size(scale), "num_inference_steps": 8, "guidance_scale": 4.0}
-    return pipe(**{**inputs, **overrides}).frames
-
-
-build_t2v_a14b = partial(build_t2v, transformer_2=tiny_transformer, boundary_ratio=lambda: 0.875)
-
-build_t2v_5b = partial(
-    build_t2v,
-    transformer=partial(tiny_transformer, in_channels=48, out_channels=48),
-    vae=tiny_vae_22,
-    expand_timesteps=lambda: True,
-)
-
-
-# ---- image to video
-
-
-def build_i2v(seed: int, **changes: Any) -> WanImageToVideoPipeline:
-    image_branch = {"image_dim": IMAGE_DIM, "added_kv_proj_dim": 64}
-    with seeded(seed):
-        parts = {
-            "transformer": tiny_transformer(in_channels=36, **image_branch),
-            "vae": tiny_vae(),
-            "scheduler": flow_scheduler(),
-            "text_encoder": None,
-            "tokenizer": None,
-            **image_encoder(),
-        }
-        return WanImageToVideoPipeline(**{**parts, **{name: make() for name, make in changes.items()}})
-
-
-def call_i2v(pipe: DiffusionPipeline, items: tuple[int, ...] = (0,), **overrides: Any) -> Tensor:
+def image_branch_inputs(items: tuple[int, ...]) -> dict[str, Any]:
     # Wan's processor takes the last 512 context tokens for text and the ones before them for the image
-    inputs = {
-        **text_inputs(items, text_tokens=512),
-        **size(),
-        "image": frame(HEIGHT, WIDTH),
-        "num_inference_steps": 8,
-        "guidance_scale": 4.0,
-    }
-    return pipe(**{**inputs, **overrides}).frames
+    return {**text_inputs(items, text_tokens=512), "image": frame()}
 
 
-# Wan 2.2's image is in the latents alone
-build_i2v_a14b = partial(
-    build_i2v,
-    transformer=partial(tiny_transformer, in_channels=36),
-    transformer_2=partial(tiny_transformer, in_channels=36),
-    boundary_ratio=lambda: 0.9,
-)
-
-build_i2v_5b = partial(
-    build_i2v,
-    transformer=partial(tiny_transformer, in_channels=48, out_channels=48),
-    vae=tiny_vae_22,
-    expand_timesteps=lambda: True,
-)
+def image_inputs(items: tuple[int, ...], scale: int = 1) -> dict[str, Any]:
+    return {**text_inputs(items, scale), "image": frame(scale * HEIGHT, scale * WIDTH)}
 
 
-def call_i2v_22(pipe: DiffusionPipeline, items: tuple[int, ...] = (0,), scale: int = 1, **overrides: Any) -> Tensor:
-    inputs = {**text_inputs(items), **size(scale), "image": frame(scale * HEIGHT, scale * WIDTH)}
-    return pipe(**{**inputs, "num_inference_steps": 8, "guidance_scale": 4.0, **overrides}).frames
+def video_inputs(items: tuple[int, ...]) -> dict[str, Any]:
+    inputs = {**text_inputs(items), "video": [clip()] * len(items), "num_inference_steps": 16, "strength": 0.5}
+    del inputs["num_frames"]
+    return inputs
 
 
-# ---- video to video
+def vace_inputs(items: tuple[int, ...]) -> dict[str, Any]:
+    mask = [Image.new("L", (WIDTH, HEIGHT), 255 * (shift > 4)) for shift in range(FRAMES)]
+    return {**text_inputs(items), "video": clip(), "mask": mask}
 
 
-def build_v2v(seed: int) -> WanVideoToVideoPipeline:
-    with seeded(seed):
-        return WanVideoToVideoPipeline(
-            transformer=tiny_transformer(),
-            vae=tiny_vae(),
-            scheduler=flow_scheduler(),
-            text_encoder=None,
-            tokenizer=None,
-        )
-
-
-def call_v2v(pipe: DiffusionPipeline, items: tuple[int, ...] = (0,), **overrides: Any) -> Tensor:
-    clip = [frame(HEIGHT, WIDTH, shift) for shift in range(FRAMES)]
-    inputs = {
-        **text_inputs(items),
-        "video": [clip] * len(items),
-        "height": HEIGHT,
-        "width": WIDTH,
-        "num_inference_steps": 16,
-        "strength": 0.5,
-        "guidance_scale": 4.0,
-    }
-    return pipe(**{**inputs, **overrides}).frames
-
-
-def build_vace(seed: int) -> WanVACEPipeline:
-    with seeded(seed):
-        return WanVACEPipeline(
-            transformer=tiny_transformer(WanVACETransformer3DModel, vace_layers=[0], vace_in_channels=96),
-            vae=tiny_vae(),
-            scheduler=flow_scheduler(),
-            text_encoder=None,
-            tokenizer=None,
-        )
-
-
-def call_vace(pipe: DiffusionPipeline, items: tuple[int, ...] = (0,), **overrides: Any) -> Tensor:
-    inputs = {
-        **text_inputs(items),
-        **size(),
-        "generator": generators(items)[0],
-        "video": [frame(HEIGHT, WIDTH, shift) for shift in range(FRAMES)],
-        "mask": [Image.new("L", (WIDTH, HEIGHT), 255 * (shift > 4)) for shift in range(FRAMES)],
-        "num_inference_steps": 8,
-        "guidance_scale": 4.0,
-    }
-    return pipe(**{**inputs, **overrides}).frames
-
-
-# ---- Wan-Animate: two segments of 5 frames that share one
-
-
-def build_animate(seed: int) -> WanAnimatePipeline:
-    with seeded(seed):
-        transformer = tiny_transformer(
-            WanAnimateTransformer3DModel,
-            in_channels=36,
-            image_dim=IMAGE_DIM,
-            added_kv_proj_dim=64,
-            motion_encoder_channel_sizes={"4": 8, "8": 8, "16": 8},
-            motion_encoder_size=16,
-            motion_style_dim=8,
-            motion_dim=4,
-            motion_encoder_dim=16,
-            face_encoder_hidden_dim=16,
-            face_encoder_num_heads=2,
-            inject_face_latents_blocks=LAYERS,
-        )
-        return WanAnimatePipeline(
-            transformer=transformer,
-            vae=tiny_vae(),
-            scheduler=flow_scheduler(),
-            text_encoder=None,
-            tokenizer=None,
-            **image_encoder(),
-        )
-
-
-def call_animate(pipe: DiffusionPipeline, items: tuple[int, ...] = (0,), **overrides: Any) -> Tensor:
-    inputs = {
-        **text_inputs(items, text_tokens=512),
-        "image": frame(HEIGHT, WIDTH),
-        "pose_video": [frame(HEIGHT, WIDTH, shift) for shift in range(9)],
+def animate_inputs(items: tuple[int, ...]) -> dict[str, Any]:
+    """Two segments of 5 frames that share one."""
+    return {
+        **prompts(items, text_tokens=512),
+        "image": frame(),
+        "pose_video": clip(9),
         "face_video": [frame(16, 16, shift) for shift in range(9)],
         "height": HEIGHT,
         "width": WIDTH,
@@ -287,59 +161,74 @@ def call_animate(pipe: DiffusionPipeline, items: tuple[int, ...] = (0,), **overr
         "num_inference_steps": 7,
         "guidance_scale": 1.0,
     }
-    return pipe(**{**inputs, **overrides}).frames
 
+
+T2V = Family("wan2.1-t2v", WanPipeline, WAN, text_inputs, tokens=(TOKENS,))
+T2V_A14B = Family(
+    "wan2.2-a14b-t2v",
+    WanPipeline,
+    {**WAN, "transformer_2": tiny_transformer, "boundary_ratio": 0.875},
+    text_inputs,
+    transformers=("transformer", "transformer_2"),
+    tokens=(TOKENS,),
+    notes="two transformers; the second takes over during the dense steps",
+)
+T2V_5B = Family(
+    "wan2.2-5b-t2v",
+    WanPipeline,
+    WAN_5B,
+    partial(text_inputs, scale=2),
+    tokens=(TOKENS,),
+    notes="one timestep a token",
+)
+I2V_5B = Family(
+    "wan2.2-5b-i2v",
+    WanImageToVideoPipeline,
+    WAN_5B,
+    partial(image_inputs, scale=2),
+    tokens=(TOKENS,),
+    notes="one timestep a token, 0 in the first frame",
+)
+V2V = Family(
+    "wan2.1-v2v",
+    WanVideoToVideoPipeline,
+    WAN,
+    video_inputs,
+    tokens=(TOKENS,),
+    notes="strength 0.5: the last 8 of 16 steps",
+)
 
 WAN_FAMILIES = (
-    Family("wan2.1-t2v", build_t2v, call_t2v, "cross-attention", tokens=(TOKENS,)),
-    Family("wan2.1-i2v", build_i2v, call_i2v, "cross-attention, with an image branch", tokens=(TOKENS,)),
+    T2V,
     Family(
-        "wan2.2-a14b-t2v",
-        build_t2v_a14b,
-        call_t2v,
-        "cross-attention",
-        transformers=("transformer", "transformer_2"),
+        "wan2.1-i2v",
+        WanImageToVideoPipeline,
+        WITH_IMAGE,
+        image_branch_inputs,
         tokens=(TOKENS,),
-        notes="two transformers; the second takes over during the dense steps",
+        text="cross-attention, with an image branch",
     ),
+    T2V_A14B,
     Family(
         "wan2.2-a14b-i2v",
-        build_i2v_a14b,
-        call_i2v_22,
-        "cross-attention",
+        WanImageToVideoPipeline,
+        {**WAN, "transformer": IMAGE_IN_LATENTS, "transformer_2": IMAGE_IN_LATENTS, "boundary_ratio": 0.9},
+        image_inputs,
         transformers=("transformer", "transformer_2"),
         tokens=(TOKENS,),
         notes="two transformers; the second takes over during the dense steps",
     ),
-    Family(
-        "wan2.2-5b-t2v",
-        build_t2v_5b,
-        partial(call_t2v, scale=2),
-        "cross-attention",
-        tokens=(TOKENS,),
-        notes="one timestep a token",
-    ),
-    Family(
-        "wan2.2-5b-i2v",
-        build_i2v_5b,
-        partial(call_i2v_22, scale=2),
-        "cross-attention",
-        tokens=(TOKENS,),
-        notes="one timestep a token, 0 in the first frame",
-    ),
-    Family(
-        "wan2.1-v2v",
-        build_v2v,
-        call_v2v,
-        "cross-attention",
-        tokens=(TOKENS,),
-        notes="strength 0.5: the last 8 of 16 steps",
-    ),
+    T2V_5B,
+    I2V_5B,
+    V2V,
     Family(
         "wan-vace",
-        build_vace,
-        call_vace,
-        "cross-attention",
+        WanVACEPipeline,
+        {
+            **WAN,
+            "transformer": partial(tiny_transformer, WanVACETransformer3DModel, vace_layers=[0], vace_in_channels=96),
+        },
+        vace_inputs,
         tokens=(TOKENS,),
         layers=LAYERS + 1,
         batches=False,
@@ -347,10 +236,11 @@ WAN_FAMILIES = (
     ),
     Family(
         "wan-animate",
-        build_animate,
-        call_animate,
-        "cross-attention, with an image branch and a face adapter",
+        WanAnimatePipeline,
+        {**WITH_IMAGE, "transformer": ANIMATE_TRANSFORMER},
+        animate_inputs,
         tokens=(3 * 7 * 9,),
+        text="cross-attention, with an image branch and a face adapter",
         forwards_per_step=1,
         steps=7,
         generations=2,
