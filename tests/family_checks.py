@@ -231,9 +231,11 @@ def check_batch_items_are_independent(family: Family) -> None:
     if not family.batches:
         pytest.skip(f"{family.name}: the pipeline takes one video at a time")
     own = subject(family)
-    with attached(own.pipe, threshold=0.5, warmup_steps=WARMUP_STEPS):
-        both = run(family, own.pipe, items=(0, 1)).result
-        alone = [run(family, own.pipe, items=(item,)).result for item in (0, 1)]
+    # half the steps: nothing here depends on how many there are, only that some are dense and some sparse
+    steps = {"num_inference_steps": family.inputs((0,))["num_inference_steps"] // 2}
+    with attached(own.pipe, threshold=0.5, warmup_steps=WARMUP_STEPS // 2):
+        both = run(family, own.pipe, items=(0, 1), **steps).result
+        alone = [run(family, own.pipe, items=(item,), **steps).result for item in (0, 1)]
     assert both.shape[0] == 2
     for item in (0, 1):
         # room for a block at the very edge of the threshold, which rounding may keep or drop

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 from importlib import resources
@@ -28,10 +29,18 @@ COMPILED = [(case, target) for case in CASES for target in static_evidence.TARGE
 
 @pytest.fixture(scope="module", autouse=True)
 def fresh_cache(tmp_path_factory):
-    """A cached kernel would be judged instead of the present source."""
+    """A cached kernel would be judged instead of the present source. The workers of one run share what they compile."""
+    folder = tmp_path_factory.getbasetemp()
+    shared = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(triton.knobs.cache, "dir", str(tmp_path_factory.mktemp("triton")))
+        patch.setattr(triton.knobs.cache, "dir", str(shared / "triton"))
         yield
+
+
+@functools.cache
+def gather(case: Case, target: str) -> static_evidence.Evidence:
+    """Several tests look at the same machine code."""
+    return static_evidence.gather(case, target)
 
 
 @pytest.mark.parametrize(
@@ -40,7 +49,7 @@ def fresh_cache(tmp_path_factory):
     ids=[f"{case.kernel}-{case.dtype}-{case.head_dim}-{case.causal}-{target}" for case, target in COMPILED],
 )
 def test_shipped_configuration_is_accepted(case, target):
-    evidence = static_evidence.gather(case, target)
+    evidence = gather(case, target)
     assert evidence.complaints() == [], static_evidence.format_row(evidence)
     if case.dtype != "fp32" and target != "gfx942":
         assert evidence.async_copies > 0, "the loads are neither vectorised nor pipelined: is the specialisation lost?"
@@ -70,7 +79,7 @@ def test_every_table_entry_is_compiled():
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_120"])
 def test_copies_run_beside_products(case, target):
     """At the loop's wait the copies of a later tile of keys and of one of values or queries are on their way."""
-    assert static_evidence.gather(case, target).copies_in_flight >= 2
+    assert gather(case, target).copies_in_flight >= 2
 
 
 def test_the_scale_costs_no_instruction_of_its_own():
@@ -79,7 +88,7 @@ def test_the_scale_costs_no_instruction_of_its_own():
     Of these the softmax needs 5.3 (a maximum, a multiply-add, a power, a sum, half a conversion, and rescaling the 64
     accumulators); a scale applied on its own would add 1.
     """
-    evidence = static_evidence.gather(Case("block_sparse", "bf16", 128, tma=False), "sm_90")
+    evidence = gather(Case("block_sparse", "bf16", 128, tma=False), "sm_90")
     assert (evidence.config["BLOCK_M"], evidence.config["BLOCK_N"], evidence.config["num_warps"]) == (128, 128, 8)
     assert evidence.loop_instructions - evidence.loop_matrix_instructions < 9 * 64
 
@@ -87,7 +96,7 @@ def test_the_scale_costs_no_instruction_of_its_own():
 @pytest.mark.parametrize("head_dim", [40, 72])
 def test_scoring_loads_rows_that_are_not_a_multiple_of_16(head_dim):
     """Strides of 40 or 72 elements are known to be multiples of 16 bytes: vector loads, pipelined, no local loads."""
-    evidence = static_evidence.gather(Case("antidiagonal_scores", "bf16", head_dim), "sm_80")
+    evidence = gather(Case("antidiagonal_scores", "bf16", head_dim), "sm_80")
     assert evidence.async_copies > 0
     assert evidence.local_loads_in_loop == 0
 
@@ -96,7 +105,7 @@ def test_scoring_loads_rows_that_are_not_a_multiple_of_16(head_dim):
 def test_scoring_fills_matrix_tiles_where_blocks_have_few_rows(stride, block_size):
     """8 or 4 rows a query block: a program takes several blocks, and Hopper's 64-row instruction stays in use."""
     case = Case("antidiagonal_scores", "bf16", 128, stride=stride, block_size=block_size)
-    evidence = static_evidence.gather(case, "sm_90")
+    evidence = gather(case, "sm_90")
     assert evidence.matrix_instructions > 0
     assert evidence.complaints() == []
 
@@ -104,7 +113,7 @@ def test_scoring_fills_matrix_tiles_where_blocks_have_few_rows(stride, block_siz
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_120"])
 def test_blocks_of_64_keep_the_rules_too(target):
     """Half the rows of the default tile, and half its warps: with all, sm_120 loads spilled values in the loop."""
-    evidence = static_evidence.gather(Case("block_sparse", "bf16", 128, block_size=64), target)
+    evidence = gather(Case("block_sparse", "bf16", 128, block_size=64), target)
     assert evidence.complaints() == []
     assert evidence.config["num_warps"] == 4
 
@@ -112,11 +121,11 @@ def test_blocks_of_64_keep_the_rules_too(target):
 @pytest.mark.parametrize("target", static_evidence.COPY_ENGINE)
 def test_tensor_descriptors_use_the_copy_engine(target):
     """Keys and values come in whole tiles, nothing spills, and a key costs as many matrix instructions as before."""
-    evidence = static_evidence.gather(Case("block_sparse", "bf16", 128, tma=True), target)
+    evidence = gather(Case("block_sparse", "bf16", 128, tma=True), target)
     assert evidence.complaints() == []
     assert evidence.tile_copies > 0
     assert evidence.local_loads_in_loop == 0
-    pointers = static_evidence.gather(Case("block_sparse", "bf16", 128, tma=False), target)
+    pointers = gather(Case("block_sparse", "bf16", 128, tma=False), target)
     assert pointers.tile_copies == 0
     a_key, before = (made.loop_matrix_instructions / made.config["BLOCK_N"] for made in (evidence, pointers))
     assert a_key == before
@@ -326,20 +335,19 @@ def test_copies_spills_and_register_requests_are_read():
 
 def test_tile_copies_cost_a_barrier_between_the_products():
     """Why the plain kernel is not refused for it: on an H100 the variant with the barrier was the faster one."""
-    evidence = static_evidence.gather(Case("block_sparse", "bf16", 128, tma=True), "sm_90")
+    evidence = gather(Case("block_sparse", "bf16", 128, tma=True), "sm_90")
     assert evidence.softmax_barriers == 1
     assert evidence.products_in_flight == 2
 
 
 @pytest.mark.skipif(not attention_choice.triton_suffices(), reason="needs Triton 3.6 or newer")
-@pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("head_dim", [64, 128])
-def test_the_hopper_kernel_costs_fewer_instructions_than_the_plain_one(head_dim, causal):
+@pytest.mark.parametrize("case", static_evidence.hopper_cases(), ids=lambda case: f"{case.head_dim}-{case.causal}")
+def test_the_hopper_kernel_costs_fewer_instructions_than_the_plain_one(case):
     """A step of either is 128 keys for 128 queries; the plain one's warps also copy."""
-    hopper = static_evidence.gather(Case("attention_hopper", "bf16", head_dim, causal), "sm_90")
+    hopper = gather(case, "sm_90")
     assert hopper.complaints() == []
     assert hopper.tile_copies >= 4
-    plain = static_evidence.gather(Case("block_sparse", "bf16", head_dim, causal), "sm_90")
+    plain = gather(dataclasses.replace(case, kernel="block_sparse"), "sm_90")
     assert hopper.loop_instructions < plain.loop_instructions * 128 / plain.config["BLOCK_N"]
 
 
