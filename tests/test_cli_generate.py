@@ -491,12 +491,10 @@ def stopped_after(number: signal.Signals, folder: Path, videos: int, *command: s
             stderr=stderr,
             env=os.environ | {"OMP_NUM_THREADS": "1"},
         )
-        deadline = time.monotonic() + 240
         while process.poll() is None and len(read_manifest(folder)) < videos:
-            assert time.monotonic() < deadline, log.read_text()
             time.sleep(0.02)
         process.send_signal(number)
-        process.wait(timeout=60)
+        process.wait(timeout=1000)
     return process.returncode, log.read_text()
 
 

@@ -193,7 +193,7 @@ def test_operations_inside_a_task_are_serial_and_an_error_arrives(two_threads: N
     if workers._openmp_set_num_threads() is None:
         pytest.skip("this torch has no OpenMP whose threads could be set")
     seen: dict[int, tuple[int, int]] = {}
-    together = threading.Barrier(2, timeout=20)
+    together = threading.Barrier(2, timeout=1000)
 
     def look(task: int, scratch: workers.Scratch) -> None:
         if task < 2:

@@ -24,7 +24,7 @@ FOREIGN = {"flashinfer", "lm_eval", "lmms_eval", "vbench"}
 def in_a_fresh_python(code: str, without: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
     """Run code where the packages `without` cannot be imported, as if they were not installed."""
     hidden = f"import sys; sys.modules.update(dict.fromkeys({without!r}))\n"
-    return subprocess.run([sys.executable, "-c", hidden + code], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    return subprocess.run([sys.executable, "-c", hidden + code], cwd=ROOT, capture_output=True, text=True, timeout=1000)
 
 
 def third_party_imports() -> set[str]:

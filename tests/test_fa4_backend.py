@@ -172,7 +172,7 @@ def test_whether_it_is_installed_is_known_without_an_import():
     code = "import sys; from xattn_video import xattention\n"
     code += "assert not {'xattn_video.ops.fa4', 'flash_attn'} & sys.modules.keys()"
     code += "; import xattn_video.ops.fa4; assert 'flash_attn' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=1000)
 
 
 def kind(**changes: Any) -> fa4.Kind:

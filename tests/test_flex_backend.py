@@ -227,7 +227,7 @@ def test_a_device_without_it_says_so():
 
 def test_it_is_imported_only_when_it_is_used():
     code = "import sys; from xattn_video import xattention; assert 'xattn_video.ops.flex' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=1000)
 
 
 @pytest.mark.gpu

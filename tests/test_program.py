@@ -32,7 +32,7 @@ def shout(**options: object) -> subprocess.CompletedProcess[str]:
         cwd=ROOT,
         stderr=subprocess.PIPE,
         text=True,
-        timeout=120,
+        timeout=1000,
         env={**environment, "PYTHONIOENCODING": "ascii"},
         **options,
     )
