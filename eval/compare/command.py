@@ -141,7 +141,7 @@ def command(settings: CompareSettings, *, json: Json = False) -> int:
 
 def _lpips(settings: CompareSettings) -> tuple[Lpips | None, str | None]:
     """The network and None, or None and why there is none. Weights that were named must load."""
-    from xattn_video_pipelines.video.make import resolve_device
+    from xattn_video_pipelines.common.environment import resolve_device
 
     if not settings.lpips:
         return None, "switched off"

@@ -31,7 +31,8 @@ from xattn_video_pipelines.common.settings import Json, Option
 from xattn_video_pipelines.common.tables import aligned
 from xattn_video_pipelines.demo.judging import judge_folder
 from xattn_video_pipelines.demo.world import asked
-from xattn_video_pipelines.video.command import print_video, produce
+from xattn_video_pipelines.video.command import print_video
+from xattn_video_pipelines.video.make import produce
 from xattn_video_pipelines.video.manifest import Record, read_manifest
 from xattn_video_pipelines.video.plan import Job, Plan, make_plan
 
@@ -99,7 +100,7 @@ def sweep(settings: SweepSettings, on_video: Callable[[Job, Record], None] | Non
         if made == 1 and job.kind == "dense":
             print(f"\n{forecast(plan, configs, len(plan.pending) - made)}", file=sys.stderr)
 
-    produce(plan, settings.of_videos, on_video=tell)
+    produce(plan, on_video=tell)
     rows = [_row(settings, plan, label, config) for label, config in labels]
     _write(settings.out, rows, _environment(plan))
     if settings.plot:
@@ -190,9 +191,9 @@ def _write(folder: Path, rows: Sequence[dict[str, Any]], environment: dict[str, 
 def _environment(plan: Plan) -> dict[str, Any]:
     records = [record for job in plan.jobs for record in read_manifest(job.folder).values()]
     return {
-        "model": plan.model.identity,
-        **vars(plan.settings),
-        "tokens": plan.tokens,
+        "model": plan.recipe.model.identity,
+        **vars(plan.recipe.settings),
+        "tokens": plan.recipe.tokens,
         "dtype": plan.dtype,
         "devices": sorted({record["device_name"] for record in records}),
         **provenance("diffusers", "transformers"),

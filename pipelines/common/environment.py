@@ -1,4 +1,4 @@
-"""Versions, device names and the commit: what a measurement has to say about where it was made."""
+"""Where work runs: the device and dtype that are asked for, and what a measurement says about where it was made."""
 
 from __future__ import annotations
 
@@ -6,10 +6,53 @@ import importlib.util
 import platform
 import runpy
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from xattn_video_pipelines.common.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+
+def resolve_device(name: str) -> torch.device:
+    """`auto` is CUDA (or ROCm), then XPU, then MPS, then the CPU.
+
+    Raises:
+        UserError: no such device, or it is not there.
+    """
+    import torch
+
+    available: dict[str, Callable[[], bool]] = {
+        "cuda": torch.cuda.is_available,
+        "xpu": torch.xpu.is_available,
+        "mps": torch.backends.mps.is_available,
+        "cpu": lambda: True,
+    }
+    if name == "auto":
+        return torch.device(next(kind for kind, there in available.items() if there()))
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"--device must be auto, {', '.join(available)} or such as cuda:1, got {name!r}") from None
+    if device.type not in available or not available[device.type]():
+        raise UserError(f"--device {name}: torch {torch.__version__} sees no such device here; see: xattn-video doctor")
+    if device.index is not None and device.type == "cuda" and device.index >= torch.cuda.device_count():
+        raise UserError(f"--device {name}: there are {torch.cuda.device_count()} CUDA devices")
+    return device
+
+
+def resolve_dtype(name: str, device: torch.device) -> str:
+    """`auto` is bfloat16 on a GPU that has it, float16 on another one, float32 on a CPU."""
+    import torch
+
+    if name != "auto":
+        return name
+    if device.type == "cuda":
+        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
+    return {"xpu": "bfloat16", "mps": "float16"}.get(device.type, "float32")
 
 
 def versions(packages: Sequence[str]) -> dict[str, str | None]:

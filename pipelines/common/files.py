@@ -45,6 +45,11 @@ def partial_name(path: Path) -> Path:
     return path.with_name(f".{path.stem}.partial{path.suffix}")
 
 
+def remove_partial(path: Path) -> None:
+    """Remove what a killed process left of writing `path`, if there is anything. Raises OSError."""
+    partial_name(path).unlink(missing_ok=True)
+
+
 def force_to_disk(path: Path) -> None:
     """Wait until what was written is on the disk, so that no name ever stands for less. Raises OSError."""
     descriptor = os.open(path, os.O_RDWR)

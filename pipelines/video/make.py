@@ -1,77 +1,181 @@
-"""Load a pipeline once, switch its attention, make one video: the part of `generate` that needs weights."""
+"""Load the model once and make the videos of a plan: the part of `generate` that needs weights."""
 
 from __future__ import annotations
 
-import inspect
+import contextlib
+import sys
+import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import partial
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from xattn_video.extras import require
 from xattn_video_pipelines.common.errors import UserError, one_line
-from xattn_video_pipelines.video.models import Model, import_diffusers, offline_message, pipeline_class
-from xattn_video_pipelines.video.prompts import Prompt
+from xattn_video_pipelines.common.files import claimed, make_writable, remove_dead_claim, remove_partial
+from xattn_video_pipelines.video.manifest import (
+    Record,
+    append_record,
+    density,
+    made_meanwhile,
+    remove_records,
+)
+from xattn_video_pipelines.video.models import Model, Settings, check_available, offline_message
+from xattn_video_pipelines.video.plan import Job, Plan
 
 if TYPE_CHECKING:
-    import numpy as np
     import torch
     from PIL.Image import Image
 
     from xattn_video import XAttnConfig
+    from xattn_video_pipelines.video.progress import VideoProgress
 
 
-@dataclass(frozen=True)
-class Settings:
-    """One run's resolved settings: pixels, frames, frames a second, denoising steps."""
-
-    height: int
-    width: int
-    num_frames: int
-    fps: int
-    steps: int
-    guidance_scale: float | None
-    guidance_scale_2: float | None
-    flow_shift: float | None
-
-
-def resolve_device(name: str) -> torch.device:
-    """`auto` is CUDA (or ROCm), then XPU, then MPS, then the CPU.
+def produce(plan: Plan, on_video: Callable[[Job, Record], None] | None = None) -> list[Record]:
+    """Make the plan's missing videos; their records, each given to `on_video` as it comes.
 
     Raises:
-        UserError: no such device, or it is not there.
+        UserError: the output cannot be written, or the model cannot be loaded or made sparse.
+    """
+    if plan.pending:
+        check_available(plan.recipe.model)
+    for folder in {job.folder for job in plan.jobs}:
+        make_writable(folder)
+    kept = set(plan.jobs) - set(plan.pending)
+    for job in kept:
+        # Of a run that was killed after it had finished this video and before it gave it back.
+        remove_dead_claim(job.folder / job.name)
+    if kept:
+        print(f"{len(kept)} of {len(plan.jobs)} videos are already finished and kept", file=sys.stderr)
+    return _make_videos(plan, on_video) if plan.pending else []
+
+
+def _make_videos(plan: Plan, on_video: Callable[[Job, Record], None] | None) -> list[Record]:
+    import torch
+
+    from xattn_video.integrations.diffusers import pipeline_transformers
+    from xattn_video_pipelines.video.progress import VideoProgress
+
+    given, recipe = plan.given, plan.recipe
+    pipe = load_pipeline(
+        recipe.model,
+        recipe.settings,
+        device=plan.device,
+        dtype=plan.dtype,
+        offload=given.offload,
+        compile_blocks=given.compile,
+    )
+    # Every attention once: a model that cannot be sparse says so before hours of dense videos.
+    for config in dict.fromkeys(job.config for job in plan.pending):
+        attached, processor = config, attach(pipe, config)
+    transformers = list(pipeline_transformers(pipe).values())
+    if given.overwrite:
+        # Only now that there is a model to make them with; and all of them, so that the run can be gone on with.
+        for folder in {job.folder for job in plan.pending}:
+            remove_records(folder, {job.key for job in plan.pending if job.folder == folder})
+    # of the device that is asked for: it need not be the current one
+    on_device = partial(torch.accelerator.synchronize, plan.device)
+    synchronize = on_device if plan.device.type != "cpu" else lambda: None
+    records = []
+    with VideoProgress(len(plan.pending), synchronize) as progress:
+        pipe.progress_bar = progress.steps
+        for job in plan.pending:
+            if job.config != attached:
+                attached, processor = job.config, attach(pipe, job.config)
+            with progress.video(f"{job.attention}/{job.name}"), claimed(job.folder / job.name):
+                # What a killed run left half written.
+                for suffix in (".mp4", ".mkv"):
+                    remove_partial(job.path.with_suffix(suffix))
+                if made_meanwhile(job.path, job.key, job.found, job.identity):
+                    continue
+                record = _make_video(pipe, transformers, processor, plan, job, progress)
+            records.append(record)
+            if on_video:
+                on_video(job, record)
+    return records
+
+
+def _make_video(
+    pipe: Any, transformers: list[torch.nn.Module], processor: Any, plan: Plan, job: Job, progress: VideoProgress
+) -> Record:
+    """Make one video and write it; its record, which is in the manifest then."""
+    import torch
+
+    from xattn_video_pipelines.common.memory import peak_bytes, reset_peak
+    from xattn_video_pipelines.video.io import lossless_path, write_video
+    from xattn_video_pipelines.video.noise_floor import reversed_keys
+
+    arguments = _arguments(plan.recipe.model, plan.recipe.settings, job)
+    if processor is not None:
+        processor.stats.reset()
+    try:
+        with reversed_keys(transformers) if job.kind == "dense-alt" else contextlib.nullcontext():
+            reset_peak(plan.device)
+            started = time.perf_counter()
+            # float32 [T, H, W, 3] in [0, 1]
+            frames = pipe(**arguments).frames[0]
+            seconds, peak = time.perf_counter() - started, peak_bytes(plan.device)
+    except torch.OutOfMemoryError:
+        advice = "--offload model (or sequential), --dtype bfloat16, fewer frames or a smaller size"
+        raise UserError(f"{job.path}: {plan.device} is out of memory; try {advice}") from None
+    settings, steps = plan.recipe.settings, progress.step_seconds
+    copy = lossless_path(job.path)
+    if plan.given.lossless:
+        write_video(copy, frames, settings.fps, lossless=True)
+    else:
+        # A copy of an earlier run would no longer be of this video.
+        copy.unlink(missing_ok=True)
+    write_video(job.path, frames, settings.fps)
+    record = {
+        "id": job.prompt.id,
+        "seed": job.seed,
+        "file": job.path.name,
+        "lossless_file": copy.name if plan.given.lossless else None,
+        **job.identity,
+        "model_name": plan.recipe.model.name,
+        "tokens": plan.recipe.tokens,
+        "seconds": round(seconds, 4),
+        "seconds_per_step": round(sum(steps) / len(steps), 4) if steps else None,
+        "peak_memory_bytes": peak,
+        **density(None if processor is None else processor.stats.summary(), settings.steps),
+        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+        **plan.environment,
+    }
+    append_record(job.folder, record)
+    return record
+
+
+def _arguments(model: Model, settings: Settings, job: Job) -> dict[str, Any]:
+    """What the pipeline is called with for one video.
+
+    The noise comes from a CPU generator of this video's own, so it depends neither on other videos nor on the
+    attention nor on the device.
     """
     import torch
 
-    available: dict[str, Callable[[], bool]] = {
-        "cuda": torch.cuda.is_available,
-        "xpu": torch.xpu.is_available,
-        "mps": torch.backends.mps.is_available,
-        "cpu": lambda: True,
+    arguments: dict[str, Any] = {
+        "prompt": job.prompt.text,
+        "height": settings.height,
+        "width": settings.width,
+        "num_frames": settings.num_frames,
+        "num_inference_steps": settings.steps,
+        "generator": torch.Generator("cpu").manual_seed(job.seed),
+        "output_type": "np",
     }
-    if name == "auto":
-        return torch.device(next(kind for kind, there in available.items() if there()))
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise UserError(f"--device must be auto, {', '.join(available)} or such as cuda:1, got {name!r}") from None
-    if device.type not in available or not available[device.type]():
-        raise UserError(f"--device {name}: torch {torch.__version__} sees no such device here; see: xattn-video doctor")
-    if device.index is not None and device.type == "cuda" and device.index >= torch.cuda.device_count():
-        raise UserError(f"--device {name}: there are {torch.cuda.device_count()} CUDA devices")
-    return device
-
-
-def resolve_dtype(name: str, device: torch.device) -> str:
-    """`auto` is bfloat16 on a GPU that has it, float16 on another one, float32 on a CPU."""
-    import torch
-
-    if name != "auto":
-        return name
-    if device.type == "cuda":
-        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
-    return {"xpu": "bfloat16", "mps": "float16"}.get(device.type, "float32")
+    if "guidance_scale" in model.parameters and settings.guidance_scale is not None:
+        arguments["guidance_scale"] = settings.guidance_scale
+    if "frame_rate" in model.parameters:
+        # LTX is told the speed of the video.
+        arguments["frame_rate"] = settings.fps
+    if settings.guidance_scale_2 is not None:
+        arguments["guidance_scale_2"] = settings.guidance_scale_2
+    if job.prompt.negative_prompt is not None:
+        arguments["negative_prompt"] = job.prompt.negative_prompt
+    if job.prompt.image is not None:
+        arguments["image"] = _load_image(job.prompt.image)
+    return arguments
 
 
 def load_pipeline(
@@ -89,18 +193,18 @@ def load_pipeline(
     dtypes: dict[str, torch.dtype] = {"default": getattr(torch, dtype)}
     if dtype != "float32":
         dtypes |= {part: getattr(torch, name) for part, name in model.dtypes.items()}
-    diffusers = import_diffusers()
     # Before the minutes that loading and the first video take, and not when that video is written.
     require("generate", "imageio_ffmpeg")
+    pipeline_class = model.pipeline_class
     # diffusers renamed the argument in 0.40.
-    major, minor = (int(number) for number in diffusers.__version__.split(".")[:2])
+    major, minor = (int(number) for number in metadata.version("diffusers").split(".")[:2])
     argument = "dtype" if (major, minor) >= (0, 40) else "torch_dtype"
     try:
-        pipe = pipeline_class(model).from_pretrained(model.source, **{argument: dtypes})
+        pipe = pipeline_class.from_pretrained(model.source, **{argument: dtypes})
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(_load_message(model, error)) from None
     _set_flow_shift(pipe, settings.flow_shift)
-    if settings.guidance_scale is not None and "guidance_scale" not in _parameters(pipe):
+    if settings.guidance_scale is not None and "guidance_scale" not in model.parameters:
         # HunyuanVideo 1.5 takes guidance from a component and not from the call.
         pipe.guider = pipe.guider.new(guidance_scale=settings.guidance_scale)
     if model.vae_tiling:
@@ -116,57 +220,6 @@ def load_pipeline(
     return pipe
 
 
-def make_frames(pipe: Any, prompt: Prompt, seed: int, settings: Settings) -> np.ndarray:
-    """One video: float32 frames `[T, H, W, 3]` in [0, 1].
-
-    The noise comes from a CPU generator of this video's own, so it depends neither on other videos nor on the
-    attention nor on the device.
-    """
-    import torch
-
-    parameters = _parameters(pipe)
-    arguments: dict[str, Any] = {
-        "prompt": prompt.text,
-        "height": settings.height,
-        "width": settings.width,
-        "num_frames": settings.num_frames,
-        "num_inference_steps": settings.steps,
-        "generator": torch.Generator("cpu").manual_seed(seed),
-        "output_type": "np",
-    }
-    if "guidance_scale" in parameters and settings.guidance_scale is not None:
-        arguments["guidance_scale"] = settings.guidance_scale
-    if "frame_rate" in parameters:
-        # LTX is told the speed of the video.
-        arguments["frame_rate"] = settings.fps
-    if settings.guidance_scale_2 is not None:
-        arguments["guidance_scale_2"] = settings.guidance_scale_2
-    if prompt.negative_prompt is not None:
-        arguments["negative_prompt"] = prompt.negative_prompt
-    if prompt.image is not None:
-        arguments["image"] = _load_image(prompt.image)
-    frames: np.ndarray = pipe(**arguments).frames[0]
-    return frames
-
-
-def check_prompts(model: Model, path: Path, prompts: list[Prompt], parameters: dict[str, inspect.Parameter]) -> None:
-    """Raise UserError where a prompt gives what the model does not take, or lacks what it needs."""
-    image = parameters.get("image")
-    for prompt in prompts:
-        where = f"{path}:{prompt.line}"
-        if prompt.image is not None and image is None:
-            raise UserError(
-                f"{where}: has an image, but {model.name} ({model.pipeline}) makes videos from text alone; "
-                "image-to-video needs a model such as Wan-AI/Wan2.1-I2V-14B-480P-Diffusers"
-            )
-        if prompt.image is not None:
-            _open_image(prompt.image)
-        if prompt.image is None and image is not None and image.default is inspect.Parameter.empty:
-            raise UserError(f"{where}: {model.name} ({model.pipeline}) needs an `image`; give one in a .jsonl file")
-        if prompt.negative_prompt is not None and "negative_prompt" not in parameters:
-            raise UserError(f"{where}: {model.name} ({model.pipeline}) takes no negative_prompt")
-
-
 def attach(pipe: Any, config: XAttnConfig | None) -> Any:
     """Switch the pipeline to sparse attention, or with None back to its own; gives the processor or None."""
     from xattn_video import XAttnProcessor
@@ -179,37 +232,14 @@ def attach(pipe: Any, config: XAttnConfig | None) -> Any:
     return processor
 
 
-def floor_attention(pipe: Any) -> AbstractContextManager[None]:
-    """While it is open, the pipeline's transformers attend densely in another order of summation (`reversed_keys`)."""
-    from xattn_video.integrations.diffusers import pipeline_transformers
-    from xattn_video_pipelines.video.noise_floor import reversed_keys
-
-    return reversed_keys(list(pipeline_transformers(pipe).values()))
-
-
-def _parameters(pipe: Any) -> dict[str, inspect.Parameter]:
-    return dict(inspect.signature(pipe.__call__).parameters)
-
-
 def _load_image(path: Path) -> Image:
-    from PIL import ImageOps
+    from PIL import Image, ImageOps
 
     try:
         # Upright: photographs of phones say beside their pixels how they are to be turned.
-        image: Image = ImageOps.exif_transpose(_open_image(path))
-        return image.convert("RGB")
+        return ImageOps.exif_transpose(Image.open(path)).convert("RGB")
     except OSError as error:
         raise UserError(f"{path}: damaged image: {one_line(error)}") from None
-
-
-def _open_image(path: Path) -> Image:
-    """The image with its header read, which is quick; its pixels are read when they are used."""
-    from PIL.Image import open as open_image
-
-    try:
-        return open_image(path)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read as an image: {one_line(error)}") from None
 
 
 def _set_flow_shift(pipe: Any, flow_shift: float | None) -> None:

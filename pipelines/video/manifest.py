@@ -1,4 +1,4 @@
-"""manifest.jsonl: one line a finished video, so that a run can be killed at any moment and started again."""
+"""manifest.jsonl: one line per finished video, so that a run can be killed at any moment and started again."""
 
 from __future__ import annotations
 
@@ -16,6 +16,11 @@ NAME = "manifest.jsonl"
 Key = tuple[str, int]
 Record = jsonl.Row
 _COMPLAINT = "not a manifest line; correct or remove it, or use another --out"
+# What makes a video what it is: a finished one is kept only if all of these are as they would be now.
+_COMPARED = (
+    "prompt", "negative_prompt", "image_sha256", "model", "weights", "height", "width", "num_frames", "fps", "steps",
+    "guidance_scale", "guidance_scale_2", "flow_shift", "dtype", "attention", "config",
+)  # fmt: skip
 
 
 def read_manifest(folder: Path) -> dict[Key, Record]:
@@ -79,6 +84,68 @@ def check_exists(file: Path) -> None:
         raise UserError(f"{file}: listed in the manifest, but missing; run generate again")
 
 
+def is_finished(path: Path, found: Record, identity: Record, *, lossless: bool) -> bool:
+    """Whether the video is there, with its lossless copy where one is asked for.
+
+    Args:
+        path: of the mp4 file.
+        found: the manifest's record of the video.
+        identity: what the record would say of the video if it was made now.
+        lossless: whether the copy is asked for.
+
+    Raises:
+        UserError: the video is there, but was made with other settings.
+    """
+    if not path.is_file():
+        return False
+    changes = _changes(found, identity)
+    if changes:
+        raise UserError(
+            f"{path} was made with other settings ({'; '.join(changes)}); "
+            "use another --out, or --overwrite to make it again"
+        )
+    copy = found.get("lossless_file")
+    return not lossless or bool(copy and (path.parent / copy).is_file())
+
+
+def made_meanwhile(path: Path, key: Key, found: Record | None, identity: Record) -> bool:
+    """Whether another run has made this very video since this run read the manifest and found the record `found`.
+
+    Raises:
+        UserError: it has made another video under this name, which must not be written over.
+    """
+    record = read_manifest(path.parent).get(key)
+    if record is None or record == found:
+        return False
+    if _changes(record, identity):
+        raise UserError(f"{path}: another run has made another video of this name; use another --out")
+    return True
+
+
+def density(summary: Record | None, steps: int) -> Record:
+    """The fields of a record about density and dense calls.
+
+    Args:
+        summary: of `AttentionStats.summary`; None for a dense video, which keeps every block.
+        steps: denoising steps of the video.
+    """
+    if summary is None:
+        layers: Record = {"density_by_layer": {}, "density_by_layer_and_step": {}}
+        return {"mean_density": 1.0, "density_by_step": [1.0] * steps, **layers, "dense_reasons": {}}
+    steps_done = sorted(summary["density_by_step"])
+    return {
+        "mean_density": summary["density"],
+        "density_by_step": [summary["density_by_step"][step] for step in steps_done],
+        # Rounded: a line of the manifest holds up to a hundred layers. None: a layer without a call in a step.
+        "density_by_layer": {layer: round(share, 4) for layer, share in summary["density_by_layer"].items()},
+        "density_by_layer_and_step": {
+            layer: [round(by_step[step], 3) if step in by_step else None for step in steps_done]
+            for layer, by_step in summary["density_by_layer_and_step"].items()
+        },
+        "dense_reasons": summary["dense_calls"],
+    }
+
+
 def append_record(folder: Path, record: Record) -> None:
     """Add one finished video. Raises UserError if the file cannot be written."""
     jsonl.append(folder / NAME, [record])
@@ -94,8 +161,20 @@ def remove_records(folder: Path, keys: Collection[Key]) -> None:
         jsonl.keep(folder / NAME, lambda record: (record["id"], record["seed"]) not in keys)
 
 
+def _changes(record: Record, identity: Record) -> list[str]:
+    """What a record says otherwise than `identity`, field by field."""
+    from xattn_video import XAttnConfig
+
+    # Weights that are gone, or were not noted, tell nothing.
+    weighed = identity.get("weights") is not None and record.get("weights") is not None
+    # What was no setting then had its default.
+    if record.get("config") is not None:
+        record = {**record, "config": {**XAttnConfig().to_dict(), **record["config"]}}
+    return differences(record, identity, [name for name in _COMPARED if name != "weights" or weighed])
+
+
 def differences(old: Record, new: Record, fields: Collection[str]) -> list[str]:
-    """What an existing line says otherwise than this run would: `"steps 20, now 50"` a field."""
+    """What an existing line says otherwise than this run would: `"steps 20, now 50"` per field."""
     # Through JSON, so that tuples and lists, 5 and 5.0 count as the same.
     new = json.loads(json.dumps(new))
     return [

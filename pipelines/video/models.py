@@ -1,6 +1,7 @@
 """Which model: the table of known names, any local folder, any Hub id; sizes, defaults and divisibility rules.
 
-Nothing here loads weights. A model's small JSON files (model_index.json and two configs) are all that is read.
+`settle` is the way in: it makes one `Recipe` of what is asked for and of what the model is. Nothing here loads
+weights. A model's small JSON files (model_index.json and two configs) are all that is read.
 """
 
 from __future__ import annotations
@@ -11,14 +12,19 @@ import inspect
 import json
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from xattn_video_pipelines.common.errors import UserError, one_line
+from xattn_video_pipelines.common.settings import option_name
 from xattn_video_pipelines.demo.files import DEMO_WEIGHTS
+
+if TYPE_CHECKING:
+    from xattn_video_pipelines.video.prompts import Prompt
+    from xattn_video_pipelines.video.settings import GenerateSettings
 
 
 @dataclass(frozen=True)
@@ -104,6 +110,56 @@ class Model:
     def weights(self) -> str | None:
         """What tells the weights of a local folder from others under its name; None for a Hub id, or where none are."""
         return sampled_digest(Path(self.source)) if Path(self.source).is_dir() else None
+
+    @cached_property
+    def pipeline_class(self) -> Any:
+        """The diffusers class of the pipeline.
+
+        Raises:
+            UserError: the installed diffusers has no such class.
+        """
+        diffusers = import_diffusers()
+        # A custom class is named by a list in model_index.json and would be code from the repository: never run.
+        found = getattr(diffusers, self.pipeline, None)
+        if not isinstance(found, type) or not issubclass(found, diffusers.DiffusionPipeline):
+            raise UserError(
+                f"--model {self.name}: its pipeline {self.pipeline!r} is not in diffusers {diffusers.__version__} "
+                "(code that comes with a model is not run)"
+            )
+        return found
+
+    @cached_property
+    def parameters(self) -> dict[str, inspect.Parameter]:
+        """The parameters of the pipeline's `__call__` by name. Raises UserError as `pipeline_class`."""
+        return dict(inspect.signature(self.pipeline_class.__call__).parameters)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """One run's resolved settings: pixels, frames, frames a second, denoising steps."""
+
+    height: int
+    width: int
+    num_frames: int
+    fps: int
+    steps: int
+    guidance_scale: float | None
+    guidance_scale_2: float | None
+    flow_shift: float | None
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What all videos of a run have in common, settled once.
+
+    `tokens` are video tokens in a forward pass, None where the model's geometry is not known. `identity` is what a
+    manifest says of it: what decides, with the prompt and the attention, what a video looks like.
+    """
+
+    model: Model
+    settings: Settings
+    tokens: int | None
+    identity: dict[str, Any]
 
 
 # Diffusers' documentation asks for Wan's VAE in float32, and for HunyuanVideo in float16 around a bfloat16 transformer.
@@ -242,44 +298,83 @@ def import_diffusers() -> Any:
     return importlib.import_module("diffusers")
 
 
-def pipeline_class(model: Model) -> Any:
-    """The diffusers class of the model's pipeline.
+def settle(given: GenerateSettings, prompts: Sequence[Prompt]) -> Recipe:
+    """The model, and the settings with the model's defaults for what is not given.
 
     Raises:
-        UserError: the installed diffusers has no such class.
+        UserError: as `find_model`; a size does not fit the model; its pipeline cannot make videos from such prompts.
     """
-    diffusers = import_diffusers()
-    # A custom class is named by a list in model_index.json and would be code from the repository: never run.
-    found = getattr(diffusers, model.pipeline, None)
-    if not isinstance(found, type) or not issubclass(found, diffusers.DiffusionPipeline):
-        raise UserError(
-            f"--model {model.name}: its pipeline {model.pipeline!r} is not in diffusers {diffusers.__version__} "
-            "(code that comes with a model is not run)"
-        )
-    return found
+    model = find_model(given.model)
+    defaults = model.defaults if model.name in KNOWN_MODELS else _with_pipeline_defaults(model)
+    named = ("height", "width", "num_frames", "fps", "steps", "guidance_scale", "flow_shift")
+    own = {name: getattr(given, name) for name in named}
+    values = {name: getattr(defaults, name) if value is None else value for name, value in own.items()}
+    for name in ("height", "width", "num_frames", "steps"):
+        if values[name] is None:
+            raise UserError(f"{option_name(name)}: {model.name} ({model.pipeline}) has no default; give one")
+    _check_call(model)
+    second = defaults.guidance_scale_2 if given.guidance_scale is None else None
+    settings = Settings(**values, guidance_scale_2=second)
+    tokens = None
+    if model.geometry is not None:
+        model.geometry.check(settings.height, settings.width, settings.num_frames)
+        tokens = model.geometry.tokens(settings.height, settings.width, settings.num_frames)
+    _check_prompts(model, given.prompts, prompts)
+    weights = model.weights
+    known = {"model": model.identity} | ({} if weights is None else {"weights": weights})
+    return Recipe(model, settings, tokens, {**known, **vars(settings)})
 
 
-def call_parameters(model: Model) -> dict[str, inspect.Parameter]:
-    """The parameters of the pipeline's `__call__` by name."""
-    return dict(inspect.signature(pipeline_class(model).__call__).parameters)
-
-
-def with_pipeline_defaults(model: Model) -> Defaults:
+def _with_pipeline_defaults(model: Model) -> Defaults:
     """The model's defaults, completed from the pipeline's own signature (for folders and Hub ids)."""
-    parameters = call_parameters(model)
-
-    def default(name: str) -> Any:
-        parameter = parameters.get(name)
-        return None if parameter is None or parameter.default is inspect.Parameter.empty else parameter.default
-
+    given = {
+        name: parameter.default
+        for name, parameter in model.parameters.items()
+        if parameter.default is not inspect.Parameter.empty
+    }
     return Defaults(
-        height=default("height"),
-        width=default("width"),
-        num_frames=default("num_frames"),
-        fps=round(default("frame_rate") or model.defaults.fps),
-        steps=default("num_inference_steps"),
-        guidance_scale=default("guidance_scale"),
+        height=given.get("height"),
+        width=given.get("width"),
+        num_frames=given.get("num_frames"),
+        fps=round(given.get("frame_rate") or model.defaults.fps),
+        steps=given.get("num_inference_steps"),
+        guidance_scale=given.get("guidance_scale"),
     )
+
+
+def _check_call(model: Model) -> None:
+    """Raise UserError for a pipeline that is not called with a prompt, a size and a number of steps."""
+    needed = [
+        name
+        for name, parameter in model.parameters.items()
+        if parameter.default is inspect.Parameter.empty
+        and parameter.kind in (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+        and name not in ("self", "prompt", "image")
+    ]
+    served = ("prompt", "height", "width", "num_frames", "num_inference_steps")
+    lacking = [name for name in served if name not in model.parameters]
+    for names, what in ((needed, "needs"), (lacking, "takes no")):
+        if names and "kwargs" not in model.parameters:
+            raise UserError(
+                f"--model {model.name}: {model.pipeline} {what} {', '.join(names)}, which generate cannot serve; "
+                "attach an XAttnProcessor to it in Python"
+            )
+
+
+def _check_prompts(model: Model, path: Path, prompts: Sequence[Prompt]) -> None:
+    """Raise UserError where a prompt gives what the model does not take, or lacks what it needs."""
+    image = model.parameters.get("image")
+    for prompt in prompts:
+        where = f"{path}:{prompt.line}"
+        if prompt.image is not None and image is None:
+            raise UserError(
+                f"{where}: has an image, but {model.name} ({model.pipeline}) makes videos from text alone; "
+                "image-to-video needs a model such as Wan-AI/Wan2.1-I2V-14B-480P-Diffusers"
+            )
+        if prompt.image is None and image is not None and image.default is inspect.Parameter.empty:
+            raise UserError(f"{where}: {model.name} ({model.pipeline}) needs an `image`; give one in a .jsonl file")
+        if prompt.negative_prompt is not None and "negative_prompt" not in model.parameters:
+            raise UserError(f"{where}: {model.name} ({model.pipeline}) takes no negative_prompt")
 
 
 def _describe(name: str, source: str, read: Callable[[str], dict[str, Any] | None]) -> Model:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
 
@@ -36,13 +37,12 @@ class VideoProgress:
         self._last_log = time.perf_counter()
         self.step_seconds: list[float] = []
 
-    def start(self, name: str) -> None:
-        """A new video begins; forgets the steps of the last one."""
+    @contextmanager
+    def video(self, name: str) -> Iterator[None]:
+        """While it is open, this video is in work: `step_seconds` has its steps, and the bar has its name."""
         self.step_seconds = []
         self._bar.set_description(name)
-
-    def finish(self) -> None:
-        """The video is done."""
+        yield
         self._bar.set_postfix_str("", refresh=False)
         self._bar.update()
 

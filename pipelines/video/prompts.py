@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
-from xattn_video_pipelines.common.errors import UserError
+from xattn_video_pipelines.common.errors import UserError, one_line
 
 MAX_ID_LENGTH = 100
 MAX_SEED = 2**63 - 1
@@ -24,7 +26,8 @@ class Prompt:
     """One prompt of a file.
 
     `id` is safe as a file name on every system. `seed` and `negative_prompt` are None where the file does not
-    say; `image` is an existing file (image-to-video) or None. `line` counts from 1.
+    say; `image` is an existing file (image-to-video) or None. `line` counts from 1. `image_sha256` is known for a
+    prompt that `choose` gave.
     """
 
     id: str
@@ -33,6 +36,17 @@ class Prompt:
     negative_prompt: str | None = None
     image: Path | None = None
     line: int = 0
+    image_sha256: str | None = None
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What a manifest says of the prompt. An image is known by its bytes, because its path can change."""
+        return {
+            "prompt": self.text,
+            "negative_prompt": self.negative_prompt,
+            "image": None if self.image is None else self.image.name,
+            "image_sha256": self.image_sha256,
+        }
 
 
 @dataclass(frozen=True)
@@ -80,6 +94,19 @@ def read_prompts(path: str | Path) -> PromptFile:
     return PromptFile(path, tuple(prompts), tuple(sorted(ignored)))
 
 
+def choose(prompts: Sequence[Prompt], sample: int | None, limit: int | None) -> list[Prompt]:
+    """The prompts that a run is for: `sample` of them, evenly spaced, and of those the first `limit`. None: all.
+
+    Raises:
+        UserError: an image of a chosen prompt cannot be read.
+    """
+    chosen = list(prompts) if sample is None else evenly_spaced(prompts, sample)
+    return [
+        prompt if prompt.image is None else replace(prompt, image_sha256=_image_digest(prompt.image))
+        for prompt in chosen[:limit]
+    ]
+
+
 def evenly_spaced(items: Sequence[T], count: int) -> list[T]:
     """`count` of the items, evenly spaced from the first to the last (all, if there are no more than `count`)."""
     if count >= len(items):
@@ -89,6 +116,18 @@ def evenly_spaced(items: Sequence[T], count: int) -> list[T]:
     last = len(items) - 1
     # Integer rounding of i * last / (count - 1): strictly increasing because count <= last.
     return [items[(2 * i * last + count - 1) // (2 * (count - 1))] for i in range(count)]
+
+
+@cache
+def _image_digest(path: Path) -> str:
+    """The SHA-256 of an image file. Its header is read too, which is quick: a file that is no image is found early."""
+    from PIL import Image
+
+    try:
+        with Image.open(path):
+            return hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read as an image: {one_line(error)}") from None
 
 
 def _read_lines(path: Path) -> list[tuple[int, str]]:

@@ -100,3 +100,5 @@ class GenerateSettings(VideoSettings):
     def check(self) -> None:
         super().check()
         _ = self.config
+        if self.compile and self.attention in ("dense-alt", "all"):
+            raise UserError(f"--attention {self.attention} makes dense-alt videos, which do not go with --compile")

@@ -28,8 +28,8 @@ from xattn_video_pipelines.common.files import make_writable, whole_files
 from xattn_video_pipelines.common.program import Parser, run_program
 from xattn_video_pipelines.demo.training.latents import ClipSize
 from xattn_video_pipelines.demo.training.phases import FULL
-from xattn_video_pipelines.video import make as runner
-from xattn_video_pipelines.video.models import check_available, find_model
+from xattn_video_pipelines.video.make import load_pipeline
+from xattn_video_pipelines.video.models import Settings, check_available, find_model
 from xattn_video_pipelines.video.prompts import MAX_SEED
 
 if TYPE_CHECKING:
@@ -270,8 +270,8 @@ def _run(options: argparse.Namespace) -> int:
     if model.geometry is not None:
         model.geometry.check(FULL.side, FULL.side, FULL.frames)
     check_available(model)
-    settings = runner.Settings(FULL.side, FULL.side, FULL.frames, 8, options.steps, GUIDANCE, None, None)
-    pipeline = runner.load_pipeline(
+    settings = Settings(FULL.side, FULL.side, FULL.frames, 8, options.steps, GUIDANCE, None, None)
+    pipeline = load_pipeline(
         model, settings, device=torch.device("cpu"), dtype="float32", offload="none", compile_blocks=False
     )
     pipeline.set_progress_bar_config(disable=True)
