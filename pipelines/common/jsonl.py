@@ -50,9 +50,13 @@ def append(path: Path, rows: Sequence[Row]) -> None:
     try:
         # Without a lock, a line that another process is writing would look like one that a kill cut short.
         with alone_with(path):
-            _cut_torn_line(path)
-            descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o644)
-            with os.fdopen(descriptor, "ab", buffering=0) as file:
+            descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o644)
+            with os.fdopen(descriptor, "ab+", buffering=0) as file:
+                if file.seek(0, os.SEEK_END):
+                    file.seek(-1, os.SEEK_END)
+                    if file.read(1) != b"\n":
+                        file.seek(0)
+                        file.truncate(file.read().rfind(b"\n") + 1)
                 if file.write(data) != len(data):
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
                 os.fsync(file.fileno())
@@ -61,13 +65,9 @@ def append(path: Path, rows: Sequence[Row]) -> None:
 
 
 def repair(path: Path) -> None:
-    """Cut away a last line that a kill cut short; `append` does it too. Raises UserError if that cannot be done."""
-    try:
-        if path.exists():
-            with alone_with(path):
-                _cut_torn_line(path)
-    except OSError as error:
-        raise UserError(f"{path}: cannot write: {error.strerror}") from None
+    """Cut away a last line that a kill cut short, as `append` does. Raises UserError if that cannot be done."""
+    if path.exists():
+        append(path, [])
 
 
 def keep(path: Path, wanted: Callable[[Row], bool]) -> None:
@@ -114,14 +114,3 @@ def _parse(line: bytes, complaint: str) -> Row:
     if not isinstance(row, dict):
         raise UserError(complaint)
     return row
-
-
-def _cut_torn_line(path: Path) -> None:
-    """Cut away what follows the last line end. Raises OSError."""
-    size = path.stat().st_size if path.exists() else 0
-    if size:
-        with path.open("rb+") as file:
-            file.seek(-1, os.SEEK_END)
-            if file.read() != b"\n":
-                file.seek(0)
-                file.truncate(file.read().rfind(b"\n") + 1)
