@@ -39,7 +39,7 @@ def produce(plan: Plan, on_video: Callable[[Job, Record], None] | None = None) -
     Raises:
         UserError: the output cannot be written, or the model cannot be loaded or made sparse.
     """
-    if plan.pending:
+    if plan.pending and not plan.recipe.model.is_folder:
         check_available(plan.recipe.model)
     for folder in {job.folder for job in plan.jobs}:
         make_writable(folder)
@@ -262,6 +262,6 @@ def _compile(pipe: Any, model: Model) -> None:
 
 
 def _load_message(model: Model, error: Exception) -> str:
-    if not Path(model.source).is_dir():
+    if not model.is_folder:
         return offline_message(model.source, error)
     return f"--model {model.name}: the folder cannot be loaded: {one_line(error, 200)}"

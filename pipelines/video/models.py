@@ -107,9 +107,14 @@ class Model:
         return self.name if self.source == str(DEMO_WEIGHTS) else self.source
 
     @property
+    def is_folder(self) -> bool:
+        """Whether the source is a folder here, and not a Hub id."""
+        return Path(self.source).is_dir()
+
+    @property
     def weights(self) -> str | None:
         """What tells the weights of a local folder from others under its name; None for a Hub id, or where none are."""
-        return sampled_digest(Path(self.source)) if Path(self.source).is_dir() else None
+        return sampled_digest(Path(self.source)) if self.is_folder else None
 
     @cached_property
     def pipeline_class(self) -> Any:
@@ -283,13 +288,12 @@ def sampled_digest(folder: Path) -> str | None:
 
 
 def check_available(model: Model) -> None:
-    """Say in one line that a model is neither here nor reachable, before folders are made and loading is tried.
+    """Say in one line that a Hub id's model is neither here nor reachable, before folders are made and it is loaded.
 
     Raises:
         UserError: its description is not in the local cache and cannot be downloaded.
     """
-    if not Path(model.source).is_dir():
-        _hub_json(model.source, "model_index.json")
+    _hub_json(model.source, "model_index.json")
 
 
 def import_diffusers() -> Any:

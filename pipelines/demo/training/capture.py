@@ -269,7 +269,8 @@ def _run(options: argparse.Namespace) -> int:
         raise UserError(f"--model {options.model}: must be a WanPipeline, got {model.pipeline}")
     if model.geometry is not None:
         model.geometry.check(FULL.side, FULL.side, FULL.frames)
-    check_available(model)
+    if not model.is_folder:
+        check_available(model)
     settings = Settings(FULL.side, FULL.side, FULL.frames, 8, options.steps, GUIDANCE, None, None)
     pipeline = load_pipeline(
         model, settings, device=torch.device("cpu"), dtype="float32", offload="none", compile_blocks=False
