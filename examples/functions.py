@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from xattn_video import block_sparse_attention, score_blocks, select_blocks, xattention
-from xattn_video.testing.synthetic import video_like_qkv
+from xattn_video.testing import video_like_qkv
 
 
 def attend_in_steps(query: Tensor, key: Tensor, value: Tensor, *, threshold: float = 0.9) -> tuple[Tensor, Tensor]:

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from xattn_video.extras import missing
+from xattn_video_pipelines.common.demo_data import DEMO_WEIGHTS, HOW_TO_GET
 from xattn_video_pipelines.common.environment import cpu_name, versions
 from xattn_video_pipelines.common.errors import one_line
 from xattn_video_pipelines.common.settings import Json
-from xattn_video_pipelines.demo.files import DEMO_WEIGHTS, HOW_TO_GET
 
 EXAMPLE = """\
 example:

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from tests.cli_tools import Run, tool
+from xattn_video_pipelines.common.demo_data import DEMO_WEIGHTS, shipped_prompts
 from xattn_video_pipelines.demo import command, world
-from xattn_video_pipelines.demo.files import DEMO_WEIGHTS, shipped_prompts
 from xattn_video_pipelines.demo.judge import judge
 from xattn_video_pipelines.demo.training.vae import reconstruction_psnr
 from xattn_video_pipelines.video.manifest import read_manifest

@@ -16,7 +16,7 @@ from xattn_video.ops import dense_attention, reference
 from xattn_video.ops.cpu import backend
 from xattn_video.ops.key_mask import KeyMask
 from xattn_video_eval.bench.demo_tensors import DemoTensors, load_demo_qkv
-from xattn_video_pipelines.demo.files import DEMO_QKV
+from xattn_video_pipelines.common.demo_data import DEMO_QKV
 from xattn_video_pipelines.video.models import find_model
 
 THRESHOLD, BLOCK = 0.9, 128

@@ -207,8 +207,8 @@ def test_functions_are_the_stages_of_the_whole_call(capsys: pytest.CaptureFixtur
 
 
 def test_qwen2_vl_answers_from_a_video_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from xattn_video_pipelines.common.demo_data import DEMO_WATCHER
     from xattn_video_pipelines.demo import asking
-    from xattn_video_pipelines.demo.files import DEMO_WATCHER
 
     keys = [add(tmp_path / "dense", scene, str(number)) for number, scene in enumerate(SCENES)]
     asking.write_story(tmp_path / "dense", keys, tmp_path / "answers")
@@ -221,8 +221,8 @@ def test_qwen2_vl_answers_from_a_video_file(tmp_path: Path, capsys: pytest.Captu
 
 def test_qwen2_vl_is_sparse_between_two_dense_answers() -> None:
     from xattn_video.integrations.transformers import attention_stats
+    from xattn_video_pipelines.common.demo_data import DEMO_WATCHER
     from xattn_video_pipelines.demo import world
-    from xattn_video_pipelines.demo.files import DEMO_WATCHER
 
     from transformers import AutoProcessor, Qwen2VLForConditionalGeneration  # isort: skip
 

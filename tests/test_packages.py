@@ -80,8 +80,8 @@ def test_every_folder_of_code_is_installed_or_left_out_on_purpose() -> None:
 
 
 WHERE_THE_DATA_IS = """
-from xattn_video_pipelines.demo import files
-for place in (files.DEMO_WEIGHTS / "model_index.json", files.DEMO_WATCHER / "config.json", files.DEMO_QKV):
+from xattn_video_pipelines.common import demo_data
+for place in (demo_data.DEMO_WEIGHTS / "model_index.json", demo_data.DEMO_WATCHER / "config.json", demo_data.DEMO_QKV):
     print(place.is_file(), place)
 """
 

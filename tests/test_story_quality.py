@@ -12,6 +12,7 @@ import pytest
 from tests.test_stories import answered
 from xattn_video_eval.studies import story_quality
 from xattn_video_eval.studies.story_quality import main, table, write_stories
+from xattn_video_pipelines.common.demo_data import WATCHER_FPS
 from xattn_video_pipelines.demo import stories, watcher, world
 from xattn_video_pipelines.demo.judge import judge
 from xattn_video_pipelines.qa.frames import sample_video
@@ -47,7 +48,7 @@ def test_the_videos_show_held_out_scenes_that_the_answers_follow_from(tmp_path: 
 
 def test_a_video_is_shown_as_in_training(tmp_path: Path) -> None:
     write_stories(tmp_path, scenes=3, count=1)
-    frames = sample_video(tmp_path / "story-003-000.mp4", fps=watcher.FPS, max_frames=24, max_pixels=10**6).frames
+    frames = sample_video(tmp_path / "story-003-000.mp4", fps=WATCHER_FPS, max_frames=24, max_pixels=10**6).frames
     story = stories.draw_story(np.random.default_rng([3, 0, 3]), 3, "held-out")
     assert frames.shape == (3 * stories.SCENE_FRAMES // watcher.EVERY, 128, 128, 3)
     every = story.render().astype(int)

@@ -14,8 +14,8 @@ from tests.cli_tools import Run, tool
 from tests.test_asking import SCENES, add
 from xattn_video_eval.studies.story_plot import latest
 from xattn_video_eval.studies.story_quality import LEDGER, main, table
+from xattn_video_pipelines.common.demo_data import DEMO_WATCHER
 from xattn_video_pipelines.demo import asking, stories, watcher, world
-from xattn_video_pipelines.demo.files import DEMO_WATCHER
 from xattn_video_pipelines.qa.load import VIDEO_MODEL
 
 import transformers  # isort: skip

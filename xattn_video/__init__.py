@@ -6,47 +6,27 @@ and `XAttnProcessor` loads diffusers too. So the version and the settings can be
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from .version import __version__
+from .fronts import lazy
+from .version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from .config import XAttnConfig
-    from .integrations.diffusers import XAttnProcessor
-    from .ops.stages import block_sparse_attention, score_blocks, select_blocks
-    from .ops.xattention import CallStats, xattention
-
-__all__ = [
-    "CallStats",
-    "XAttnConfig",
-    "XAttnProcessor",
-    "__version__",
-    "block_sparse_attention",
-    "score_blocks",
-    "select_blocks",
-    "xattention",
-]
-
-_MODULES = {
-    "CallStats": ".ops.xattention",
-    "XAttnConfig": ".config",
-    "XAttnProcessor": ".integrations.diffusers",
-    "block_sparse_attention": ".ops.stages",
-    "score_blocks": ".ops.stages",
-    "select_blocks": ".ops.stages",
-    "xattention": ".ops.xattention",
-}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _MODULES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(_MODULES[name], __name__), name)
-    # Kept, so that the next access is an ordinary one.
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    from .config import XAttnConfig as XAttnConfig
+    from .integrations.diffusers import XAttnProcessor as XAttnProcessor
+    from .ops.stages import block_sparse_attention as block_sparse_attention
+    from .ops.stages import score_blocks as score_blocks
+    from .ops.stages import select_blocks as select_blocks
+    from .ops.xattention import CallStats as CallStats
+    from .ops.xattention import xattention as xattention
+else:
+    __getattr__, __dir__, __all__ = lazy(
+        __name__,
+        {
+            "config": ["XAttnConfig"],
+            "integrations.diffusers": ["XAttnProcessor"],
+            "ops.stages": ["block_sparse_attention", "score_blocks", "select_blocks"],
+            "ops.xattention": ["CallStats", "xattention"],
+        },
+    )
+    __all__ += ["__version__"]

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from xattn_video.testing.synthetic import causal_text_like_qkv, video_like_qkv
+from xattn_video.testing import causal_text_like_qkv, video_like_qkv
 from xattn_video_eval.bench.settings import BenchSettings
 from xattn_video_pipelines.common.errors import UserError
 from xattn_video_pipelines.common.settings import option_name

@@ -51,7 +51,7 @@ from xattn_video_eval.bench.goals import Verdict
 from xattn_video_eval.bench.settings import LEDGER_NAME, BenchSettings
 from xattn_video_eval.bench.tables import format_stages, format_table
 from xattn_video_eval.bench.timing import peak_extra_mb, seconds_of
-from xattn_video_eval.results.ledger import RESULTS, append_rows, provenance
+from xattn_video_eval.results import RESULTS, append_rows, provenance
 from xattn_video_pipelines.common.environment import device_name
 from xattn_video_pipelines.common.errors import UserError
 from xattn_video_pipelines.common.files import make_writable

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from xattn_video_pipelines.demo.files import DEMO_QKV as DEMO_QKV
+from xattn_video_pipelines.common.demo_data import DEMO_QKV
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -21,12 +21,12 @@ from xattn_video import XAttnConfig
 from xattn_video_eval.bench.cases import DTYPES
 from xattn_video_eval.bench.settings import BenchSettings
 from xattn_video_eval.bench.timing import seconds_of
-from xattn_video_eval.benchmarks.needle.items import make_item
-from xattn_video_eval.results.ledger import RESULTS, append_rows, provenance
+from xattn_video_eval.benchmarks.needle import make_item
+from xattn_video_eval.results import RESULTS, append_rows, provenance
 from xattn_video_pipelines.common.environment import device_name
 from xattn_video_pipelines.common.errors import UserError
 from xattn_video_pipelines.common.tables import aligned
-from xattn_video_pipelines.qa.load import load_model
+from xattn_video_pipelines.qa import load_model
 
 LEDGER = RESULTS / "first_token.jsonl"
 TOKENS = (4096, 8192, 16384)

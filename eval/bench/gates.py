@@ -10,7 +10,7 @@ from torch import Tensor
 from xattn_video import XAttnConfig, block_sparse_attention, score_blocks, select_blocks, xattention
 from xattn_video.ops import KeyMask, dense_attention, reference
 from xattn_video.ops.call_blocks import CallBlocks
-from xattn_video.testing.synthetic import causal_text_like_qkv
+from xattn_video.testing import causal_text_like_qkv
 from xattn_video_eval.bench.cases import Case
 
 # Of the scores' norm, in a head. The sums of a row are exact to about 1e-6; a wrong tile is off by far more.

@@ -34,7 +34,7 @@ from xattn_video.ops.key_mask import num_blocks
 from xattn_video.ops.triton import attention, attention_choice, launch_tables
 from xattn_video.ops.triton import scores as antidiagonal_scores
 from xattn_video.ops.triton.launch_tables import LaunchConfig
-from xattn_video_eval.results.ledger import provenance
+from xattn_video_eval.results import provenance
 from xattn_video_pipelines.common import jsonl
 from xattn_video_pipelines.common.errors import UserError
 from xattn_video_pipelines.common.files import write_texts

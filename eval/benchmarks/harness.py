@@ -20,14 +20,14 @@ from typing import Any, TypeVar
 
 from xattn_video import XAttnConfig
 from xattn_video_eval.benchmarks.settings import RESULTS_JSON, HarnessSettings, LmEvalSettings, LmmsEvalSettings
-from xattn_video_eval.results.ledger import provenance
+from xattn_video_eval.results import provenance
 from xattn_video_pipelines.common.environment import device_name
 from xattn_video_pipelines.common.errors import UserError, one_line
 from xattn_video_pipelines.common.files import make_writable, write_texts
 from xattn_video_pipelines.common.program import add_command, guarded, program, run_app
 from xattn_video_pipelines.common.tables import aligned
-from xattn_video_pipelines.qa.load import load_model
-from xattn_video_pipelines.video.models import offline_message
+from xattn_video_pipelines.qa import load_model
+from xattn_video_pipelines.video import offline_message
 
 EXAMPLE = """\
 example:
@@ -101,7 +101,7 @@ def _sides(
 ) -> Iterator[dict[str, Any]]:
     """A row for each configuration."""
     from xattn_video.integrations.transformers import stop_xattention, use_xattention
-    from xattn_video_pipelines.qa.qwen_positions import mend_positions
+    from xattn_video_pipelines.qa import mend_positions
 
     mend_positions(model)
     for label, config in configs.items():

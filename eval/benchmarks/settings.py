@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated
 
 from xattn_video_pipelines.common.settings import Option
-from xattn_video_pipelines.qa.settings import LoadSettings, PrefillSettings
+from xattn_video_pipelines.qa import LoadSettings, PrefillSettings
 
 RESULTS_JSON = "results.json"
 

@@ -39,7 +39,7 @@ from xattn_video_pipelines.common.errors import UserError
 from xattn_video_pipelines.common.files import make_writable, write_texts
 from xattn_video_pipelines.common.program import for_people
 from xattn_video_pipelines.common.settings import Json
-from xattn_video_pipelines.video.manifest import Key, Record, read_manifest
+from xattn_video_pipelines.video import Key, Record, read_manifest
 
 EXAMPLE = """\
 example:

@@ -18,7 +18,7 @@ from xattn_video_eval.compare.pairs import Pair, find_pairs
 from xattn_video_pipelines.common.errors import UserError
 from xattn_video_pipelines.common.files import make_writable, whole_files
 from xattn_video_pipelines.common.program import Parser, run_program
-from xattn_video_pipelines.video.io import iter_frames
+from xattn_video_pipelines.video import iter_frames
 
 EXAMPLE = "example: python -m xattn_video_eval.compare.contact_sheet out/dense out/xattn-s8-t0.90-w5 --out sheet.png"
 

@@ -16,7 +16,7 @@ from xattn_video_eval.compare.metrics.flicker import RegionErrors, flicker_step,
 from xattn_video_eval.compare.metrics.psnr_ssim import Lpips, psnr, ssim
 from xattn_video_eval.compare.pairs import Pair
 from xattn_video_pipelines.common.errors import UserError
-from xattn_video_pipelines.video.io import iter_frames
+from xattn_video_pipelines.video import iter_frames
 
 # SSIM of a 720p frame takes 120 MB while it runs: more threads at once would take gigabytes.
 _MOST_WORKERS = 8

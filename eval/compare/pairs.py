@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from xattn_video_pipelines.common.errors import UserError
-from xattn_video_pipelines.video.manifest import (
+from xattn_video_pipelines.video import (
     Key,
     Record,
     check_exists,

@@ -8,7 +8,7 @@ from typing import Any
 from xattn_video_eval.compare.metrics.psnr_ssim import PSNR_CAP_DB
 from xattn_video_eval.compare.pairs import shortened
 from xattn_video_pipelines.common.tables import aligned
-from xattn_video_pipelines.video.manifest import video_name
+from xattn_video_pipelines.video import video_name
 
 _WIDTH = 110
 

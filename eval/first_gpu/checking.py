@@ -16,7 +16,7 @@ from torch import Tensor
 from xattn_video.ops import reference
 from xattn_video.ops.block_lists import mask_to_lists
 from xattn_video.ops.key_mask import KeyMask
-from xattn_video_eval.bench.dense_kernels import reason_of, relative_error
+from xattn_video_eval.bench import reason_of, relative_error
 from xattn_video_eval.first_gpu.inputs import normal_inputs
 from xattn_video_eval.first_gpu.kernels import ATTENTION, BLOCK_SIZE, GPU_ONLY, settings
 from xattn_video_eval.first_gpu.look import Look

@@ -29,7 +29,7 @@ from xattn_video_eval.first_gpu.runner import Step, run_steps
 from xattn_video_eval.first_gpu.testing import all_tests, small
 from xattn_video_eval.first_gpu.times import attend_hopper, attend_plain, dense, scores, whole
 from xattn_video_eval.first_gpu.verdict import all_well, summary
-from xattn_video_eval.results.ledger import RESULTS, append_rows
+from xattn_video_eval.results import RESULTS, append_rows
 from xattn_video_pipelines.common.environment import device_name
 from xattn_video_pipelines.common.errors import UserError
 from xattn_video_pipelines.common.files import make_writable

@@ -9,11 +9,11 @@ import os
 import time
 from concurrent.futures import Future, as_completed
 
-from xattn_video_eval.bench.dense_kernels import reason_of
+from xattn_video_eval.bench import reason_of
 from xattn_video_eval.first_gpu.kernels import arguments_without_memory
 from xattn_video_eval.first_gpu.look import Look
 from xattn_video_eval.first_gpu.plan import ATTENTION_KERNELS, TARGET, TIMED, Call, Variant, checks, strides, variants
-from xattn_video_eval.tune.compile import workers
+from xattn_video_eval.tune import workers
 
 Job = tuple[Variant, Call, int | None]
 
@@ -52,7 +52,7 @@ def compile_all(look: Look) -> None:
 
 def compile_variant(variant: Variant, call: Call, stride: int | None) -> tuple[float, int]:
     """Seconds, and bytes of shared memory."""
-    from xattn_video_eval.bench.static_evidence import TARGETS, compile_like_jit
+    from xattn_video_eval.bench import TARGETS, compile_like_jit
 
     began = time.monotonic()
     kernel, arguments = arguments_without_memory(variant, call, stride)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import torch
 
-from xattn_video_eval.bench.timing import median_seconds
+from xattn_video_eval.bench import median_seconds
 from xattn_video_eval.first_gpu.look import Look
 
 # Bytes copied, and the side of the multiplied matrices: on a GPU, and in a rehearsal.

@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 from xattn_video.ops.key_mask import num_blocks
-from xattn_video_eval.bench.cases import DTYPES
-from xattn_video_eval.bench.dense_kernels import Problem
+from xattn_video_eval.bench import DTYPES, Problem
 from xattn_video_eval.first_gpu.kernels import BLOCK_SIZE
 from xattn_video_eval.first_gpu.look import Look
 from xattn_video_eval.first_gpu.plan import Call

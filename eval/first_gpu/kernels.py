@@ -12,7 +12,7 @@ from xattn_video.ops.key_mask import num_blocks
 from xattn_video.ops.triton import attention as block_sparse
 from xattn_video.ops.triton import attention_hopper
 from xattn_video.ops.triton import scores as antidiagonal_scores
-from xattn_video_eval.bench.cases import DTYPES
+from xattn_video_eval.bench import DTYPES
 from xattn_video_eval.first_gpu.plan import Call, Variant
 
 BLOCK_SIZE = 128

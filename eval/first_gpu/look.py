@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from xattn_video_eval.first_gpu.plan import TIMED, TIMED_IN_REHEARSAL, Call
-from xattn_video_eval.results.ledger import provenance
+from xattn_video_eval.results import provenance
 from xattn_video_pipelines.common import jsonl
 from xattn_video_pipelines.common.environment import device_name
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from xattn_video.ops.triton.launch_tables import LaunchConfig, lookup, packaged_table
-from xattn_video_eval.bench.cases import GPU_CASES
+from xattn_video_eval.bench import GPU_CASES
 
 TARGET = "sm_90"
 ATTENTION_KERNELS = ("attention_hopper", "block_sparse")

@@ -21,8 +21,15 @@ from xattn_video.ops.block_lists import lists_to_mask, mask_to_lists
 from xattn_video.ops.key_mask import num_blocks
 from xattn_video.ops.triton.scores import launch_antidiagonal_scores
 from xattn_video.ops.triton.selection import select as select_on_gpu
-from xattn_video_eval.bench.dense_kernels import Problem, dense_candidates, reason_of, relative_error, sampled_truth
-from xattn_video_eval.bench.timing import median_seconds, peak_extra_mb
+from xattn_video_eval.bench import (
+    Problem,
+    dense_candidates,
+    median_seconds,
+    peak_extra_mb,
+    reason_of,
+    relative_error,
+    sampled_truth,
+)
 from xattn_video_eval.first_gpu.inputs import DENSITY, dense_flop, timed_problem
 from xattn_video_eval.first_gpu.kernels import ATTENTION, BLOCK_SIZE, GPU_ONLY, settings
 from xattn_video_eval.first_gpu.look import Look

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from xattn_video_eval.bench.goals import EXTRA_MIB, HOPPER_TFLOPS, OF_IDEAL, PLAIN_TFLOPS, SELECTION_SHARE
+from xattn_video_eval.bench import EXTRA_MIB, HOPPER_TFLOPS, OF_IDEAL, PLAIN_TFLOPS, SELECTION_SHARE
 from xattn_video_eval.first_gpu.times import DENSE_KERNELS
 
 Rows = list[dict[str, Any]]

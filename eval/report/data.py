@@ -13,11 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from xattn_video_eval.compare.command import compare
-from xattn_video_eval.compare.settings import FLOOR, SUMMARY_JSON, CompareSettings
+from xattn_video_eval.compare import FLOOR, SUMMARY_JSON, CompareSettings, compare
 from xattn_video_eval.report.settings import ReportSettings
 from xattn_video_pipelines.common.errors import UserError
-from xattn_video_pipelines.video.manifest import NAME, Key, Record, finished_videos, video_name
+from xattn_video_pipelines.video import MANIFEST, Key, Record, finished_videos, video_name
 
 DENSE = "dense"
 # A summary without these is of an older version.
@@ -92,11 +91,13 @@ def load_run(settings: ReportSettings, *, progress: bool = True) -> Run:
     folder = settings.run_dir
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder")
-    labels = sorted((path.name for path in folder.iterdir() if (path / NAME).is_file()), key=_in_order)
+    labels = sorted((path.name for path in folder.iterdir() if (path / MANIFEST).is_file()), key=_in_order)
     if not labels:
-        raise UserError(f"{folder}: no folder with a {NAME} in it; give the --out of `xattn-video generate`")
+        raise UserError(f"{folder}: no folder with a {MANIFEST} in it; give the --out of `xattn-video generate`")
     if DENSE not in labels:
-        raise UserError(f"{folder}: no {DENSE}/ with a {NAME} in it; xattn-video generate --attention dense makes it")
+        raise UserError(
+            f"{folder}: no {DENSE}/ with a {MANIFEST} in it; xattn-video generate --attention dense makes it"
+        )
     if labels == [DENSE]:
         raise UserError(f"{folder}: only {DENSE}/ is in it; xattn-video generate --attention all makes the rest")
     dense_folder = folder / DENSE
@@ -210,7 +211,7 @@ def _current_summary(
     try:
         summary = json.loads(path.read_text(encoding="utf-8"))
         written = os.stat(path).st_mtime_ns
-        if any(written < os.stat(place / NAME).st_mtime_ns for place in (dense_folder, folder)):
+        if any(written < os.stat(place / MANIFEST).st_mtime_ns for place in (dense_folder, folder)):
             return None
     except (OSError, ValueError):
         return None

@@ -8,15 +8,14 @@ from typing import Any
 import numpy as np
 from markupsafe import Markup
 
-from xattn_video_eval.compare.settings import FLOOR
-from xattn_video_eval.compare.table import COLUMN_HEADS
+from xattn_video_eval.compare import COLUMN_HEADS, FLOOR
 from xattn_video_eval.report import charts
 from xattn_video_eval.report import data as report_data
 from xattn_video_eval.report.data import Case, Compared, Run
 from xattn_video_eval.report.paper_tables import load_paper_tables
 from xattn_video_eval.report.templates import render
 from xattn_video_eval.report.videos import Embedded, player_cases, prompt_of
-from xattn_video_pipelines.video.manifest import Record
+from xattn_video_pipelines.video import Record
 
 _WORST = 12
 

@@ -10,8 +10,7 @@ from typing import Any
 
 from xattn_video_eval.report.data import DENSE, Case, Run
 from xattn_video_pipelines.common.errors import UserError
-from xattn_video_pipelines.video.io import video_info
-from xattn_video_pipelines.video.manifest import Key, check_exists, video_file, video_name
+from xattn_video_pipelines.video import Key, check_exists, video_file, video_info, video_name
 
 
 @dataclass(frozen=True)

@@ -1,1 +1,5 @@
 """The rows that the project keeps, and how they are written."""
+
+from xattn_video_eval.results.ledger import RESULTS, append_rows, provenance
+
+__all__ = ["RESULTS", "append_rows", "provenance"]

@@ -18,18 +18,16 @@ from typing import Any
 import numpy as np
 
 from xattn_video import XAttnConfig
-from xattn_video_eval.compare.command import compare
-from xattn_video_eval.compare.settings import CompareSettings
-from xattn_video_eval.results.ledger import RESULTS, append_rows, provenance
+from xattn_video_eval.compare import CompareSettings, compare
+from xattn_video_eval.results import RESULTS, append_rows, provenance
 from xattn_video_pipelines import cli
 from xattn_video_pipelines.common import jsonl
+from xattn_video_pipelines.common.demo_data import shipped_prompts
 from xattn_video_pipelines.common.errors import UserError
 from xattn_video_pipelines.common.files import make_writable, write_texts
 from xattn_video_pipelines.common.program import Parser, run_program
-from xattn_video_pipelines.demo.files import shipped_prompts
-from xattn_video_pipelines.demo.judging import judge_folder
-from xattn_video_pipelines.video.manifest import Key, read_manifest
-from xattn_video_pipelines.video.prompts import evenly_spaced
+from xattn_video_pipelines.demo import judge_folder
+from xattn_video_pipelines.video import Key, evenly_spaced, read_manifest
 
 EXAMPLE = """\
 example:

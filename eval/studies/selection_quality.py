@@ -23,10 +23,10 @@ import torch
 from torch import Tensor
 
 from xattn_video.config import check_geometry
-from xattn_video.testing.synthetic import causal_text_like_qkv, video_like_qkv
-from xattn_video_eval.bench import demo_tensors
-from xattn_video_eval.report.paper_tables import compare_orders
-from xattn_video_eval.results.ledger import RESULTS, append_rows, provenance
+from xattn_video.testing import causal_text_like_qkv, video_like_qkv
+from xattn_video_eval.bench import load_demo_qkv
+from xattn_video_eval.report import compare_orders
+from xattn_video_eval.results import RESULTS, append_rows, provenance
 from xattn_video_eval.studies import selection_plots
 from xattn_video_eval.studies.selection_measures import (
     Problem,
@@ -36,6 +36,7 @@ from xattn_video_eval.studies.selection_measures import (
     measure_thresholds,
 )
 from xattn_video_eval.studies.selection_tables import format_input, format_legend
+from xattn_video_pipelines.common.demo_data import DEMO_QKV
 from xattn_video_pipelines.common.environment import device_name
 from xattn_video_pipelines.common.errors import UserError
 from xattn_video_pipelines.common.program import Parser, run_program
@@ -92,10 +93,10 @@ def run(args: argparse.Namespace) -> int:
         selection_plots.check(args.plot)
     skipped = {}
     chosen = tuple(dict.fromkeys(args.inputs or INPUTS))
-    if args.inputs is None and not demo_tensors.DEMO_QKV.is_file():
+    if args.inputs is None and not DEMO_QKV.is_file():
         chosen = tuple(name for name in INPUTS if name != "demo")
         skipped["demo"] = (
-            f"no file {demo_tensors.DEMO_QKV.name} in this installation; "
+            f"no file {DEMO_QKV.name} in this installation; "
             "python -m xattn_video_pipelines.demo.training.capture makes it"
         )
     if chosen == ("demo",):
@@ -156,7 +157,7 @@ def _made_inputs(
 
 def _demo_inputs() -> tuple[dict[str, Any], Tensor, Tensor]:
     try:
-        entries = demo_tensors.load_demo_qkv()
+        entries = load_demo_qkv()
     except (FileNotFoundError, ValueError) as error:
         raise UserError(f"--inputs demo: {error}") from error
     query, key = (torch.cat([getattr(entry, part) for entry in entries], 1).float() for part in ("query", "key"))

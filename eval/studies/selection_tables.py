@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from xattn_video_eval.report.paper_tables import load_paper_tables
+from xattn_video_eval.report import load_paper_tables
 from xattn_video_eval.studies.block_scorers import EXACT, SCORERS
 from xattn_video_eval.studies.selection_measures import SAME_RECALL
 from xattn_video_pipelines.common.tables import aligned

@@ -15,20 +15,26 @@ from typing import Any
 
 import numpy as np
 
-from xattn_video_eval.results.ledger import RESULTS, append_rows, provenance
+from xattn_video_eval.results import RESULTS, append_rows, provenance
 from xattn_video_eval.studies.demo_quality import paired_difference
 from xattn_video_pipelines.common import jsonl
+from xattn_video_pipelines.common.demo_data import WATCHER_FPS
 from xattn_video_pipelines.common.errors import UserError
 from xattn_video_pipelines.common.files import make_writable, write_texts
 from xattn_video_pipelines.common.program import Parser, run_program
 from xattn_video_pipelines.common.tables import aligned
-from xattn_video_pipelines.demo import stories, watcher, world
-from xattn_video_pipelines.qa.command import answer_questions, print_answer
-from xattn_video_pipelines.qa.command import table as summary_table
-from xattn_video_pipelines.qa.load import read_answers
-from xattn_video_pipelines.qa.questions import read_questions
-from xattn_video_pipelines.qa.settings import ANSWERS, SUMMARY, QaSettings
-from xattn_video_pipelines.video.io import write_video
+from xattn_video_pipelines.demo import FPS, KINDS, SCENE_FRAMES, draw_question, draw_story
+from xattn_video_pipelines.qa import (
+    ANSWERS,
+    SUMMARY,
+    QaSettings,
+    answer_questions,
+    print_answer,
+    read_answers,
+    read_questions,
+    summary_table,
+)
+from xattn_video_pipelines.video import write_video
 
 EXAMPLE = """\
 example:
@@ -93,12 +99,12 @@ def write_stories(folder: Path, scenes: int, count: int) -> Path:
     lines = []
     for number in range(count):
         rng = np.random.default_rng([scenes, number, 3])
-        story = stories.draw_story(rng, scenes, "held-out")
+        story = draw_story(rng, scenes, "held-out")
         video = folder / f"story-{scenes:03d}-{number:03d}.mp4"
         if not video.exists():
-            write_video(video, story.render(), world.FPS)
-        for kind in stories.KINDS:
-            asked = stories.draw_question(rng, story, kind)
+            write_video(video, story.render(), FPS)
+        for kind in KINDS:
+            asked = draw_question(rng, story, kind)
             id = f"{video.stem}-{kind}"
             record = {"id": id, "video": video.name, "question": asked.question, "answer": asked.answer}
             lines.append(record)
@@ -110,8 +116,8 @@ def write_stories(folder: Path, scenes: int, count: int) -> Path:
 def _asking(args: argparse.Namespace, items: Path, out: Path, scenes: int) -> QaSettings:
     """What is asked about the stories of one length."""
     return QaSettings(
-        model=args.model, items=items, out=out, attention="both", fps=watcher.FPS,
-        max_frames=scenes * stories.SCENE_FRAMES // watcher.EVERY, max_new_tokens=4, min_tokens=0,
+        model=args.model, items=items, out=out, attention="both", fps=WATCHER_FPS,
+        max_frames=int(scenes * SCENE_FRAMES * WATCHER_FPS / FPS), max_new_tokens=4, min_tokens=0,
         stride=args.stride, threshold=args.threshold, dense_last=args.dense_last, device=args.device, dtype=args.dtype,
     )  # fmt: skip
 
@@ -126,9 +132,7 @@ def _row(args: argparse.Namespace, items: Path, out: Path, label: str) -> dict[s
     ]
     told = json.loads((out / SUMMARY).read_text(encoding="utf-8"))["configurations"]
     # The questions about a story share its video: the story is what is drawn anew.
-    per_story = [
-        np.array([row["right"] for row in side], float).reshape(-1, len(stories.KINDS)).mean(1) for side in sides
-    ]
+    per_story = [np.array([row["right"] for row in side], float).reshape(-1, len(KINDS)).mean(1) for side in sides]
     return {
         "stories": args.stories,
         "questions": len(questions),
@@ -136,7 +140,7 @@ def _row(args: argparse.Namespace, items: Path, out: Path, label: str) -> dict[s
         "right": {"dense": told["dense"]["accuracy"], "sparse": told[label]["accuracy"]},
         "right_by_kind": {
             kind: [float(np.mean([row["right"] for row in side if row["id"].endswith(f"-{kind}")])) for side in sides]
-            for kind in stories.KINDS
+            for kind in KINDS
         },
         "difference": paired_difference(*(side.tolist() for side in per_story)),
         **{name: told[label][name] for name in ("sparse_density", "agreement", "kl", "logit_error")},

@@ -19,9 +19,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from xattn_video import XAttnConfig
 from xattn_video.extras import install_command
-from xattn_video_eval.compare.command import compare
-from xattn_video_eval.compare.settings import CompareSettings
-from xattn_video_eval.results.ledger import provenance
+from xattn_video_eval.compare import CompareSettings, compare
+from xattn_video_eval.results import provenance
 from xattn_video_eval.sweep.plot import plot
 from xattn_video_eval.sweep.settings import SweepSettings
 from xattn_video_pipelines.common.errors import UserError
@@ -29,15 +28,11 @@ from xattn_video_pipelines.common.files import write_texts
 from xattn_video_pipelines.common.program import for_people
 from xattn_video_pipelines.common.settings import Json, Option
 from xattn_video_pipelines.common.tables import aligned
-from xattn_video_pipelines.demo.judging import judge_folder
-from xattn_video_pipelines.demo.world import asked
-from xattn_video_pipelines.video.command import print_video
-from xattn_video_pipelines.video.make import produce
-from xattn_video_pipelines.video.manifest import Record, read_manifest
-from xattn_video_pipelines.video.plan import Job, Plan, make_plan
+from xattn_video_pipelines.demo import asked, judge_folder
+from xattn_video_pipelines.video import Job, Plan, Record, make_plan, print_video, produce, read_manifest
 
 if TYPE_CHECKING:
-    from xattn_video_pipelines.video.plan import Labelled
+    from xattn_video import XAttnConfig
 
 EXAMPLE = """\
 example:
@@ -108,9 +103,9 @@ def sweep(settings: SweepSettings, on_video: Callable[[Job, Record], None] | Non
     return rows
 
 
-def _plan(settings: SweepSettings) -> tuple[Plan, list[Labelled]]:
+def _plan(settings: SweepSettings) -> tuple[Plan, list[tuple[str, XAttnConfig | None]]]:
     """The videos to make, and the folders that they go to with what each is made with."""
-    labels: list[Labelled] = [("dense", None)]
+    labels: list[tuple[str, XAttnConfig | None]] = [("dense", None)]
     labels += [("dense-alt", None)] if settings.floor else []
     labels += [(config.label(), config) for config in settings.configs]
     return prompt_by_prompt(make_plan(settings.of_videos, labels)), labels

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from xattn_video_pipelines.common.settings import Option, sparse_config
-from xattn_video_pipelines.video.settings import GenerateSettings, VideoSettings
+from xattn_video_pipelines.video import GenerateSettings, VideoSettings
 
 if TYPE_CHECKING:
     from xattn_video import XAttnConfig

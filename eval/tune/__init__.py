@@ -1,6 +1,19 @@
 """Launch configurations, measured on this GPU."""
 
-from xattn_video_eval.tune.command import tune
-from xattn_video_eval.tune.settings import TuneSettings
+from typing import TYPE_CHECKING
 
-__all__ = ["TuneSettings", "tune"]
+from xattn_video.fronts import lazy
+
+if TYPE_CHECKING:
+    from xattn_video_eval.tune.command import tune as tune
+    from xattn_video_eval.tune.compile import workers as workers
+    from xattn_video_eval.tune.settings import TuneSettings as TuneSettings
+else:
+    __getattr__, __dir__, __all__ = lazy(
+        __name__,
+        {
+            "command": ["tune"],
+            "compile": ["workers"],
+            "settings": ["TuneSettings"],
+        },
+    )

@@ -27,8 +27,8 @@ import torch
 
 from xattn_video.ops.triton import launch_tables
 from xattn_video.ops.triton.launch_tables import LaunchConfig, Table
-from xattn_video_eval.bench.cases import DTYPES
-from xattn_video_eval.results.ledger import provenance
+from xattn_video_eval.bench import DTYPES
+from xattn_video_eval.results import provenance
 from xattn_video_eval.tune.candidates import candidates
 from xattn_video_eval.tune.compile import compile_ahead, workers
 from xattn_video_eval.tune.problems import ATTEND, HOPPER, KERNELS, SCORES, Runner, large_runner, small_runner

@@ -13,8 +13,8 @@ from xattn_video.ops import reference
 from xattn_video.ops.block_lists import mask_to_lists
 from xattn_video.ops.key_mask import KeyMask, num_blocks
 from xattn_video.ops.triton.launch_tables import LaunchConfig
-from xattn_video.testing.synthetic import causal_text_like_qkv
-from xattn_video_eval.bench.cases import DTYPES, Case, make_inputs
+from xattn_video.testing import causal_text_like_qkv
+from xattn_video_eval.bench import DTYPES, Case, make_inputs
 
 SCORES, ATTEND, HOPPER = KERNELS = ("antidiagonal_scores", "block_sparse", "attention_hopper")
 BLOCK_SIZE, STRIDE = 128, 8

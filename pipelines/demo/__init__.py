@@ -1,22 +1,29 @@
 """A small Wan pipeline of diffusers' and transformers' real classes, and the program that shows it."""
 
-from typing import Any
+from typing import TYPE_CHECKING
 
-__all__ = ["DemoSettings", "JudgeSettings", "demo", "judge_folders"]
+from xattn_video.fronts import lazy
 
-
-def __getattr__(name: str) -> Any:
-    # Not when this package is imported: whoever needs a file of the demo alone would load all programs.
-    if name in ("DemoSettings", "JudgeSettings"):
-        from xattn_video_pipelines.demo import settings
-
-        return getattr(settings, name)
-    if name == "demo":
-        from xattn_video_pipelines.demo.command import demo
-
-        return demo
-    if name == "judge_folders":
-        from xattn_video_pipelines.demo.judging import judge_folders
-
-        return judge_folders
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+if TYPE_CHECKING:
+    from xattn_video_pipelines.demo.command import demo as demo
+    from xattn_video_pipelines.demo.judging import judge_folder as judge_folder
+    from xattn_video_pipelines.demo.judging import judge_folders as judge_folders
+    from xattn_video_pipelines.demo.settings import DemoSettings as DemoSettings
+    from xattn_video_pipelines.demo.settings import JudgeSettings as JudgeSettings
+    from xattn_video_pipelines.demo.stories import KINDS as KINDS
+    from xattn_video_pipelines.demo.stories import SCENE_FRAMES as SCENE_FRAMES
+    from xattn_video_pipelines.demo.stories import draw_question as draw_question
+    from xattn_video_pipelines.demo.stories import draw_story as draw_story
+    from xattn_video_pipelines.demo.world import FPS as FPS
+    from xattn_video_pipelines.demo.world import asked as asked
+else:
+    __getattr__, __dir__, __all__ = lazy(
+        __name__,
+        {
+            "command": ["demo"],
+            "judging": ["judge_folder", "judge_folders"],
+            "settings": ["DemoSettings", "JudgeSettings"],
+            "stories": ["KINDS", "SCENE_FRAMES", "draw_question", "draw_story"],
+            "world": ["FPS", "asked"],
+        },
+    )

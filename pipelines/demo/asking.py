@@ -13,8 +13,7 @@ import numpy as np
 from xattn_video_pipelines.common import jsonl
 from xattn_video_pipelines.common.files import make_writable, write_texts
 from xattn_video_pipelines.demo import stories, world
-from xattn_video_pipelines.video.io import read_video, write_video
-from xattn_video_pipelines.video.manifest import read_manifest
+from xattn_video_pipelines.video import read_manifest, read_video, write_video
 
 STORY, QUESTIONS = "story.mp4", "questions.jsonl"
 

@@ -12,13 +12,13 @@ from json import dumps, loads
 from pathlib import Path
 from typing import Any
 
+from xattn_video_pipelines.common.demo_data import shipped_prompts
 from xattn_video_pipelines.common.program import for_people
 from xattn_video_pipelines.common.settings import Json, Settings
 from xattn_video_pipelines.common.tables import aligned
-from xattn_video_pipelines.demo.files import shipped_prompts
 from xattn_video_pipelines.demo.judging import judge_folder
 from xattn_video_pipelines.demo.settings import DemoSettings
-from xattn_video_pipelines.video.manifest import read_manifest
+from xattn_video_pipelines.video import read_manifest
 
 EXAMPLE = """\
 example:
@@ -50,10 +50,9 @@ def demo(settings: DemoSettings) -> dict[str, Any]:
     Raises:
         UserError: as the programs that are run.
     """
-    # The command line knows the measures, which programs do not import.
+    # Programs do not import the measures. The command line knows them, and runs each program as a user would.
     from xattn_video_pipelines.cli import module_of
-    from xattn_video_pipelines.video import command as video
-    from xattn_video_pipelines.video.settings import GenerateSettings
+    from xattn_video_pipelines.video import GenerateSettings
 
     print(_INTRODUCTION, flush=True)
     generating = GenerateSettings(
@@ -62,7 +61,7 @@ def demo(settings: DemoSettings) -> dict[str, Any]:
         warmup_steps=settings.warmup_steps, num_frames=settings.num_frames,
     )  # fmt: skip
     _announce("generate", generating)
-    video.command(generating)
+    module_of("generate").command(generating)
 
     compare = module_of("compare")
     dense, sparse = settings.out / "dense", settings.out / generating.config.label()
@@ -84,10 +83,10 @@ def _announce(command: str, settings: Settings) -> None:
 def _ask(out: Path, keys: list[tuple[str, int]]) -> None:
     """Have the dense videos watched and asked about."""
     # Not before: `--help` loads no torch.
+    from xattn_video_pipelines.cli import module_of
     from xattn_video_pipelines.demo.asking import write_story
     from xattn_video_pipelines.demo.stories import ORDINALS, SCENE_FRAMES
-    from xattn_video_pipelines.qa import command as qa
-    from xattn_video_pipelines.qa.settings import ANSWERS, DEMO, QaSettings
+    from xattn_video_pipelines.qa import ANSWERS, DEMO, QaSettings
 
     folder = out / "answers"
     questions = write_story(out / "dense", keys, folder)
@@ -98,7 +97,7 @@ def _ask(out: Path, keys: list[tuple[str, int]]) -> None:
     (folder / ANSWERS).unlink(missing_ok=True)
     asking = QaSettings(model=DEMO, items=questions, attention="both", device="cpu", max_new_tokens=4, out=folder)
     _announce("qa", asking)
-    qa.command(asking)
+    module_of("qa").command(asking)
 
 
 def _summary(dense: Path, sparse: Path) -> dict[str, Any]:

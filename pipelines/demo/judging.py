@@ -14,14 +14,14 @@ from xattn_video_pipelines.common.settings import Json
 from xattn_video_pipelines.common.tables import aligned
 from xattn_video_pipelines.demo.settings import JUDGED_JSON, JudgeSettings
 from xattn_video_pipelines.demo.world import asked
-from xattn_video_pipelines.video.io import read_video
-from xattn_video_pipelines.video.manifest import NAME as MANIFEST
-from xattn_video_pipelines.video.manifest import (
+from xattn_video_pipelines.video import (
+    MANIFEST,
     Key,
     Record,
     check_exists,
     finished_videos,
     lossless_copy,
+    read_video,
     video_file,
     video_name,
 )

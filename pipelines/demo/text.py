@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from xattn_video_pipelines.demo import world
-from xattn_video_pipelines.video.models import import_diffusers
+from xattn_video_pipelines.video import import_diffusers
 
 # At least the vocabulary, so that its vectors can be orthogonal.
 TEXT_DIM = 64

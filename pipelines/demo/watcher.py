@@ -1,7 +1,7 @@
 """The demo's video-understanding model: a small `Qwen2VLForConditionalGeneration` with its processor.
 
 It watches stories of the shapes world and answers questions about them. A token stands for 16 x 16 pixels of two
-frames, so a scene that is watched at FPS frames a second has 256 of them.
+frames, so a scene that is watched at WATCHER_FPS frames a second has 256 of them.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import xattn_video.integrations.transformers  # noqa: F401  (repairs torchvision before transformers needs it)
+from xattn_video_pipelines.common.demo_data import WATCHER_FPS
 from xattn_video_pipelines.common.files import edit_json, whole_folder
 from xattn_video_pipelines.demo import stories, world
 
@@ -20,9 +21,8 @@ import torch
 import transformers
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
-# Frames a second that it is trained to be shown: every fourth of the world's.
-EVERY = 4
-FPS = world.FPS / EVERY
+# It is shown every fourth frame of the world's.
+EVERY = round(world.FPS / WATCHER_FPS)
 
 _PATCH, _MERGE = 8, 2
 _OLD = transformers.__version__.startswith("4.")

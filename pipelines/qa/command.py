@@ -42,7 +42,7 @@ example:
 def command(settings: QaSettings, *, json: Json = False) -> int:
     """`xattn-video qa`: answer everything, print and write it; 0. Raises UserError."""
     document = answer_questions(settings, partial(print_answer, file=for_people(json)))
-    print(dumps(document) if json else table(document))
+    print(dumps(document) if json else summary_table(document))
     return 0
 
 
@@ -102,7 +102,7 @@ def summary(rows: Sequence[Row]) -> dict[str, Any]:
     return {"configurations": configurations}
 
 
-def table(document: dict[str, Any]) -> str:
+def summary_table(document: dict[str, Any]) -> str:
     """The summary for people: a line a configuration."""
     heads = {
         "answers": "answers", "accuracy": "right", "prompt_tokens": "tokens", "prefill_seconds": "prefill s",

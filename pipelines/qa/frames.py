@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from xattn_video_pipelines.common.errors import UserError
-from xattn_video_pipelines.video.io import count_and_seconds, iter_frames
+from xattn_video_pipelines.video import count_and_seconds, iter_frames
 
 # A model looks at pairs of frames.
 _FEWEST = 2

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from xattn_video_pipelines.common import jsonl
+from xattn_video_pipelines.common.demo_data import DEMO_WATCHER, HOW_TO_GET
 from xattn_video_pipelines.common.errors import UserError, one_line
-from xattn_video_pipelines.demo.files import DEMO_WATCHER, HOW_TO_GET
 from xattn_video_pipelines.qa.settings import DEMO
-from xattn_video_pipelines.video.models import offline_message, sampled_digest
+from xattn_video_pipelines.video import offline_message, sampled_digest
 
 VIDEO_MODEL = "AutoModelForImageTextToText"
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
+from xattn_video_pipelines.common.demo_data import WATCHER_FPS
 from xattn_video_pipelines.common.errors import UserError
 from xattn_video_pipelines.common.settings import Option, Settings, option_name, sparse_config
 
@@ -104,11 +105,7 @@ class QaSettings(LoadSettings, PrefillSettings):
         """`fps`, or the model's own."""
         if self.fps is not None:
             return self.fps
-        if self.model != DEMO:
-            return 1.0
-        from xattn_video_pipelines.demo.watcher import FPS
-
-        return FPS
+        return WATCHER_FPS if self.model == DEMO else 1.0
 
     def check(self) -> None:
         from xattn_video_pipelines.qa.frames import check_sampling

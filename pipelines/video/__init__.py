@@ -1,6 +1,63 @@
 """A prompt file to videos: what to make, how, and what is there already."""
 
-from xattn_video_pipelines.video.command import generate
+from xattn_video_pipelines.video.command import generate, print_video
+from xattn_video_pipelines.video.io import count_and_seconds, iter_frames, read_video, video_info, write_video
+from xattn_video_pipelines.video.make import load_pipeline, produce
+from xattn_video_pipelines.video.manifest import NAME as MANIFEST
+from xattn_video_pipelines.video.manifest import (
+    Key,
+    Record,
+    check_exists,
+    finished_videos,
+    lossless_copy,
+    read_manifest,
+    video_file,
+    video_name,
+)
+from xattn_video_pipelines.video.models import (
+    Model,
+    check_available,
+    find_model,
+    import_diffusers,
+    offline_message,
+    sampled_digest,
+)
+from xattn_video_pipelines.video.models import Settings as ResolvedSettings
+from xattn_video_pipelines.video.plan import Job, Plan, make_plan
+from xattn_video_pipelines.video.prompts import MAX_SEED, evenly_spaced
 from xattn_video_pipelines.video.settings import GenerateSettings, VideoSettings
 
-__all__ = ["GenerateSettings", "VideoSettings", "generate"]
+__all__ = [
+    "MANIFEST",
+    "MAX_SEED",
+    "GenerateSettings",
+    "Job",
+    "Key",
+    "Model",
+    "Plan",
+    "Record",
+    "ResolvedSettings",
+    "VideoSettings",
+    "check_available",
+    "check_exists",
+    "count_and_seconds",
+    "evenly_spaced",
+    "find_model",
+    "finished_videos",
+    "generate",
+    "import_diffusers",
+    "iter_frames",
+    "load_pipeline",
+    "lossless_copy",
+    "make_plan",
+    "offline_message",
+    "print_video",
+    "produce",
+    "read_manifest",
+    "read_video",
+    "sampled_digest",
+    "video_file",
+    "video_info",
+    "video_name",
+    "write_video",
+]

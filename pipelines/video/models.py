@@ -18,9 +18,9 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from xattn_video_pipelines.common.demo_data import DEMO_WEIGHTS
 from xattn_video_pipelines.common.errors import UserError, one_line
 from xattn_video_pipelines.common.settings import option_name
-from xattn_video_pipelines.demo.files import DEMO_WEIGHTS
 
 if TYPE_CHECKING:
     from xattn_video_pipelines.video.prompts import Prompt

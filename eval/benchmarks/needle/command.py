@@ -16,14 +16,14 @@ from typing import Any
 from xattn_video import XAttnConfig
 from xattn_video_eval.benchmarks.needle.items import Item, make_item, score
 from xattn_video_eval.benchmarks.needle.settings import NeedleSettings
-from xattn_video_eval.results.ledger import provenance
+from xattn_video_eval.results import provenance
 from xattn_video_pipelines.common import jsonl
 from xattn_video_pipelines.common.environment import device_name
 from xattn_video_pipelines.common.errors import UserError
 from xattn_video_pipelines.common.files import make_writable, write_texts
 from xattn_video_pipelines.common.program import run_alone
 from xattn_video_pipelines.common.tables import aligned
-from xattn_video_pipelines.qa.load import (
+from xattn_video_pipelines.qa import (
     load_model,
     read_answers,
     weights_of,
@@ -111,7 +111,7 @@ def _answer_all(
     from tqdm.auto import tqdm
 
     from xattn_video.integrations.transformers import stop_xattention, use_xattention
-    from xattn_video_pipelines.qa.answers import Answer, generate_answer
+    from xattn_video_pipelines.qa import Answer, generate_answer
 
     left = [item for item in items if (label, item.key) not in rows]
     try:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from xattn_video_pipelines.common.settings import Option
-from xattn_video_pipelines.qa.settings import LoadSettings, PrefillSettings
+from xattn_video_pipelines.qa import LoadSettings, PrefillSettings
 
 
 @dataclass(frozen=True, kw_only=True)

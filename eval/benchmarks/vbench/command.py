@@ -21,7 +21,7 @@ from xattn_video_pipelines.common import jsonl
 from xattn_video_pipelines.common.errors import UserError
 from xattn_video_pipelines.common.files import make_writable, write_texts
 from xattn_video_pipelines.common.program import Parser, run_program
-from xattn_video_pipelines.video.manifest import finished_videos
+from xattn_video_pipelines.video import finished_videos
 
 EXAMPLE = """\
 example:

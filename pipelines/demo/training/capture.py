@@ -28,14 +28,12 @@ from xattn_video_pipelines.common.files import make_writable, whole_files
 from xattn_video_pipelines.common.program import Parser, run_program
 from xattn_video_pipelines.demo.training.latents import ClipSize
 from xattn_video_pipelines.demo.training.phases import FULL
-from xattn_video_pipelines.video.make import load_pipeline
-from xattn_video_pipelines.video.models import Settings, check_available, find_model
-from xattn_video_pipelines.video.prompts import MAX_SEED
+from xattn_video_pipelines.video import MAX_SEED, ResolvedSettings, check_available, find_model, load_pipeline
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from xattn_video_pipelines.video.models import Model
+    from xattn_video_pipelines.video import Model
 
 logger = logging.getLogger(__name__)
 
@@ -271,7 +269,7 @@ def _run(options: argparse.Namespace) -> int:
         model.geometry.check(FULL.side, FULL.side, FULL.frames)
     if not model.is_folder:
         check_available(model)
-    settings = Settings(FULL.side, FULL.side, FULL.frames, 8, options.steps, GUIDANCE, None, None)
+    settings = ResolvedSettings(FULL.side, FULL.side, FULL.frames, 8, options.steps, GUIDANCE, None, None)
     pipeline = load_pipeline(
         model, settings, device=torch.device("cpu"), dtype="float32", offload="none", compile_blocks=False
     )

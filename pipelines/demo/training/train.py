@@ -40,7 +40,7 @@ from xattn_video_pipelines.demo.training.transformer import (
 )
 from xattn_video_pipelines.demo.training.vae import LEARNING_RATE as VAE_LEARNING_RATE
 from xattn_video_pipelines.demo.training.vae import reconstruction_psnr, train_vae
-from xattn_video_pipelines.video.models import import_diffusers
+from xattn_video_pipelines.video import import_diffusers
 
 logger = logging.getLogger(__name__)
 

@@ -14,7 +14,7 @@ from xattn_video_pipelines.demo.training.latents import load_latents
 from xattn_video_pipelines.demo.training.loop import Plan, train
 from xattn_video_pipelines.demo.training.phases import PHASES, Batch, Phase, draw_batch
 from xattn_video_pipelines.demo.training.vae import LATENT_CHANNELS
-from xattn_video_pipelines.video.models import import_diffusers
+from xattn_video_pipelines.video import import_diffusers
 
 # AdamW's, and Muon's for the matrices of the blocks. After 120 steps of 24 clips the loss was 0.24 (with a rate of
 # 4e-3), with AdamW alone 0.31.

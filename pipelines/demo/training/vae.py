@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from xattn_video_pipelines.demo import world
 from xattn_video_pipelines.demo.training.loop import Plan, train
-from xattn_video_pipelines.video.models import import_diffusers
+from xattn_video_pipelines.video import import_diffusers
 
 LATENT_CHANNELS = 4
 SPATIAL, TEMPORAL = 4, 2
