@@ -110,7 +110,7 @@ goals-gpu: gpu
 	$(BIN)/python -m xattn_video_pipelines.cli bench --device cuda --goals --rounds 3 --record --out $(GOALS_OUT)
 
 bench-static: $(READY)
-	$(BIN)/python -m xattn_video_eval.bench.static_evidence
+	$(BIN)/python -m xattn_video_eval.studies.static_evidence
 
 clean:
 	rm -rf $(VENV) $(LOWEST) $(DEMO_OUT) $(BENCH_OUT) $(GOALS_OUT) $(FIRST_GPU_OUT) .mypy_cache .pytest_cache .ruff_cache

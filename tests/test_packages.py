@@ -23,6 +23,7 @@ FOLDERS = {
 NOT_INSTALLED = {
     "xattn_video_pipelines.demo.data",
     "xattn_video_pipelines.demo.training",
+    "xattn_video_eval.first_gpu",
     "xattn_video_eval.studies",
 }
 

@@ -20,11 +20,12 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 from xattn_video.ops.block_lists import empty_lists  # noqa: E402
 from xattn_video.ops.triton import attention_choice, block_lists, launch_tables  # noqa: E402
 from xattn_video.ops.triton import selection as block_selection  # noqa: E402
-from xattn_video_eval.bench import static_evidence  # noqa: E402
-from xattn_video_eval.bench.static_evidence import Case  # noqa: E402
+from xattn_video_eval.studies import static_evidence  # noqa: E402
+from xattn_video_eval.studies.static_evidence import Case  # noqa: E402
+from xattn_video_eval.tune import TARGETS, compile_like_jit  # noqa: E402
 
 CASES = list(static_evidence.default_cases())
-COMPILED = [(case, target) for case in CASES for target in static_evidence.TARGETS if case.runs_on(target)]
+COMPILED = [(case, target) for case in CASES for target in TARGETS if case.runs_on(target)]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -138,7 +139,7 @@ def test_a_video_of_another_size_compiles_nothing(case, monkeypatch):
     for tokens in (118_800 + 256, 75_601, 32_760):
         monkeypatch.setattr(static_evidence, "TOKENS", tokens)
         kernel, arguments = case.kernel_and_arguments("sm_90")
-        made.add(static_evidence.compile_like_jit(kernel, arguments, static_evidence.TARGETS["sm_90"]).hash)
+        made.add(compile_like_jit(kernel, arguments, TARGETS["sm_90"]).hash)
     assert len(made) == 1
 
 
@@ -159,12 +160,12 @@ def selection_kernels(blocks: int, target: str) -> list[str]:
         (block_selection._block_selection_kernel, {**tensors, **strides("svf"), **sizes}),
         (block_lists._block_lists_kernel, {"mask_ptr": flags, **lists, **strides("m"), **sizes}),
     ]
-    made = [static_evidence.compile_like_jit(*call, static_evidence.TARGETS[target]) for call in calls]
+    made = [compile_like_jit(*call, TARGETS[target]) for call in calls]
     assert all(compiled.metadata.shared < 16 * 1024 for compiled in made)
     return [compiled.hash for compiled in made]
 
 
-@pytest.mark.parametrize("target", static_evidence.TARGETS)
+@pytest.mark.parametrize("target", TARGETS)
 def test_selection_compiles_once_for_lengths_of_the_same_magnitude(target):
     assert selection_kernels(931, target) == selection_kernels(592, target)
 
@@ -172,7 +173,7 @@ def test_selection_compiles_once_for_lengths_of_the_same_magnitude(target):
 def test_specialisation_is_the_launchs():
     """Pointers and strides are known to be divisible by 16 and unit integers are constants, as in a launch."""
     kernel, arguments = Case("block_sparse", "bf16", 128, tma=False).kernel_and_arguments("sm_90")
-    source = static_evidence.compile_like_jit(kernel, arguments, static_evidence.TARGETS["sm_90"]).src
+    source = compile_like_jit(kernel, arguments, TARGETS["sm_90"]).src
     names = kernel.arg_names
     aligned = {names[path[0]] for path, found in source.attrs.items() if ["tt.divisibility", 16] in found}
     assert {"q_ptr", "k_ptr", "v_ptr", "output_ptr", "stride_qs", "stride_ks", "stride_vh"} <= aligned

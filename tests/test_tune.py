@@ -246,7 +246,7 @@ import torch
 from triton.backends.compiler import GPUTarget
 
 if __name__ == "__main__":
-    from xattn_video_eval.bench.static_evidence import compile_like_jit
+    from xattn_video_eval.tune import compile_like_jit
     from xattn_video_eval.tune.compile import compile_ahead, workers
     from xattn_video_eval.tune.problems import Shape
 

@@ -52,7 +52,7 @@ def compile_all(look: Look) -> None:
 
 def compile_variant(variant: Variant, call: Call, stride: int | None) -> tuple[float, int]:
     """Seconds, and bytes of shared memory."""
-    from xattn_video_eval.bench import TARGETS, compile_like_jit
+    from xattn_video_eval.tune import TARGETS, compile_like_jit
 
     began = time.monotonic()
     kernel, arguments = arguments_without_memory(variant, call, stride)

@@ -44,7 +44,7 @@ def compile_ahead(pool: Executor, runners: Iterable[Runner], configs: Sequence[L
 def _compile(shapes: Sequence[Shape], config: LaunchConfig, target: Any) -> None:
     """In a worker. What fails here fails again as it is launched, and that failure is the trial's reason."""
     with contextlib.suppress(Exception):
-        from xattn_video_eval.bench import compile_like_jit
+        from xattn_video_eval.tune.like_jit import compile_like_jit
 
         for shape in shapes:
             compile_like_jit(*shape.runner().kernel_and_arguments(config), target)

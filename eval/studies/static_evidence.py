@@ -1,4 +1,4 @@
-"""What the Triton kernels compile to, without a GPU: `python -m xattn_video_eval.bench.static_evidence`.
+"""What the Triton kernels compile to, without a GPU: `python -m xattn_video_eval.studies.static_evidence`.
 
 Every kernel is compiled ahead of time with the specialisation that the JIT would give it (the launcher's own arguments
 on tensors of real size that hold no memory), and the machine code is read: registers, stack, shared and tensor memory,
@@ -25,29 +25,20 @@ from typing import Any
 
 import torch
 import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource, CompiledKernel, make_backend
-from triton.experimental.gluon._runtime import GluonASTSource
-from triton.runtime.jit import JITFunction, create_function_from_signature
+from triton.compiler import CompiledKernel
+from triton.runtime.jit import JITFunction
 
 from xattn_video.ops.key_mask import num_blocks
 from xattn_video.ops.triton import attention, attention_choice, launch_tables
 from xattn_video.ops.triton import scores as antidiagonal_scores
 from xattn_video.ops.triton.launch_tables import LaunchConfig
 from xattn_video_eval.results import provenance
+from xattn_video_eval.tune import TARGETS, compile_like_jit
 from xattn_video_pipelines.common import jsonl
 from xattn_video_pipelines.common.errors import UserError
 from xattn_video_pipelines.common.files import write_texts
 from xattn_video_pipelines.common.program import Parser, run_program
 
-TARGETS = {
-    "sm_80": GPUTarget("cuda", 80, 32),
-    "sm_86": GPUTarget("cuda", 86, 32),
-    "sm_90": GPUTarget("cuda", 90, 32),
-    "sm_100": GPUTarget("cuda", 100, 32),
-    "sm_120": GPUTarget("cuda", 120, 32),
-    "gfx942": GPUTarget("hip", "gfx942", 64),
-}
 # shared memory a block may use, KiB
 SHARED_LIMIT = {"sm_80": 163, "sm_86": 99, "sm_90": 227, "sm_100": 227, "sm_120": 99, "gfx942": 64}
 MATRIX_INSTRUCTION = {
@@ -225,23 +216,6 @@ class Evidence:
     def row(self) -> dict[str, Any]:
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         return {**fields.pop("case").__dict__, **fields, "complaints": self.complaints()}
-
-
-def compile_like_jit(kernel: JITFunction, arguments: dict[str, Any], target: GPUTarget) -> CompiledKernel:
-    """Compile ahead of time with exactly the argument specialisation that a launch would give.
-
-    Divisibility by 16 and unit integers come from the JIT's own binder: without them the same kernel shows spills that
-    no launch has.
-    """
-    backend = make_backend(target)
-    bound, specialization, options = create_function_from_signature(kernel.signature, kernel.params, backend)(
-        **arguments
-    )
-    packed = kernel._pack_args(backend, options, bound, specialization, options)
-    parsed, signature, constexprs, attributes = packed
-    source_type = GluonASTSource if kernel.is_gluon() else ASTSource
-    source = source_type(kernel, signature, constexprs, attributes)
-    return triton.compile(source, target=target, options=dict(parsed.__dict__))
 
 
 def gather(case: Case, target: str) -> Evidence:
@@ -477,9 +451,9 @@ def run(cases: Iterable[Case], targets: Iterable[str]) -> list[Evidence]:
 
 def main(argv: list[str] | None = None) -> int:
     parser = Parser(
-        prog="python -m xattn_video_eval.bench.static_evidence",
+        prog="python -m xattn_video_eval.studies.static_evidence",
         description="Compile the Triton kernels for GPUs that are not here and read what they became.",
-        epilog="example: python -m xattn_video_eval.bench.static_evidence --defaults --target sm_90 --target gfx942",
+        epilog="example: python -m xattn_video_eval.studies.static_evidence --defaults --target sm_90 --target gfx942",
     )
     parser.add_argument("--defaults", action="store_true", help="only the cases that the tests compile")
     parser.add_argument("--target", action="append", choices=TARGETS, help="may be repeated; default: all")
