@@ -5,11 +5,12 @@ python -m xattn_video_eval.compare.contact_sheet DENSE_DIR SPARSE_DIR --out shee
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -17,7 +18,8 @@ from PIL import Image, ImageDraw, ImageFont
 from xattn_video_eval.compare.pairs import Pair, find_pairs
 from xattn_video_pipelines.common.errors import UserError
 from xattn_video_pipelines.common.files import make_writable, whole_files
-from xattn_video_pipelines.common.program import Parser, run_program
+from xattn_video_pipelines.common.program import run_alone
+from xattn_video_pipelines.common.settings import Option, Settings
 from xattn_video_pipelines.video import iter_frames
 
 EXAMPLE = "example: python -m xattn_video_eval.compare.contact_sheet out/dense out/xattn-s8-t0.90-w5 --out sheet.png"
@@ -30,6 +32,23 @@ _TITLE_SIZE, _LABEL_SIZE, _SMALL_SIZE = 16, 15, 12
 _PAPER, _INK, _FAINT = (255, 255, 255), (20, 20, 20), (90, 90, 90)
 # A white background of a video must not run into the paper.
 _FRAME_EDGE = (190, 190, 190)
+
+
+@dataclass(frozen=True)
+class SheetSettings(Settings):
+    """Which videos are drawn, how many of them, and how many frames of each."""
+
+    dense_dir: Annotated[Path, Option("folder of the dense videos", metavar="DENSE_DIR")]
+    sparse_dir: Annotated[Path, Option("folder of the sparse videos", metavar="SPARSE_DIR")]
+    _: KW_ONLY
+    out: Annotated[Path, Option("the picture, a .png", metavar="FILE")]
+    prompts: Annotated[int, Option("pairs to draw", metavar="N")] = 8
+    frames: Annotated[int, Option("frames of each", metavar="N")] = 6
+
+    def check(self) -> None:
+        if self.out.suffix != ".png":
+            raise UserError(f"--out must end in .png, got {self.out}")
+        self.check_at_least(1, "prompts", "frames")
 
 
 def contact_sheet(
@@ -73,30 +92,20 @@ def contact_sheet(
     return np.array(sheet)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Parse the command line and write the sheet; 2 for bad input."""
-    parser = Parser(
-        prog="python -m xattn_video_eval.compare.contact_sheet",
-        description="Draw frames of several prompts, dense above sparse, into one PNG.",
-        epilog=EXAMPLE,
-    )
-    parser.add_argument("dense_dir", metavar="DENSE_DIR", type=Path, help="folder of the dense videos")
-    parser.add_argument("sparse_dir", metavar="SPARSE_DIR", type=Path, help="folder of the sparse videos")
-    parser.add_argument("--out", metavar="FILE", type=Path, required=True, help="the picture, a .png")
-    parser.add_argument("--prompts", type=int, default=8, metavar="N", help="pairs to draw; default: %(default)s")
-    parser.add_argument("--frames", type=int, default=6, metavar="N", help="frames of each; default: %(default)s")
-    return run_program(parser, _run, arguments)
-
-
-def _run(args: argparse.Namespace) -> int:
-    if args.out.suffix != ".png":
-        raise UserError(f"--out must end in .png, got {args.out}")
-    make_writable(args.out.parent)
-    sheet = contact_sheet(args.dense_dir, args.sparse_dir, args.prompts, args.frames)
-    with whole_files(args.out) as (partial,):
+def command(settings: SheetSettings) -> int:
+    """`python -m xattn_video_eval.compare.contact_sheet`: write the picture; 0. Raises UserError."""
+    make_writable(settings.out.parent)
+    sheet = contact_sheet(settings.dense_dir, settings.sparse_dir, settings.prompts, settings.frames)
+    with whole_files(settings.out) as (partial,):
         Image.fromarray(sheet).save(partial, optimize=True)
-    print(f"wrote {args.out} ({sheet.shape[1]} x {sheet.shape[0]})")
+    print(f"wrote {settings.out} ({sheet.shape[1]} x {sheet.shape[0]})")
     return 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run as a program: 0, or 2 with one line for bad input."""
+    about = "Draw frames of several prompts, dense above sparse, into one PNG."
+    return run_alone(command, "xattn_video_eval.compare.contact_sheet", about, EXAMPLE, arguments)
 
 
 def _evenly(count: int, wanted: int) -> list[int]:

@@ -9,10 +9,9 @@ and pytest-xdist, and nothing of diffusers; the project need not be installed.
 
 from __future__ import annotations
 
-import argparse
 import os
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -34,6 +33,7 @@ from xattn_video_pipelines.common.environment import device_name
 from xattn_video_pipelines.common.errors import UserError
 from xattn_video_pipelines.common.files import make_writable
 from xattn_video_pipelines.common.program import Parser, run_program
+from xattn_video_pipelines.common.settings import Settings
 
 LEDGER = RESULTS / "first_gpu.jsonl"
 # For all steps together.
@@ -65,7 +65,22 @@ input.
 """
 
 
+@dataclass(frozen=True, kw_only=True)
+class FirstGpuSettings(Settings):
+    """Where rows and logs go. A rehearsal tries the code without a GPU, and measures nothing."""
+
+    out: Path
+    record: bool = False
+    rehearse: bool = False
+
+    def check(self) -> None:
+        if self.rehearse and self.record:
+            raise UserError("--record does not go with --rehearse, which measures nothing")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
+    """Run as a program; the exit code, as EXAMPLE says."""
+    # A GPU machine has torch and triton, and not the library that makes options from settings.
     parser = Parser(prog="python -m xattn_video_eval.first_gpu", description=__doc__, epilog=EXAMPLE)
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for rows and logs")
     parser.add_argument("--record", action="store_true", help="also append the rows to eval/results/first_gpu.jsonl")
@@ -74,33 +89,32 @@ def main(argv: Sequence[str] | None = None) -> int:
         action="store_true",
         help="no GPU: run every step at a tiny size, compile for sm_90 what the interpreter cannot run",
     )
-    return run_program(parser, _run, argv)
+    return run_program(parser, lambda given: first_gpu(FirstGpuSettings(**vars(given))), argv)
 
 
-def _run(args: argparse.Namespace) -> int:
-    if args.rehearse and args.record:
-        raise UserError("--record does not go with --rehearse, which measures nothing")
-    if not args.rehearse:
+def first_gpu(settings: FirstGpuSettings) -> int:
+    """Run the steps, printing each row as it comes; 0 if all is well, else 1. Raises UserError."""
+    if not settings.rehearse:
         _check_gpu()
-    make_writable(args.out)
-    patience = PATIENCE if args.rehearse else 1
+    make_writable(settings.out)
+    patience = PATIENCE if settings.rehearse else 1
     rows = run_steps(
         [replace(step, limit=patience * step.limit) for step in STEPS],
-        args.out.resolve(),
+        settings.out.resolve(),
         seconds=patience * SECONDS,
-        rehearse=args.rehearse,
+        rehearse=settings.rehearse,
         no_interpreter=interpreter_trouble(*(metadata.version(package) for package in ("triton", "numpy"))),
         show=lambda row: print(format_row(row), flush=True),
     )
-    if args.record:
+    if settings.record:
         append_rows(LEDGER, rows)
-    print(f"wrote {args.out / ROWS}")
-    if args.rehearse:
+    print(f"wrote {settings.out / ROWS}")
+    if settings.rehearse:
         print("not tried here:")
         for row in rows:
             if "skipped" in row:
                 print(f"  {row['step']}: {row['name']}: {row['skipped']}")
-    print(("rehearsal, which measures nothing: " if args.rehearse else "") + summary(rows))
+    print(("rehearsal, which measures nothing: " if settings.rehearse else "") + summary(rows))
     return 0 if all_well(rows) else 1
 
 

@@ -9,25 +9,26 @@ run that was killed goes on when started again. Curves over thresholds and other
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 
 from xattn_video import XAttnConfig
 from xattn_video_eval.compare import CompareSettings, compare
 from xattn_video_eval.results import RESULTS, append_rows, provenance
-from xattn_video_pipelines import cli
+from xattn_video_pipelines.cli import module_of
 from xattn_video_pipelines.common import jsonl
 from xattn_video_pipelines.common.demo_data import shipped_prompts
 from xattn_video_pipelines.common.errors import UserError
 from xattn_video_pipelines.common.files import make_writable, write_texts
-from xattn_video_pipelines.common.program import Parser, run_program
+from xattn_video_pipelines.common.program import run_alone
+from xattn_video_pipelines.common.settings import Option, Settings
 from xattn_video_pipelines.demo import judge_folder
-from xattn_video_pipelines.video import Key, evenly_spaced, read_manifest
+from xattn_video_pipelines.video import GenerateSettings, Key, evenly_spaced, read_manifest
 
 EXAMPLE = """\
 example:
@@ -40,28 +41,28 @@ ATTRIBUTES = ("colour", "shape", "motion", "background", "all")
 RESAMPLES = 10_000
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `python -m xattn_video_eval.studies.demo_quality`."""
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="of the videos; a run goes on")
-    parser.add_argument("--model", default="demo", help="name or folder of a model of the shapes world (demo)")
-    parser.add_argument("--videos", type=int, default=100, metavar="N", help="held-out prompts (default: 100)")
-    parser.add_argument("--threshold", type=float, default=0.9, metavar="T", help="of the sparse videos (0.9)")
-    parser.add_argument("--steps", type=int, default=20, help="denoising steps, of which 5 are dense (20)")
-    parser.add_argument("--num-frames", type=int, default=33, help="frames a video (33)")
-    parser.add_argument("--device", default="auto", help="as of xattn-video generate")
-    parser.add_argument("--dtype", default="auto", help="as of xattn-video generate")
-    parser.add_argument("--record", action="store_true", help=f"append the rows to eval/results/{LEDGER.name}")
+@dataclass(frozen=True, kw_only=True)
+class DemoQualitySettings(Settings):
+    """Which videos are made, and how many. `threshold` is that of the sparse ones; 5 of the `steps` are dense."""
+
+    out: Annotated[Path, Option("of the videos; a run goes on", metavar="DIR")]
+    model: Annotated[str, Option("name or folder of a model of the shapes world")] = "demo"
+    videos: Annotated[int, Option("held-out prompts", metavar="N")] = 100
+    threshold: Annotated[float, Option("of the sparse videos", metavar="T")] = 0.9
+    steps: Annotated[int, Option("denoising steps, of which 5 are dense")] = 20
+    num_frames: Annotated[int, Option("frames a video")] = 33
+    device: Annotated[str, Option("as of xattn-video generate")] = "auto"
+    dtype: Annotated[Literal["auto", "bfloat16", "float16", "float32"], Option("as of xattn-video generate")] = "auto"
+    record: Annotated[bool, Option(f"append the rows to eval/results/{LEDGER.name}")] = False
 
 
-def run(args: argparse.Namespace) -> int:
-    """Make what is missing, judge and compare it, print the table; 0, or a failed program's code. Raises UserError."""
-    prompts = _prompt_records(args.videos)
-    # It has said itself what was wrong.
-    if code := _generate(args, prompts):
-        return code
-    row = _row(args, prompts)
+def demo_quality(settings: DemoQualitySettings) -> int:
+    """Make what is missing, judge and compare it, print the table; 0. Raises UserError."""
+    prompts = _prompt_records(settings.videos)
+    _generate(settings, prompts)
+    row = _row(settings, prompts)
     print(_table(row))
-    if args.record:
+    if settings.record:
         append_rows(LEDGER, [row])
     print(json.dumps(row))
     return 0
@@ -94,21 +95,23 @@ def _prompt_records(count: int) -> list[dict[str, Any]]:
     return evenly_spaced(records, count)
 
 
-def _generate(args: argparse.Namespace, prompts: list[dict[str, Any]]) -> int:
-    """Make the videos of `prompts` that are missing, dense and sparse; the exit code of `xattn-video generate`."""
-    make_writable(args.out)
-    file = args.out / "prompts.jsonl"
+def _generate(settings: DemoQualitySettings, prompts: list[dict[str, Any]]) -> None:
+    """Make the videos of `prompts` that are missing, dense and sparse, as `xattn-video generate` does."""
+    make_writable(settings.out)
+    file = settings.out / "prompts.jsonl"
     write_texts({file: jsonl.text(prompts)})
-    generate = ["generate", "--model", args.model, "--prompts", str(file), "--attention", "both", "--lossless"]
-    for name in ("threshold", "steps", "num_frames", "device", "dtype", "out"):
-        generate += [f"--{name.replace('_', '-')}", str(getattr(args, name))]
-    return cli.main([*generate, "--height", "128", "--width", "128", "--guidance-scale", "1"])
+    generating = GenerateSettings(
+        model=settings.model, prompts=file, attention="both", lossless=True, threshold=settings.threshold,
+        steps=settings.steps, num_frames=settings.num_frames, height=128, width=128, guidance_scale=1.0,
+        device=settings.device, dtype=settings.dtype, out=settings.out,
+    )  # fmt: skip
+    module_of("generate").command(generating)
 
 
-def _row(args: argparse.Namespace, prompts: list[dict[str, Any]]) -> dict[str, Any]:
+def _row(settings: DemoQualitySettings, prompts: list[dict[str, Any]]) -> dict[str, Any]:
     """What the videos of `prompts` show, dense and sparse."""
-    config = XAttnConfig(threshold=args.threshold)
-    dense, sparse = args.out / "dense", args.out / config.label()
+    config = XAttnConfig(threshold=settings.threshold)
+    dense, sparse = settings.out / "dense", settings.out / config.label()
     keys = [(record["id"], record["seed"]) for record in prompts]
     compared = compare(CompareSettings(dense, sparse, lpips=False, floor=False), keys=keys)
     judged = [_judged(folder, keys) for folder in (dense, sparse)]
@@ -116,10 +119,10 @@ def _row(args: argparse.Namespace, prompts: list[dict[str, Any]]) -> dict[str, A
     steps = [density for key in keys for density in manifest[key]["density_by_step"][config.warmup_steps :]]
     record = manifest[keys[0]]
     return {
-        "threshold": args.threshold,
+        "threshold": settings.threshold,
         "config": config.to_dict(),
         "videos": len(keys),
-        "steps": args.steps,
+        "steps": settings.steps,
         "tokens": record["tokens"],
         "right": {
             side: {name: float(np.mean(values)) for name, values in right.items()}
@@ -158,11 +161,9 @@ def _table(row: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Run as a program: 0, or 2 with one line for bad input."""
-    parser = Parser(prog="python -m xattn_video_eval.studies.demo_quality", description=__doc__, epilog=EXAMPLE)
-    add_arguments(parser)
-    return run_program(parser, run, arguments)
+    return run_alone(demo_quality, "xattn_video_eval.studies.demo_quality", __doc__ or "", EXAMPLE, arguments)
 
 
 if __name__ == "__main__":

@@ -11,13 +11,13 @@ JSON, a row an input; `--record` also appends the rows to a ledger, and `--plot`
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor
@@ -39,7 +39,8 @@ from xattn_video_eval.studies.selection_tables import format_input, format_legen
 from xattn_video_pipelines.common.demo_data import DEMO_QKV
 from xattn_video_pipelines.common.environment import device_name
 from xattn_video_pipelines.common.errors import UserError
-from xattn_video_pipelines.common.program import Parser, run_program
+from xattn_video_pipelines.common.program import run_alone
+from xattn_video_pipelines.common.settings import Option, Settings
 
 LEDGER = RESULTS / "selection_quality.jsonl"
 INPUTS = ("demo", "video", "text")
@@ -60,50 +61,74 @@ example:
 """
 
 
-def build_parser() -> Parser:
-    """The program's options."""
-    parser = Parser(prog="python -m xattn_video_eval.studies.selection_quality", description=__doc__, epilog=EXAMPLE)
-    parser.add_argument(
-        "--inputs",
-        nargs="+",
-        choices=INPUTS,
-        help="what is scored: the demo model's tensors, video-like, causal text-like (default: all that are there)",
-    )
-    parser.add_argument("--tokens", type=int, help="length of generated inputs (default 4096)")
-    parser.add_argument("--heads", type=int, help="heads of generated inputs, of three kinds in turn (default 3)")
-    parser.add_argument("--samples", type=int, help="generated inputs of each kind (default 4)")
-    parser.add_argument("--seed", type=int, default=0, help="of generated inputs and the random pattern (default 0)")
-    parser.add_argument("--locality", type=float, help="how local generated inputs are, 0 to 1 (default 0.78)")
-    parser.add_argument("--stride", type=int, default=8, help="of the tables that have one stride (default 8)")
-    parser.add_argument("--block-size", type=int, default=128)
-    parser.add_argument("--threshold", type=float, default=0.9, help="that says which blocks matter (default 0.9)")
-    parser.add_argument("--record", action="store_true", help=f"append the rows to eval/results/{LEDGER.name}")
-    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw quality over cost; needs matplotlib")
-    return parser
-
-
 # Not the options' own defaults, so that one that was given is seen.
 _GENERATED = {"tokens": 4096, "heads": 3, "samples": 4, "locality": 0.78}
 
 
-def run(args: argparse.Namespace) -> int:
+@dataclass(frozen=True, kw_only=True)
+class SelectionSettings(Settings):
+    """What is scored, and how blocks are chosen. None and empty take the defaults of generated inputs, and all inputs.
+
+    `threshold` says which blocks matter. The tables that have one stride are for `stride`.
+    """
+
+    inputs: Annotated[
+        tuple[Literal["demo", "video", "text"], ...],
+        Option("what is scored: the demo model's tensors, video-like, causal text-like (default: all that are there)"),
+    ] = ()
+    tokens: Annotated[int | None, Option("length of generated inputs (default 4096)")] = None
+    heads: Annotated[int | None, Option("heads of generated inputs, of three kinds in turn (default 3)")] = None
+    samples: Annotated[int | None, Option("generated inputs of each kind (default 4)")] = None
+    seed: Annotated[int, Option("of generated inputs and the random pattern")] = 0
+    locality: Annotated[float | None, Option("how local generated inputs are, 0 to 1 (default 0.78)")] = None
+    stride: Annotated[int, Option("of the tables that have one stride")] = 8
+    block_size: Annotated[int, Option("tokens a block")] = 128
+    threshold: Annotated[float, Option("that says which blocks matter")] = 0.9
+    record: Annotated[bool, Option(f"append the rows to eval/results/{LEDGER.name}")] = False
+    plot: Annotated[Path | None, Option("draw quality over cost; needs matplotlib", metavar="FILE.png")] = None
+
+    @property
+    def generated(self) -> dict[str, Any]:
+        """The sizes of generated inputs."""
+        given = {name: getattr(self, name) for name in _GENERATED}
+        return _GENERATED | {name: value for name, value in given.items() if value is not None}
+
+    def check(self) -> None:
+        try:
+            check_geometry(self.stride, self.block_size)
+        except ValueError as error:
+            raise UserError(f"--{str(error).replace('block_size', 'block-size')}") from error
+        self.check_at_least(2, "block_size")
+        sizes = self.generated
+        for name, least in (("tokens", 2 * self.block_size), ("heads", 1), ("samples", 1)):
+            if sizes[name] < least:
+                blocks = ", two blocks," if name == "tokens" else ""
+                raise UserError(f"--{name} must be {least}{blocks} or more, got {sizes[name]}")
+        if not 0 <= self.seed <= MAX_SEED:
+            raise UserError(f"--seed must be from 0 to 2**63 - 1, got {self.seed}")
+        if not 0 < self.threshold < 1:
+            raise UserError(f"--threshold must be above 0 and below 1, got {self.threshold}")
+        if not 0 <= sizes["locality"] <= 1:
+            raise UserError(f"--locality must be from 0 to 1, got {sizes['locality']}")
+        if set(self.inputs) == {"demo"}:
+            for name in _GENERATED:
+                if getattr(self, name) is not None:
+                    raise UserError(f"--{name} does not go with --inputs demo, whose tensors have a shape of their own")
+
+
+def selection_quality(settings: SelectionSettings) -> int:
     """Measure and print; returns 0. Raises `UserError` for bad input."""
-    setting = _checked(args)
-    if args.plot is not None:
-        selection_plots.check(args.plot)
+    if settings.plot is not None:
+        selection_plots.check(settings.plot)
     skipped = {}
-    chosen = tuple(dict.fromkeys(args.inputs or INPUTS))
-    if args.inputs is None and not DEMO_QKV.is_file():
+    chosen = tuple(dict.fromkeys(settings.inputs or INPUTS))
+    if not settings.inputs and not DEMO_QKV.is_file():
         chosen = tuple(name for name in INPUTS if name != "demo")
         skipped["demo"] = (
             f"no file {DEMO_QKV.name} in this installation; "
             "python -m xattn_video_pipelines.demo.training.capture makes it"
         )
-    if chosen == ("demo",):
-        for name in _GENERATED:
-            if getattr(args, name) is not None:
-                raise UserError(f"--{name} does not go with --inputs demo, whose tensors have a shape of their own")
-    problems = _made_inputs(chosen, setting, args)
+    problems = _made_inputs(chosen, settings)
     source = {"device": device_name(torch.device("cpu")), **provenance()}
     print(format_legend())
     for name, reason in skipped.items():
@@ -111,48 +136,23 @@ def run(args: argparse.Namespace) -> int:
     rows = []
     for shape, query, key in problems:
         print(f"{shape['inputs']}: exact block mass of {shape['tokens']} tokens", file=sys.stderr)
-        measured = _measure(query, key, shape, args)
+        measured = _measure(query, key, shape, settings)
         rows.append(shape | measured | source)
         print(format_input(rows[-1]), flush=True)
-    if args.record:
+    if settings.record:
         append_rows(LEDGER, rows)
-    if args.plot is not None:
-        selection_plots.write(rows, args.plot)
-        print(f"wrote {args.plot}")
+    if settings.plot is not None:
+        selection_plots.write(rows, settings.plot)
+        print(f"wrote {settings.plot}")
     print(json.dumps({"rows": rows, "skipped": skipped}))
     return 0
 
 
-def _checked(args: argparse.Namespace) -> dict[str, Any]:
-    """The generated inputs' sizes. Raises `UserError` for anything out of range."""
-    setting = {name: default if getattr(args, name) is None else getattr(args, name)
-               for name, default in _GENERATED.items()}  # fmt: skip
-    try:
-        check_geometry(args.stride, args.block_size)
-    except ValueError as error:
-        raise UserError(f"--{str(error).replace('block_size', 'block-size')}") from error
-    if args.block_size < 2:
-        raise UserError(f"--block-size must be 2 or more, got {args.block_size}")
-    for name, least in (("tokens", 2 * args.block_size), ("heads", 1), ("samples", 1)):
-        if setting[name] < least:
-            blocks = ", two blocks," if name == "tokens" else ""
-            raise UserError(f"--{name} must be {least}{blocks} or more, got {setting[name]}")
-    if not 0 <= args.seed <= MAX_SEED:
-        raise UserError(f"--seed must be from 0 to 2**63 - 1, got {args.seed}")
-    if not 0 < args.threshold < 1:
-        raise UserError(f"--threshold must be above 0 and below 1, got {args.threshold}")
-    if not 0 <= setting["locality"] <= 1:
-        raise UserError(f"--locality must be from 0 to 1, got {setting['locality']}")
-    return setting
-
-
-def _made_inputs(
-    names: Sequence[str], setting: dict[str, Any], args: argparse.Namespace
-) -> Iterator[tuple[dict[str, Any], Tensor, Tensor]]:
+def _made_inputs(names: Sequence[str], settings: SelectionSettings) -> Iterator[tuple[dict[str, Any], Tensor, Tensor]]:
     """What describes each input, its queries and its keys `[samples, heads, tokens, head_dim]` in float32."""
     # Read before anything is measured, so that a bad file is found at once.
     demo = _demo_inputs() if "demo" in names else None
-    return (_with_shape(*demo) if name == "demo" and demo else _generated(name, setting, args.seed) for name in names)
+    return (_with_shape(*demo) if name == "demo" and demo else _generated(name, settings) for name in names)
 
 
 def _demo_inputs() -> tuple[dict[str, Any], Tensor, Tensor]:
@@ -171,9 +171,10 @@ def _demo_inputs() -> tuple[dict[str, Any], Tensor, Tensor]:
     return described, query, key
 
 
-def _generated(name: str, setting: dict[str, Any], seed: int) -> tuple[dict[str, Any], Tensor, Tensor]:
-    samples, heads, tokens = setting["samples"], setting["heads"], setting["tokens"]
-    made = {"locality": setting["locality"], "seed": seed}
+def _generated(name: str, settings: SelectionSettings) -> tuple[dict[str, Any], Tensor, Tensor]:
+    sizes = settings.generated
+    samples, heads, tokens = sizes["samples"], sizes["heads"], sizes["tokens"]
+    made = {"locality": sizes["locality"], "seed": settings.seed}
     if name == "text":
         kinds, grid = ("slash", "vertical", "both"), None
         query, key, _ = causal_text_like_qkv(samples, heads, tokens, HEAD_DIM, **made)
@@ -195,18 +196,18 @@ def _with_shape(described: dict[str, Any], query: Tensor, key: Tensor) -> tuple[
     return described | shape | {"causal": described["inputs"] == "text"}, query, key
 
 
-def _measure(query: Tensor, key: Tensor, shape: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
-    problem = Problem.of(query, key, block_size=args.block_size, causal=shape["causal"])
-    strides = sorted({stride for stride in (*STRIDES, args.stride) if stride <= args.block_size})
+def _measure(query: Tensor, key: Tensor, shape: dict[str, Any], settings: SelectionSettings) -> dict[str, Any]:
+    problem = Problem.of(query, key, block_size=settings.block_size, causal=shape["causal"])
+    strides = sorted({stride for stride in (*STRIDES, settings.stride) if stride <= settings.block_size})
     progress = partial(_progress, shape["inputs"])
     tables = {
-        "scorers": measure_scorers(problem, strides, args.threshold, args.seed, progress),
-        "rules": measure_rules(problem, args.stride, sorted({*RULE_THRESHOLDS, args.threshold})),
-        "thresholds": measure_thresholds(problem, args.stride, sorted({*THRESHOLDS, args.threshold})),
+        "scorers": measure_scorers(problem, strides, settings.threshold, settings.seed, progress),
+        "rules": measure_rules(problem, settings.stride, sorted({*RULE_THRESHOLDS, settings.threshold})),
+        "thresholds": measure_thresholds(problem, settings.stride, sorted({*THRESHOLDS, settings.threshold})),
     }
-    settings = {"stride": args.stride, "block_size": args.block_size, "threshold": args.threshold}
-    as_good = as_good_for_less(tables["scorers"], args.stride)
-    return settings | tables | {"as_good_for_less": as_good, "orders": compare_orders(**tables)}
+    chosen = {"stride": settings.stride, "block_size": settings.block_size, "threshold": settings.threshold}
+    as_good = as_good_for_less(tables["scorers"], settings.stride)
+    return chosen | tables | {"as_good_for_less": as_good, "orders": compare_orders(**tables)}
 
 
 def _progress(name: str, line: str) -> None:
@@ -214,8 +215,8 @@ def _progress(name: str, line: str) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Parse the command line and run; 0, or 2 for bad input."""
-    return run_program(build_parser(), run, arguments)
+    """Run as a program: 0, or 2 with one line for bad input."""
+    return run_alone(selection_quality, "xattn_video_eval.studies.selection_quality", __doc__ or "", EXAMPLE, arguments)
 
 
 if __name__ == "__main__":

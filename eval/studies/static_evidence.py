@@ -38,6 +38,7 @@ from xattn_video_pipelines.common import jsonl
 from xattn_video_pipelines.common.errors import UserError
 from xattn_video_pipelines.common.files import write_texts
 from xattn_video_pipelines.common.program import Parser, run_program
+from xattn_video_pipelines.common.settings import Settings
 
 # shared memory a block may use, KiB
 SHARED_LIMIT = {"sm_80": 163, "sm_86": 99, "sm_90": 227, "sm_100": 227, "sm_120": 99, "gfx942": 64}
@@ -449,30 +450,47 @@ def run(cases: Iterable[Case], targets: Iterable[str]) -> list[Evidence]:
     return gathered
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvidenceSettings(Settings):
+    """What is compiled: only the cases of the tests or all, for some targets or (empty) all; and a file of the rows."""
+
+    defaults: bool = False
+    target: tuple[str, ...] = ()
+    output: Path | None = None
+
+
 def main(argv: list[str] | None = None) -> int:
+    """Run as a program: 0, 1 if a kernel is not acceptable, 2 for bad input."""
+    # It runs where torch and triton are, and not the library that makes options from settings.
     parser = Parser(
         prog="python -m xattn_video_eval.studies.static_evidence",
         description="Compile the Triton kernels for GPUs that are not here and read what they became.",
         epilog="example: python -m xattn_video_eval.studies.static_evidence --defaults --target sm_90 --target gfx942",
     )
     parser.add_argument("--defaults", action="store_true", help="only the cases that the tests compile")
-    parser.add_argument("--target", action="append", choices=TARGETS, help="may be repeated; default: all")
+    parser.add_argument("--target", action="append", choices=TARGETS, default=[], help="may be repeated; default: all")
     parser.add_argument("--output", type=Path, metavar="FILE", help="also write the rows there, one JSON line each")
-    return run_program(parser, _run, argv)
+
+    def call(given: argparse.Namespace) -> int:
+        settings = EvidenceSettings(defaults=given.defaults, target=tuple(given.target), output=given.output)
+        return static_evidence(settings)
+
+    return run_program(parser, call, argv)
 
 
-def _run(arguments: argparse.Namespace) -> int:
+def static_evidence(settings: EvidenceSettings) -> int:
+    """Compile and print; 0, or 1 if a kernel is not acceptable. Raises UserError."""
     if os.environ.get("TRITON_INTERPRET") == "1":
         raise UserError("unset TRITON_INTERPRET: interpreted kernels cannot be compiled")
     # fresh compilations: a cached kernel would show another version's code
     with tempfile.TemporaryDirectory() as cache:
         triton.knobs.cache.dir = cache
-        cases = default_cases() if arguments.defaults else all_cases()
-        gathered = run(cases, arguments.target or TARGETS)
+        cases = default_cases() if settings.defaults else all_cases()
+        gathered = run(cases, settings.target or TARGETS)
     source = provenance("triton")
     rows = [{**evidence.row(), **source} for evidence in gathered]
-    if arguments.output:
-        write_texts({arguments.output: jsonl.text(rows)})
+    if settings.output:
+        write_texts({settings.output: jsonl.text(rows)})
     rejected = sum(bool(row["complaints"]) for row in rows)
     print(f"{len(rows)} kernels compiled, {rejected} not acceptable")
     print(json.dumps({"compiled": len(rows), "rejected": rejected, "rows": rows}))

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from xattn_video_eval.studies import selection_plots
 from xattn_video_eval.studies.story_quality import LEDGER
 from xattn_video_pipelines.common import jsonl
 from xattn_video_pipelines.common.errors import UserError
 from xattn_video_pipelines.common.files import whole_files
-from xattn_video_pipelines.common.program import Parser, run_program
+from xattn_video_pipelines.common.program import run_alone
+from xattn_video_pipelines.common.settings import Option, Settings
 
 Row = dict[str, Any]
 
@@ -71,30 +72,37 @@ def draw(series: dict[tuple[int, int], list[Row]]) -> Any:
     return figure
 
 
-def run(args: argparse.Namespace) -> int:
+@dataclass(frozen=True, kw_only=True)
+class StoryPlotSettings(Settings):
+    """Whose rows are drawn, and where the picture goes."""
+
+    plot: Annotated[Path, Option("the picture; needs matplotlib", metavar="FILE.png")]
+    rows: Annotated[Path, Option("of story_quality", metavar="FILE")] = LEDGER
+    model: Annotated[str, Option("as the rows name it")] = "demo"
+
+
+def story_plot(settings: StoryPlotSettings) -> int:
     """Draw; 0. Raises UserError."""
-    selection_plots.check(args.plot)
-    if not args.rows.is_file():
-        raise UserError(f"{args.rows}: cannot be read: No such file or directory")
+    selection_plots.check(settings.plot)
+    if not settings.rows.is_file():
+        raise UserError(f"{settings.rows}: cannot be read: No such file or directory")
     try:
-        series = latest((row for _, row in jsonl.read(args.rows)), args.model)
+        series = latest((row for _, row in jsonl.read(settings.rows)), settings.model)
     except (UserError, KeyError, TypeError):
-        raise UserError(f"{args.rows}: has a line that is no row of xattn_video_eval.studies.story_quality") from None
+        raise UserError(
+            f"{settings.rows}: has a line that is no row of xattn_video_eval.studies.story_quality"
+        ) from None
     if not series:
-        raise UserError(f"{args.rows}: no row of --model {args.model}")
-    with whole_files(args.plot) as (partial,):
+        raise UserError(f"{settings.rows}: no row of --model {settings.model}")
+    with whole_files(settings.plot) as (partial,):
         draw(series).savefig(partial, dpi=110)
-    print(f"wrote {args.plot}")
+    print(f"wrote {settings.plot}")
     return 0
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Run as a program: 0, or 2 with one line for bad input."""
-    parser = Parser(prog="python -m xattn_video_eval.studies.story_plot", description=__doc__, epilog=EXAMPLE)
-    parser.add_argument("--plot", type=Path, required=True, metavar="FILE.png", help="the picture; needs matplotlib")
-    parser.add_argument("--rows", type=Path, default=LEDGER, metavar="FILE", help="default: those in eval/results")
-    parser.add_argument("--model", default="demo", help="as the rows name it (demo)")
-    return run_program(parser, run, arguments)
+    return run_alone(story_plot, "xattn_video_eval.studies.story_plot", __doc__ or "", EXAMPLE, arguments)
 
 
 if __name__ == "__main__":

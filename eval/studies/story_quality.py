@@ -8,10 +8,11 @@ as they come. The interval is the bootstrap over stories. A run that was killed 
 
 from __future__ import annotations
 
-import argparse
 import json
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 
@@ -19,9 +20,9 @@ from xattn_video_eval.results import RESULTS, append_rows, provenance
 from xattn_video_eval.studies.demo_quality import paired_difference
 from xattn_video_pipelines.common import jsonl
 from xattn_video_pipelines.common.demo_data import WATCHER_FPS
-from xattn_video_pipelines.common.errors import UserError
 from xattn_video_pipelines.common.files import make_writable, write_texts
-from xattn_video_pipelines.common.program import Parser, run_program
+from xattn_video_pipelines.common.program import run_alone
+from xattn_video_pipelines.common.settings import Option, Settings
 from xattn_video_pipelines.common.tables import aligned
 from xattn_video_pipelines.demo import FPS, KINDS, SCENE_FRAMES, draw_question, draw_story
 from xattn_video_pipelines.qa import (
@@ -46,46 +47,50 @@ LEDGER = RESULTS / "story_quality.jsonl"
 SCENES = (4, 8, 16, 32, 64)
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `python -m xattn_video_eval.studies.story_quality`."""
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="of videos and answers; a run goes on")
-    parser.add_argument(
-        "--model",
-        default="demo",
-        help="folder that demo.training.train_watcher made (default: demo)",
-    )
-    parser.add_argument(
-        "--scenes", type=int, nargs="+", default=list(SCENES), metavar="N", help=f"lengths; default: {SCENES}"
-    )
-    parser.add_argument("--stories", type=int, default=20, metavar="N", help="of each length, five questions each (20)")
-    parser.add_argument("--stride", type=int, default=16, help="of the sparse prefill (16)")
-    parser.add_argument("--threshold", type=float, default=0.9, metavar="T", help="of the sparse prefill (0.9)")
-    parser.add_argument(
-        "--dense-last", type=int, default=0, metavar="N", help="tokens at a prompt's end whose blocks stay dense (0)"
-    )
-    parser.add_argument("--device", default="auto", help="as of xattn-video qa")
-    parser.add_argument("--dtype", default="auto", help="as of xattn-video qa")
-    parser.add_argument("--record", action="store_true", help=f"append the rows to eval/results/{LEDGER.name}")
+@dataclass(frozen=True, kw_only=True)
+class StoryQualitySettings(Settings):
+    """Which stories are told, and with which sparse prefill they are asked about."""
+
+    out: Annotated[Path, Option("of videos and answers; a run goes on", metavar="DIR")]
+    model: Annotated[str, Option("folder that demo.training.train_watcher made")] = "demo"
+    scenes: Annotated[tuple[int, ...], Option("lengths", metavar="N")] = SCENES
+    stories: Annotated[int, Option("of each length, five questions each", metavar="N")] = 20
+    stride: Annotated[int, Option("of the sparse prefill")] = 16
+    threshold: Annotated[float, Option("of the sparse prefill", metavar="T")] = 0.9
+    dense_last: Annotated[int, Option("tokens at a prompt's end whose blocks stay dense", metavar="N")] = 0
+    device: Annotated[str, Option("as of xattn-video qa")] = "auto"
+    dtype: Annotated[str, Option("as of xattn-video qa")] = "auto"
+    record: Annotated[bool, Option(f"append the rows to eval/results/{LEDGER.name}")] = False
+
+    def check(self) -> None:
+        self.check_at_least(2, "scenes")
+        self.check_at_least(1, "stories")
+        _ = self.asking(Path(), Path(), 2)
+
+    def asking(self, items: Path, out: Path, scenes: int) -> QaSettings:
+        """What is asked about the stories of one length. Raises UserError for a value that is out of its range."""
+        return QaSettings(
+            model=self.model, items=items, out=out, attention="both", fps=WATCHER_FPS,
+            max_frames=int(scenes * SCENE_FRAMES * WATCHER_FPS / FPS), max_new_tokens=4, min_tokens=0,
+            stride=self.stride, threshold=self.threshold, dense_last=self.dense_last, device=self.device,
+            dtype=self.dtype,
+        )  # fmt: skip
 
 
-def run(args: argparse.Namespace) -> int:
+def story_quality(settings: StoryQualitySettings) -> int:
     """Tell the stories, ask, compare, print a table; 0. Raises UserError."""
-    if min(args.scenes) < 2:
-        raise UserError(f"--scenes must be 2 or more, got {min(args.scenes)}")
-    if args.stories < 1:
-        raise UserError(f"--stories must be 1 or more, got {args.stories}")
-    config = _asking(args, Path(), Path(), 2).config
+    config = settings.asking(Path(), Path(), 2).config
     label = config.label()
-    make_writable(args.out)
+    make_writable(settings.out)
     rows = []
-    for scenes in args.scenes:
-        items = write_stories(args.out, scenes, args.stories)
+    for scenes in settings.scenes:
+        items = write_stories(settings.out, scenes, settings.stories)
         # A folder of its own: dense answers are timed beside the sparse ones that they are compared with.
-        answers = args.out / f"answers-{scenes:03d}-{label}"
-        print(summary_table(answer_questions(_asking(args, items, answers, scenes), print_answer)))
-        rows.append({"scenes": scenes, "config": config.to_dict(), **_row(args, items, answers, label)})
+        answers = settings.out / f"answers-{scenes:03d}-{label}"
+        print(summary_table(answer_questions(settings.asking(items, answers, scenes), print_answer)))
+        rows.append({"scenes": scenes, "config": config.to_dict(), **_row(settings, items, answers, label)})
     print(f"sparse: {label}\n{table(rows)}")
-    if args.record:
+    if settings.record:
         append_rows(LEDGER, rows)
     print(json.dumps(rows))
     return 0
@@ -113,16 +118,7 @@ def write_stories(folder: Path, scenes: int, count: int) -> Path:
     return file
 
 
-def _asking(args: argparse.Namespace, items: Path, out: Path, scenes: int) -> QaSettings:
-    """What is asked about the stories of one length."""
-    return QaSettings(
-        model=args.model, items=items, out=out, attention="both", fps=WATCHER_FPS,
-        max_frames=int(scenes * SCENE_FRAMES * WATCHER_FPS / FPS), max_new_tokens=4, min_tokens=0,
-        stride=args.stride, threshold=args.threshold, dense_last=args.dense_last, device=args.device, dtype=args.dtype,
-    )  # fmt: skip
-
-
-def _row(args: argparse.Namespace, items: Path, out: Path, label: str) -> dict[str, Any]:
+def _row(settings: StoryQualitySettings, items: Path, out: Path, label: str) -> dict[str, Any]:
     """What one length gave, dense and sparse."""
     answers = read_answers(out / ANSWERS, ("id", "attention"), {})
     questions = read_questions(items)
@@ -134,7 +130,7 @@ def _row(args: argparse.Namespace, items: Path, out: Path, label: str) -> dict[s
     # The questions about a story share its video: the story is what is drawn anew.
     per_story = [np.array([row["right"] for row in side], float).reshape(-1, len(KINDS)).mean(1) for side in sides]
     return {
-        "stories": args.stories,
+        "stories": settings.stories,
         "questions": len(questions),
         "prompt_tokens": told["dense"]["prompt_tokens"],
         "right": {"dense": told["dense"]["accuracy"], "sparse": told[label]["accuracy"]},
@@ -145,7 +141,7 @@ def _row(args: argparse.Namespace, items: Path, out: Path, label: str) -> dict[s
         "difference": paired_difference(*(side.tolist() for side in per_story)),
         **{name: told[label][name] for name in ("sparse_density", "agreement", "kl", "logit_error")},
         "prefill_seconds": [told[side]["prefill_seconds"] for side in ("dense", label)],
-        "model": args.model,
+        "model": settings.model,
         "device": sides[0][0]["device"],
         "dtype": sides[0][0]["model_dtype"],
         **provenance("transformers"),
@@ -168,11 +164,9 @@ def table(rows: list[dict[str, Any]]) -> str:
     return aligned(lines)
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Run as a program: 0, or 2 with one line for bad input."""
-    parser = Parser(prog="python -m xattn_video_eval.studies.story_quality", description=__doc__, epilog=EXAMPLE)
-    add_arguments(parser)
-    return run_program(parser, run, arguments)
+    return run_alone(story_quality, "xattn_video_eval.studies.story_quality", __doc__ or "", EXAMPLE, arguments)
 
 
 if __name__ == "__main__":

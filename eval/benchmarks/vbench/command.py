@@ -9,18 +9,19 @@ computes, and what it downloads for that, is its own; the videos keep the names 
 
 from __future__ import annotations
 
-import argparse
 import json
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from xattn_video_pipelines.common import jsonl
 from xattn_video_pipelines.common.errors import UserError
 from xattn_video_pipelines.common.files import make_writable, write_texts
-from xattn_video_pipelines.common.program import Parser, run_program
+from xattn_video_pipelines.common.program import add_command, guarded, program, run_app
+from xattn_video_pipelines.common.settings import Option, Settings
 from xattn_video_pipelines.video import finished_videos
 
 EXAMPLE = """\
@@ -33,59 +34,84 @@ example:
       --dimensions subject_consistency --python vbench-env/bin/python --out scores
 """
 
+_MODULE = "xattn_video_eval.benchmarks.vbench"
 _CHILD = Path(__file__).resolve().parent / "child.py"
 
 
-def main(arguments: list[str] | None = None) -> int:
+@dataclass(frozen=True, kw_only=True)
+class PromptsSettings(Settings):
+    """Which of VBench's prompts are written, and where."""
+
+    info: Annotated[Path, Option("VBench_full_info.json", metavar="FILE")]
+    dimensions: Annotated[tuple[str, ...], Option("default: all that FILE names", metavar="NAME")] = ()
+    out: Annotated[Path, Option("the prompt file", metavar="FILE.jsonl")]
+
+    def check(self) -> None:
+        if self.out.suffix != ".jsonl":
+            raise UserError(f"--out {self.out}: a prompt file with ids ends in .jsonl")
+
+
+@dataclass(frozen=True)
+class ScoreSettings(Settings):
+    """Which folders VBench scores, in which dimensions, and with which Python."""
+
+    folders: Annotated[tuple[Path, ...], Option("folders that generate wrote", metavar="FOLDER")]
+    _: KW_ONLY
+    info: Annotated[Path, Option("VBench_full_info.json", metavar="FILE")]
+    dimensions: Annotated[tuple[str, ...], Option("default: all that FILE names", metavar="NAME")] = ()
+    python: Annotated[Path, Option("the Python of VBench's environment", metavar="FILE")]
+    out: Annotated[Path, Option("VBench's results, and scores.json", metavar="DIR")]
+    device: Annotated[str, Option("of VBench's models")] = "cuda"
+
+    @property
+    def names(self) -> list[str]:
+        """What the scores of each folder are called."""
+        return [folder.resolve().name for folder in self.folders]
+
+    def check(self) -> None:
+        if not self.python.is_file():
+            raise UserError(f"--python {self.python}: no such file; it is the Python of an environment with vbench")
+        if len(set(self.names)) != len(self.names):
+            raise UserError(f"the folders must differ in name, got {' '.join(self.names)}")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
     """Run as a program: 0, or 2 with one line for bad input."""
-    parser = Parser(prog="python -m xattn_video_eval.benchmarks.vbench", description=__doc__, epilog=EXAMPLE)
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    prompts = commands.add_parser("prompts", help="write a prompt file", epilog=EXAMPLE)
-    prompts.add_argument("--out", type=Path, required=True, metavar="FILE.jsonl")
-    prompts.set_defaults(run=write_prompts)
-    score = commands.add_parser("score", help="score folders of videos", epilog=EXAMPLE)
-    score.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="folders that generate wrote")
-    score.add_argument("--python", type=Path, required=True, metavar="FILE", help="the Python of VBench's environment")
-    score.add_argument("--out", type=Path, required=True, metavar="DIR", help="VBench's results, and scores.json")
-    score.add_argument("--device", default="cuda", help="of VBench's models (cuda)")
-    score.set_defaults(run=score_folders)
-    for command in (prompts, score):
-        command.add_argument("--info", type=Path, required=True, metavar="FILE", help="VBench_full_info.json")
-        command.add_argument("--dimensions", nargs="+", metavar="NAME", help="default: all that FILE names")
-    return run_program(parser, lambda args: args.run(args), arguments)
+
+    def call() -> int:
+        app = program(f"python -m {_MODULE}", (__doc__ or "").partition("\n")[0], EXAMPLE)
+        add_command(app, write_prompts, "prompts", "write a prompt file", EXAMPLE)
+        add_command(app, score_folders, "score", "score folders of videos", EXAMPLE, 1)
+        return run_app(app, sys.argv[1:] if arguments is None else arguments, ("prompts", "score"))
+
+    return guarded("vbench", call)
 
 
-def write_prompts(args: argparse.Namespace) -> int:
+def write_prompts(settings: PromptsSettings) -> int:
     """`prompts`: one line for each prompt of the dimensions, its id its place in VBench's list."""
-    if args.out.suffix != ".jsonl":
-        raise UserError(f"--out {args.out}: a prompt file with ids ends in .jsonl")
     lines: dict[str, dict[str, str]] = {}
-    for number, entry in _entries(args.info, args.dimensions):
+    for number, entry in _entries(settings.info, settings.dimensions):
         # A prompt may be listed again for another dimension.
         lines.setdefault(entry["prompt_en"], {"id": f"vbench-{number:04d}", "prompt": entry["prompt_en"]})
-    write_texts({args.out: jsonl.text(lines.values())})
-    print(f"{len(lines)} prompts in {args.out}; VBench asks for five videos of each: --seeds 0 1 2 3 4")
+    write_texts({settings.out: jsonl.text(lines.values())})
+    print(f"{len(lines)} prompts in {settings.out}; VBench asks for five videos of each: --seeds 0 1 2 3 4")
     return 0
 
 
-def score_folders(args: argparse.Namespace) -> int:
+def score_folders(settings: ScoreSettings) -> int:
     """`score`: run VBench on each folder, and print and write its scores."""
-    entries = _entries(args.info, args.dimensions)
-    dimensions = args.dimensions or sorted({name for _, entry in entries for name in entry["dimension"]})
-    if not args.python.is_file():
-        raise UserError(f"--python {args.python}: no such file; it is the Python of an environment with vbench")
-    names = [folder.resolve().name for folder in args.folders]
-    if len(set(names)) != len(names):
-        raise UserError(f"the folders must differ in name, got {' '.join(names)}")
-    found = [full_info(folder, [entry for _, entry in entries]) for folder in args.folders]
+    entries = _entries(settings.info, settings.dimensions)
+    dimensions = settings.dimensions or sorted({name for _, entry in entries for name in entry["dimension"]})
+    names = settings.names
+    found = [full_info(folder, [entry for _, entry in entries]) for folder in settings.folders]
     scores = {}
     for name, listed in zip(names, found, strict=True):
-        out = args.out / name
+        out = settings.out / name
         make_writable(out)
         path = out / "full_info.json"
         write_texts({path: json.dumps(listed, indent=2, ensure_ascii=False) + "\n"})
-        scores[name] = _run(args.python, path, out, args.device, dimensions)
-    write_texts({args.out / "scores.json": json.dumps(scores, indent=2) + "\n"})
+        scores[name] = _run(settings.python, path, out, settings.device, dimensions)
+    write_texts({settings.out / "scores.json": json.dumps(scores, indent=2) + "\n"})
     width = max(len(name) for name in (*dimensions, "dimension"))
     print("  ".join([f"{'dimension':{width}}", *names]))
     for dimension in dimensions:
@@ -113,7 +139,7 @@ def full_info(folder: Path, entries: Sequence[dict[str, Any]]) -> list[dict[str,
     return [{**entry, "video_list": videos[entry["prompt_en"]]} for entry in entries]
 
 
-def _entries(info: Path, dimensions: Sequence[str] | None) -> list[tuple[int, dict[str, Any]]]:
+def _entries(info: Path, dimensions: Sequence[str]) -> list[tuple[int, dict[str, Any]]]:
     """VBench's entries that name one of the dimensions, each with its place in the file."""
     try:
         entries = json.loads(info.read_text(encoding="utf-8"))
@@ -122,7 +148,7 @@ def _entries(info: Path, dimensions: Sequence[str] | None) -> list[tuple[int, di
         raise UserError(f"--info {info}: {error.strerror}") from None
     except (ValueError, TypeError, KeyError):
         raise UserError(f"--info {info}: not VBench's list, objects with prompt_en and dimension") from None
-    unknown = sorted(set(dimensions or ()) - known)
+    unknown = sorted(set(dimensions) - known)
     if unknown:
         raise UserError(f"--dimensions: {info} does not have {', '.join(unknown)}; it has {', '.join(sorted(known))}")
     wanted = set(dimensions or known)
