@@ -95,7 +95,7 @@ def devices() -> list[dict[str, Any]]:
 
 def check_torchvision() -> Check:
     """A torchvision built for another torch fails to import and takes diffusers down with it."""
-    from xattn_video.integrations.torchvision_ops import repair_torchvision
+    from xattn_video.integrations import repair_torchvision
 
     message = repair_torchvision()
     if message:
@@ -197,7 +197,7 @@ def _device(name: str, description: str) -> dict[str, Any]:
     import torch
 
     from xattn_video.config import BACKENDS
-    from xattn_video.ops.backends import auto_name, unavailable_reason
+    from xattn_video.ops import auto_name, unavailable_reason
 
     device = torch.device(name)
     dtype = torch.float32 if device.type == "cpu" else torch.float16

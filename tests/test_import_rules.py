@@ -56,13 +56,7 @@ OPEN = {
         ("xattn_video_eval.first_gpu.*", "checks and times the kernels one by one"),
         ("xattn_video_eval.studies.*", "compares the method with others, stage by stage, and reads compiled kernels"),
         ("xattn_video_eval.tune.*", "launches the kernels with configurations of its own"),
-        ("xattn_video", "until the front of ops has the functions that the library offers"),
-        ("xattn_video.integrations.*", "until the front of ops has what integrations use"),
-        ("xattn_video_pipelines.doctor", "until the front of ops has auto_name and unavailable_reason"),
-    ],
-    "xattn_video.integrations": [
-        ("xattn_video_pipelines.doctor", "until the front of integrations has repair_torchvision"),
-        ("xattn_video_eval.compare.*", "until the front of integrations has repair_torchvision"),
+        ("xattn_video", "in the front of ops, xattention is the module of the function"),
     ],
 }
 

@@ -14,9 +14,9 @@ from .version import __version__ as __version__
 if TYPE_CHECKING:
     from .config import XAttnConfig as XAttnConfig
     from .integrations.diffusers import XAttnProcessor as XAttnProcessor
-    from .ops.stages import block_sparse_attention as block_sparse_attention
-    from .ops.stages import score_blocks as score_blocks
-    from .ops.stages import select_blocks as select_blocks
+    from .ops import block_sparse_attention as block_sparse_attention
+    from .ops import score_blocks as score_blocks
+    from .ops import select_blocks as select_blocks
     from .ops.xattention import CallStats as CallStats
     from .ops.xattention import xattention as xattention
 else:
@@ -25,7 +25,7 @@ else:
         {
             "config": ["XAttnConfig"],
             "integrations.diffusers": ["XAttnProcessor"],
-            "ops.stages": ["block_sparse_attention", "score_blocks", "select_blocks"],
+            "ops": ["block_sparse_attention", "score_blocks", "select_blocks"],
             "ops.xattention": ["CallStats", "xattention"],
         },
     )

@@ -129,7 +129,7 @@ class Lpips:
 
 def _load_lpips(net: str, weights: str | os.PathLike[str] | None) -> torch.nn.Module:
     """The network with its backbone's weights. Raises LpipsUnavailable."""
-    from xattn_video.integrations.torchvision_ops import repair_torchvision
+    from xattn_video.integrations import repair_torchvision
 
     try:
         require("LPIPS", "lpips")

@@ -8,7 +8,7 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from diffusers.models import attention_dispatch
@@ -18,7 +18,10 @@ from torch import Tensor
 from ...config import XAttnConfig
 from ...ops import Backend, KeyMask, attend_sparse, checked_call, exact_type, find_backend, without_autocast
 from ...stats import LayerCounts
-from .models import ModelSpec
+
+if TYPE_CHECKING:
+    # which imports this module, by a processor that it replaces one with
+    from .models import ModelSpec
 
 Value = TypeVar("Value")
 

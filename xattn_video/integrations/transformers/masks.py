@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers.masking_utils import sdpa_mask
 
-from ...ops.key_mask import KeyMask
+from ...ops import KeyMask
 
 # Both attributes hang on the range itself, because transformers hands nothing else from the mask function to the
 # layers. Without the first one every layer would make the dense mask again: 26 operators, 0.33 ms for one query and
