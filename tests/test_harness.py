@@ -94,7 +94,7 @@ def test_lmms_eval_runs_dense_and_sparse_on_a_local_video_model(tmp_path: Path, 
     assert set(sparse["dense_calls"]) == {"decode"}
 
 
-@pytest.mark.skipif(transformers.__version__.startswith("4."), reason="transformers 4 has nothing to mend")
+@pytest.mark.skipif(transformers.__version__.startswith("4."), reason="transformers 4 has nothing to repair")
 def test_a_video_model_is_asked_with_its_positions_mended() -> None:
     model = build("qwen2-vl")
     seen: list[bool] = []

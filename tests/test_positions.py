@@ -13,13 +13,13 @@ from tests.language_families import build
 from tests.test_watcher import single
 from xattn_video_pipelines.demo import stories, watcher
 from xattn_video_pipelines.demo.training.train_watcher import Batch, tokenise
-from xattn_video_pipelines.qa.qwen_positions import apart, mend_positions
+from xattn_video_pipelines.qa.qwen_positions import apart, repair_positions
 
 
 @pytest.fixture(scope="module")
 def model() -> Any:
     built = watcher.build_watcher(seed=0).eval()
-    mend_positions(built)
+    repair_positions(built)
     return built
 
 
@@ -60,11 +60,11 @@ def _longer(inputs: Any) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("family", ["qwen2-vl", "qwen2.5-vl"])
 def test_generated_tokens_follow_the_prompt_one_by_one(family: str) -> None:
     model = build(family)
-    if not mend_positions(model):
-        pytest.skip("this release of transformers has nothing to mend")
-    mended = model.model.get_rope_index
-    assert not mend_positions(model)
-    assert model.model.get_rope_index is mended
+    if not repair_positions(model):
+        pytest.skip("this release of transformers has nothing to repair")
+    repaired = model.model.get_rope_index
+    assert not repair_positions(model)
+    assert model.model.get_rope_index is repaired
     types = torch.tensor([[0] * 3 + [2] * 40 + [0] * 6])
     # 10 steps in time of 2 x 2 tokens.
     told: dict[str, Any] = {"video_grid_thw": torch.tensor([[10, 4, 4]])}
@@ -94,4 +94,4 @@ def test_what_stands_right_is_left_and_runs_are_moved_behind_all_before_them() -
 
 @pytest.mark.parametrize("family", ["llama", "qwen3-vl"])
 def test_models_that_were_trained_otherwise_are_left(family: str) -> None:
-    assert not mend_positions(build(family))
+    assert not repair_positions(build(family))

@@ -101,9 +101,9 @@ def _sides(
 ) -> Iterator[dict[str, Any]]:
     """A row for each configuration."""
     from xattn_video.integrations.transformers import stop_xattention, use_xattention
-    from xattn_video_pipelines.qa import mend_positions
+    from xattn_video_pipelines.qa import repair_positions
 
-    mend_positions(model)
+    repair_positions(model)
     for label, config in configs.items():
         try:
             stats = None if config is None else use_xattention(model, config)

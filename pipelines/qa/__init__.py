@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from xattn_video_pipelines.qa.load import read_answers as read_answers
     from xattn_video_pipelines.qa.load import weights_of as weights_of
     from xattn_video_pipelines.qa.questions import read_questions as read_questions
-    from xattn_video_pipelines.qa.qwen_positions import mend_positions as mend_positions
+    from xattn_video_pipelines.qa.qwen_positions import repair_positions as repair_positions
     from xattn_video_pipelines.qa.settings import ANSWERS as ANSWERS
     from xattn_video_pipelines.qa.settings import DEMO as DEMO
     from xattn_video_pipelines.qa.settings import SUMMARY as SUMMARY
@@ -29,7 +29,7 @@ else:
             "command": ["answer_questions", "print_answer", "summary_table"],
             "load": ["load_model", "read_answers", "weights_of"],
             "questions": ["read_questions"],
-            "qwen_positions": ["mend_positions"],
+            "qwen_positions": ["repair_positions"],
             "settings": ["ANSWERS", "DEMO", "SUMMARY", "LoadSettings", "PrefillSettings", "QaSettings"],
         },
     )

@@ -131,12 +131,12 @@ def _answer_all(
     from tqdm.auto import tqdm
 
     from xattn_video.integrations.transformers import use_xattention
-    from xattn_video_pipelines.qa.qwen_positions import mend_positions
+    from xattn_video_pipelines.qa.qwen_positions import repair_positions
 
     model, processor = load_model(
         settings.model, VIDEO_MODEL, "AutoProcessor", device=settings.device, dtype=settings.dtype
     )
-    mend_positions(model)
+    repair_positions(model)
     if getattr(processor, "video_processor", None) is None or not processor.chat_template:
         raise UserError(f"--model {settings.model}: its processor takes no video in a chat")
     # --max-frames and --max-pixels say what is seen; some processors would share a budget out among frames besides.

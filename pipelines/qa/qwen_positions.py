@@ -1,4 +1,4 @@
-"""Where text stands after a video: a mend for Qwen2-VL and Qwen2.5-VL in transformers 5.
+"""Where text stands after a video: a repair for Qwen2-VL and Qwen2.5-VL in transformers 5.
 
 These models were trained with text that goes on after the largest position of the video before it (Qwen2-VL's paper,
 section 2.1, and transformers 4). transformers 5 goes on after the video's height and width and forgets its time, so the
@@ -19,10 +19,10 @@ from torch import Tensor
 _MODELS = ("qwen2_vl", "qwen2_5_vl")
 
 
-def mend_positions(model: Any) -> bool:
-    """Let `model.generate` place text after videos as in training; whether there was something to mend.
+def repair_positions(model: Any) -> bool:
+    """Let `model.generate` place text after videos as in training; whether there was something to repair.
 
-    Other models and other releases are left as they are, and so is one that is mended already.
+    Other models and other releases are left as they are, and so is one that is repaired already.
     """
     inner: Any = getattr(model, "model", None)
     original = getattr(inner, "get_rope_index", None)

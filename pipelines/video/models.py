@@ -297,7 +297,7 @@ def check_available(model: Model) -> None:
 
 
 def import_diffusers() -> Any:
-    """The diffusers module, imported after xattn_video has mended a torchvision that does not fit torch."""
+    """The diffusers module, imported after xattn_video has repaired a torchvision that does not fit torch."""
     importlib.import_module("xattn_video.integrations.diffusers")
     return importlib.import_module("diffusers")
 
