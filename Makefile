@@ -98,6 +98,7 @@ lint: $(READY)
 bench: $(READY)
 	$(BIN)/xattn-video bench
 
+# Without the venv, bench-gpu and goals-gpu need the command line's packages first: /path/to/bin/pip install '.[cli]'
 bench-gpu: gpu
 	$(BIN)/python -m xattn_video_pipelines.cli bench --device cuda --full --record --plot $(BENCH_OUT)
 

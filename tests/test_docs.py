@@ -158,7 +158,7 @@ def help_of(words: tuple[str, ...]) -> str:
         # Another test has imported the module already: here it is run again as the main one.
         warnings.simplefilter("ignore", RuntimeWarning)
         with pytest.raises(SystemExit) as stop:
-            runpy.run_module(program, run_name="__main__")
+            runpy.run_module(program, run_name="__main__", alter_sys=True)
     assert stop.value.code in (0, None), words
     return printed.getvalue()
 

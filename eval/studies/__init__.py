@@ -1,1 +1,1 @@
-"""Studies whose results the project keeps. Part of the checkout, of no wheel."""
+"""Studies whose results the project keeps. Only in a checkout: no wheel has them."""
