@@ -4,7 +4,7 @@
 
 What is timed is the whole prefill, every layer and the last token's logits included, so the speed-up is below that of
 attention alone; the ideal beside it is attention's, `1 / (density + 1 / (2 * stride))`. The prompts are those of
-`xattn_video_eval.benchmarks.needle.command`: English sentences about nothing. Density depends on what is read.
+`xattn_video_eval.benchmarks.needle`: English sentences about nothing. Density depends on what is read.
 """
 
 from __future__ import annotations

@@ -230,7 +230,3 @@ def _draw(rows: Sequence[dict[str, Any]], path: Path) -> bool:
     figure.colorbar(image, ax=axes, label="share of answers that are right")
     figure.savefig(path, dpi=110)
     return True
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

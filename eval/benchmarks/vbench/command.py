@@ -172,7 +172,3 @@ def _run(python: Path, info: Path, out: Path, device: str, dimensions: Sequence[
         return {name: float(found[name]) for name in dimensions}
     except (FileNotFoundError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"VBench ended without all scores of {out.name} ({type(error).__name__}: {error})") from None
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())
