@@ -9,12 +9,12 @@ from typing import Any
 import torch
 
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-# What the kernel takes as "begin the peak of the resident size anew".
+# What the kernel takes as "begin the peak of the resident size again".
 _RESET = "5"
 
 
 def reset_peak(device: torch.device) -> None:
-    """Begin to measure anew; nothing where this device has no peak to read."""
+    """Begin to measure again; does nothing where this device has no peak to read."""
     if device.type == "cpu":
         with contextlib.suppress(OSError):
             _CLEAR.write_text(_RESET)
