@@ -542,7 +542,7 @@ def test_guidance_and_flow_shift_reach_a_pipeline_that_keeps_them_in_components(
     pipe.save_pretrained(tmp_path)
     found = find_model(str(tmp_path))
     assert found.geometry == KNOWN_MODELS["hunyuan-video-1.5"].geometry
-    settings = runner.Settings(
+    settings = runner.ResolvedSettings(
         height=64, width=64, num_frames=9, fps=8, steps=2, guidance_scale=4.5, guidance_scale_2=None, flow_shift=7.5
     )
     cpu = torch.device("cpu")
@@ -559,7 +559,7 @@ def test_wan_keeps_its_vae_in_float32_in_a_half_precision_run(model, prompts, tm
     from xattn_video_pipelines.video import make as runner
 
     found = find_model(str(model))
-    settings = runner.Settings(64, 64, 9, 8, 2, guidance_scale=5.0, guidance_scale_2=None, flow_shift=2.5)
+    settings = runner.ResolvedSettings(64, 64, 9, 8, 2, guidance_scale=5.0, guidance_scale_2=None, flow_shift=2.5)
     cpu = torch.device("cpu")
     loaded = runner.load_pipeline(found, settings, device=cpu, dtype="bfloat16", offload="none", compile_blocks=False)
     assert (loaded.transformer.dtype, loaded.vae.dtype) == (torch.bfloat16, torch.float32)

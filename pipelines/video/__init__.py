@@ -16,13 +16,13 @@ from xattn_video_pipelines.video.manifest import (
 )
 from xattn_video_pipelines.video.models import (
     Model,
+    ResolvedSettings,
     check_available,
     find_model,
     import_diffusers,
     offline_message,
     sampled_digest,
 )
-from xattn_video_pipelines.video.models import Settings as ResolvedSettings
 from xattn_video_pipelines.video.plan import Job, Plan, make_plan
 from xattn_video_pipelines.video.prompts import MAX_SEED, evenly_spaced
 from xattn_video_pipelines.video.settings import GenerateSettings, VideoSettings

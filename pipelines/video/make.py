@@ -22,7 +22,7 @@ from xattn_video_pipelines.video.manifest import (
     made_meanwhile,
     remove_records,
 )
-from xattn_video_pipelines.video.models import Model, Settings, check_available, offline_message
+from xattn_video_pipelines.video.models import Model, ResolvedSettings, check_available, offline_message
 from xattn_video_pipelines.video.plan import Job, Plan
 
 if TYPE_CHECKING:
@@ -147,7 +147,7 @@ def _make_video(
     return record
 
 
-def _arguments(model: Model, settings: Settings, job: Job) -> dict[str, Any]:
+def _arguments(model: Model, settings: ResolvedSettings, job: Job) -> dict[str, Any]:
     """What the pipeline is called with for one video.
 
     The noise comes from a CPU generator of this video's own, so it depends neither on other videos nor on the
@@ -179,7 +179,7 @@ def _arguments(model: Model, settings: Settings, job: Job) -> dict[str, Any]:
 
 
 def load_pipeline(
-    model: Model, settings: Settings, *, device: torch.device, dtype: str, offload: str, compile_blocks: bool
+    model: Model, settings: ResolvedSettings, *, device: torch.device, dtype: str, offload: str, compile_blocks: bool
 ) -> Any:
     """The model's pipeline on its device, with its scheduler's shift and guidance set.
 

@@ -140,7 +140,7 @@ class Model:
 
 
 @dataclass(frozen=True)
-class Settings:
+class ResolvedSettings:
     """One run's resolved settings: pixels, frames, frames a second, denoising steps."""
 
     height: int
@@ -162,7 +162,7 @@ class Recipe:
     """
 
     model: Model
-    settings: Settings
+    settings: ResolvedSettings
     tokens: int | None
     identity: dict[str, Any]
 
@@ -318,7 +318,7 @@ def settle(given: GenerateSettings, prompts: Sequence[Prompt]) -> Recipe:
             raise UserError(f"{option_name(name)}: {model.name} ({model.pipeline}) has no default; give one")
     _check_call(model)
     second = defaults.guidance_scale_2 if given.guidance_scale is None else None
-    settings = Settings(**values, guidance_scale_2=second)
+    settings = ResolvedSettings(**values, guidance_scale_2=second)
     tokens = None
     if model.geometry is not None:
         model.geometry.check(settings.height, settings.width, settings.num_frames)
