@@ -48,7 +48,6 @@ class SheetSettings(Settings):
     def check(self) -> None:
         if self.out.suffix != ".png":
             raise UserError(f"--out must end in .png, got {self.out}")
-        self.check_at_least(1, "prompts", "frames")
 
 
 def contact_sheet(
