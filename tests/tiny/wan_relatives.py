@@ -1,4 +1,4 @@
-"""Tiny pipelines of SkyReels-V2, ChronoEdit and Helios, which are built on Wan; text is in cross-attention."""
+"""Tiny pipelines of SkyReels-V2, ChronoEdit, Helios and AnyFlow, which are built on Wan; text is in cross-attention."""
 
 from __future__ import annotations
 
@@ -31,10 +31,18 @@ from diffusers import (  # isort: skip
 HeliosPipeline, HeliosPyramidPipeline, HeliosScheduler, HeliosTransformer3DModel = newer_classes(
     "HeliosPipeline", "HeliosPyramidPipeline", "HeliosScheduler", "HeliosTransformer3DModel"
 )
+AnyFlowPipeline, AnyFlowTransformer3DModel, FlowMapEulerDiscreteScheduler = newer_classes(
+    "AnyFlowPipeline", "AnyFlowTransformer3DModel", "FlowMapEulerDiscreteScheduler"
+)
 
 SKYREELS = {**WAN, "transformer": partial(tiny_transformer, SkyReelsV2Transformer3DModel)}
 CHRONOEDIT_TRANSFORMER = partial(tiny_transformer, ChronoEditTransformer3DModel, in_channels=36, **IMAGE_BRANCH)
 HELIOS_TRANSFORMER = partial(tiny_transformer, HeliosTransformer3DModel, rope_dim=(12, 10, 10))
+ANYFLOW = {
+    **WAN,
+    "transformer": partial(tiny_transformer, AnyFlowTransformer3DModel),
+    "scheduler": partial(FlowMapEulerDiscreteScheduler, shift=5.0),
+}
 
 
 def forcing_inputs(items: tuple[int, ...]) -> dict[str, Any]:
@@ -110,5 +118,14 @@ WAN_RELATIVES = (
         tokens=(100 + 160 + 20 + 24, 400 + 160 + 20 + 24),
         batches=False,
         notes="two resolutions; the pipeline does not tell its timestep",
+    ),
+    Family(
+        "anyflow",
+        AnyFlowPipeline,
+        ANYFLOW,
+        text_inputs,
+        tokens=(TOKENS,),
+        forwards_per_step=1,
+        notes="a flow map: one call has the timestep it starts from and the one it goes to",
     ),
 )

@@ -45,6 +45,7 @@ MODELS: dict[str, ModelSpec] = {
     ),
     "WanAnimateTransformer3DModel": ModelSpec(("blocks.*.attn1",), note="the face adapter stays dense"),
     "ChronoEditTransformer3DModel": _WAN,
+    "AnyFlowTransformer3DModel": ModelSpec(("blocks.*.attn1",), note="each call has two timesteps: from and to"),
     "SkyReelsV2Transformer3DModel": ModelSpec(
         ("blocks.*.attn1",), note="with `num_frame_per_block` > 1 a block-causal mask keeps it dense"
     ),
