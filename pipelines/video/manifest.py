@@ -16,11 +16,6 @@ NAME = "manifest.jsonl"
 Key = tuple[str, int]
 Record = jsonl.Row
 _COMPLAINT = "not a manifest line; correct or remove it, or use another --out"
-# What makes a video what it is: a finished one is kept only if all of these are as they would be now.
-_COMPARED = (
-    "prompt", "negative_prompt", "image_sha256", "model", "weights", "height", "width", "num_frames", "fps", "steps",
-    "guidance_scale", "guidance_scale_2", "flow_shift", "dtype", "attention", "config",
-)  # fmt: skip
 
 
 def read_manifest(folder: Path) -> dict[Key, Record]:
@@ -170,7 +165,9 @@ def _changes(record: Record, identity: Record) -> list[str]:
     # What was no setting then had its default.
     if record.get("config") is not None:
         record = {**record, "config": {**XAttnConfig().to_dict(), **record["config"]}}
-    return differences(record, identity, [name for name in _COMPARED if name != "weights" or weighed])
+    # The name of an image tells nothing either: it is known by its bytes.
+    left_out = {"image"} if weighed else {"image", "weights"}
+    return differences(record, identity, [name for name in identity if name not in left_out])
 
 
 def differences(old: Record, new: Record, fields: Collection[str]) -> list[str]:
