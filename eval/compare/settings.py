@@ -28,20 +28,23 @@ class CompareSettings(Settings):
     sparse_dir: Annotated[Path, Option("folder of the sparse videos", metavar="SPARSE_DIR")]
     _: KW_ONLY
     out: Annotated[
-        Path | None, Option(f"where {METRICS_CSV}, {FRAMES_CSV} and {SUMMARY_JSON} go (SPARSE_DIR)", metavar="DIR")
+        Path | None,
+        Option(f"where {METRICS_CSV}, {FRAMES_CSV} and {SUMMARY_JSON} go; default: SPARSE_DIR", metavar="DIR"),
     ] = None
     lpips: Annotated[bool, Option("leave LPIPS out")] = True
     lpips_net: Annotated[Literal["alex", "vgg", "squeeze"], Option("backbone of LPIPS")] = "alex"
     lpips_weights: Annotated[
         Path | None,
         Option(
-            "where the backbone's torchvision checkpoint is (torch hub's cache, filled by a download)",
+            "has the backbone's torchvision checkpoint; default: torch hub's cache, where it is downloaded to",
             metavar="FOLDER",
         ),
     ] = None
     device: Annotated[str, Option("device of LPIPS; auto takes a GPU if there is one")] = "auto"
     allow_unmatched: Annotated[bool, Option("skip videos without a partner, and list them")] = False
-    workers: Annotated[int | None, Option("threads for all but LPIPS (one a core, at most 8)", metavar="N")] = None
+    workers: Annotated[
+        int | None, Option("threads for all but LPIPS; default: one per core, at most 8", metavar="N")
+    ] = None
     floor: Annotated[bool, Option(f"no row of the videos in {FLOOR} beside DENSE_DIR")] = True
 
     @property

@@ -28,7 +28,7 @@ class ReportSettings(Settings):
         float, Option("videos in the page, worst cases first, until this size; 0 for none", metavar="N")
     ] = 64.0
     lpips: Annotated[bool, Option("leave LPIPS out", group=_MEASURING)] = True
-    lpips_weights: Annotated[Path | None, Option("as of compare", group=_MEASURING, metavar="FOLDER")] = None
+    lpips_weights: Annotated[Path | None, Option("as in compare", group=_MEASURING, metavar="FOLDER")] = None
     device: Annotated[str, Option("device of LPIPS; auto takes a GPU if there is one", group=_MEASURING)] = "auto"
 
     @property

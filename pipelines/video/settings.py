@@ -34,7 +34,7 @@ class VideoSettings(Settings):
     out: Annotated[Path, Option("folder of the videos", metavar="DIR")] = Path("out")
 
     block_size: Annotated[int, Option("tokens a block, a multiple of the stride", _ATTENTION)] = 128
-    min_tokens: Annotated[int, Option("shorter sequences stay dense", _ATTENTION)] = 1024
+    min_tokens: Annotated[int, Option("calls with fewer tokens stay dense", _ATTENTION)] = 1024
 
     steps: Annotated[int | None, Option("denoising steps", _VIDEO)] = None
     guidance_scale: Annotated[float | None, Option("how closely the prompt is followed", _VIDEO)] = None
@@ -46,14 +46,17 @@ class VideoSettings(Settings):
 
     seeds: Annotated[
         tuple[int, ...],
-        Option("a video of each prompt for each; default: the prompt's own seed, else 0", _WHICH, metavar="SEED"),
+        Option("one video per prompt and seed; default: the prompt's own seed, else 0", _WHICH, metavar="SEED"),
     ] = ()
     sample: Annotated[int | None, Option("N prompts, evenly spaced over the file", _WHICH, metavar="N")] = None
     limit: Annotated[int | None, Option("the first N prompts (of the sample)", _WHICH, metavar="N")] = None
 
     dtype: Annotated[Literal["auto", "float32", "float16", "bfloat16"], Option("of the model", _MACHINE)] = "auto"
     device: Annotated[str, Option("auto, cpu, cuda, cuda:1, xpu, mps", _MACHINE)] = "auto"
-    offload: Annotated[Literal["none", "model", "sequential"], Option("CPU offload", _MACHINE)] = "none"
+    offload: Annotated[
+        Literal["none", "model", "sequential"],
+        Option("keep parts in CPU memory until they run: whole models, or layer by layer (slower)", _MACHINE),
+    ] = "none"
 
     def check(self) -> None:
         self.check_at_least(1, "height", "width", "num_frames", "fps", "steps", "sample", "limit")
@@ -87,9 +90,9 @@ class GenerateSettings(VideoSettings):
     warmup_steps: Annotated[int, Option("first denoising steps that stay dense", _ATTENTION)] = 5
     lossless: Annotated[bool, Option("also write an FFV1 .mkv copy, for measuring", _VIDEO)] = False
     overwrite: Annotated[bool, Option("make finished videos again", _WHICH)] = False
-    compile: Annotated[bool, Option("torch.compile the transformer's blocks (in the first video's time)", _MACHINE)] = (
-        False
-    )
+    compile: Annotated[
+        bool, Option("torch.compile the transformer's blocks; the first video's time includes it", _MACHINE)
+    ] = False
 
     @property
     def config(self) -> XAttnConfig:
