@@ -518,6 +518,14 @@ def test_training_is_dense_with_its_reason_and_gives_gradients() -> None:
     assert model.model.layers[0].self_attn.q_proj.weight.grad.abs().max() > 0
 
 
+def test_training_is_dense_where_the_backend_cannot_run() -> None:
+    """As a reentrant checkpoint asks, whose first pass has no gradients."""
+    model = build("llama").train()
+    with sparse(model, threshold=0.3, backend="fa4") as stats, torch.no_grad():
+        model(input_ids=prompt(1, TOKENS))
+    assert stats.summary()["dense_calls"] == {"training": LAYERS}
+
+
 def test_a_text_model_that_is_deeper_inside_is_named_and_the_towers_beside_it_stay() -> None:
     with torch.device("meta"):
         model = transformers.Qwen2_5OmniForConditionalGeneration(transformers.Qwen2_5OmniConfig())

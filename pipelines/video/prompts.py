@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
@@ -26,8 +26,7 @@ class Prompt:
     """One prompt of a file.
 
     `id` is safe as a file name on every system. `seed` and `negative_prompt` are None where the file does not
-    say; `image` is an existing file (image-to-video) or None. `line` counts from 1. `image_sha256` is known for a
-    prompt that `choose` gave.
+    say; `image` is an existing file (image-to-video) or None. `line` counts from 1.
     """
 
     id: str
@@ -36,16 +35,18 @@ class Prompt:
     negative_prompt: str | None = None
     image: Path | None = None
     line: int = 0
-    image_sha256: str | None = None
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What a manifest says of the prompt. An image is known by its bytes, because its path can change."""
+        """What a manifest says of the prompt. An image is known by its bytes, because its path can change.
+
+        Raises `UserError` for an image that cannot be read.
+        """
         return {
             "prompt": self.text,
             "negative_prompt": self.negative_prompt,
             "image": None if self.image is None else self.image.name,
-            "image_sha256": self.image_sha256,
+            "image_sha256": None if self.image is None else _image_digest(self.image),
         }
 
 
@@ -95,16 +96,9 @@ def read_prompts(path: str | Path) -> PromptFile:
 
 
 def choose(prompts: Sequence[Prompt], sample: int | None, limit: int | None) -> list[Prompt]:
-    """The prompts that a run is for: `sample` of them, evenly spaced, and of those the first `limit`. None: all.
-
-    Raises:
-        UserError: an image of a chosen prompt cannot be read.
-    """
+    """The prompts that a run is for: `sample` of them, evenly spaced, and of those the first `limit`. None: all."""
     chosen = list(prompts) if sample is None else evenly_spaced(prompts, sample)
-    return [
-        prompt if prompt.image is None else replace(prompt, image_sha256=_image_digest(prompt.image))
-        for prompt in chosen[:limit]
-    ]
+    return chosen[:limit]
 
 
 def evenly_spaced(items: Sequence[T], count: int) -> list[T]:

@@ -39,13 +39,14 @@ def checked_call(
     check_query_key(query, key)
     check_value(key, value)
     _, heads, q_len, head_dim = query.shape
+    mask = checked_mask(mask, key)
     check_dense_tokens(dense_tokens, q_len, key.shape[2])
     if isinstance(threshold, tuple):
         threshold = head_thresholds(query, threshold)
     check_threshold(threshold, heads)
     # A list is taken too, and a key of the cache of blocks must be a tuple.
     exact = None if dense_tokens is None else (dense_tokens[0], dense_tokens[1])
-    return Call(query, key, value, checked_mask(mask, key), default_scale(scale, head_dim), threshold, exact)
+    return Call(query, key, value, mask, default_scale(scale, head_dim), threshold, exact)
 
 
 def checked_mask(mask: KeyMask, key: Tensor, kv_len: int | None = None) -> KeyMask:

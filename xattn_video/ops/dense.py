@@ -11,12 +11,15 @@ from .backends import Backend, auto_name, resolve
 from .key_mask import ALL_KEYS, KeyMask
 
 
-def find_backend(config: XAttnConfig, *tensors: Tensor, q_len: int, kv_len: int, causal: bool = False) -> Backend | str:
+def find_backend(
+    config: XAttnConfig, *tensors: Tensor, q_len: int, kv_len: int, causal: bool = False, training: bool = False
+) -> Backend | str:
     """The backend that computes a call sparsely, or the reason why the call is dense.
 
     `autograd`: an input requires grad (the kernels have no backward pass). `min_tokens`: the key length is below
     `config.min_tokens`. `decode`: causal with fewer queries than a block. `no_backend`: `auto` on a device that
-    has neither Triton nor the CPU path.
+    has neither Triton nor the CPU path. `training`: the model is in training mode, where gradient checkpointing may
+    run a forward without gradients that it will run again with them.
 
     Args:
         tensors: query, key and value in any layout.
@@ -34,6 +37,8 @@ def find_backend(config: XAttnConfig, *tensors: Tensor, q_len: int, kv_len: int,
     device, dtype = tensors[0].device, tensors[0].dtype
     if config.backend == "auto" and auto_name(device, dtype) is None:
         return "no_backend"
+    if training:
+        return "training"
     return resolve(config.backend, device, dtype)
 
 

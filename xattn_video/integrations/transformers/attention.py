@@ -168,12 +168,10 @@ def xattention_forward(  # noqa: PLR0913 - transformers' signature
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     keys = _visible_keys(query, key, attention_mask)
     seen_key, seen_value = key[:, :, :keys], value[:, :, :keys]
+    sizes = {"q_len": query.shape[2], "kv_len": seen_key.shape[2]}
     backend = _reason(layer, query, attention_mask, causal, dropout, kwargs) or find_backend(
-        layer.config, query, seen_key, seen_value, q_len=query.shape[2], kv_len=seen_key.shape[2], causal=True
+        layer.config, query, seen_key, seen_value, **sizes, causal=True, training=module.training
     )
-    if not isinstance(backend, str) and module.training:
-        # gradient checkpointing may run a forward without gradients that it will run again with them
-        backend = "training"
     if layer.counts is not None:
         layer.counts.place(query.device)
     if not isinstance(backend, str):
