@@ -342,7 +342,9 @@ def test_tile_copies_cost_a_barrier_between_the_products():
 
 
 @pytest.mark.skipif(not attention_choice.triton_suffices(), reason="needs Triton 3.6 or newer")
-@pytest.mark.parametrize("case", static_evidence.hopper_cases(), ids=lambda case: f"{case.head_dim}-{case.causal}")
+@pytest.mark.parametrize(
+    "case", list(static_evidence.hopper_cases()), ids=lambda case: f"{case.head_dim}-{case.causal}"
+)
 def test_the_hopper_kernel_costs_fewer_instructions_than_the_plain_one(case):
     """A step of either is 128 keys for 128 queries; the plain one's warps also copy."""
     hopper = gather(case, "sm_90")
