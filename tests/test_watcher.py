@@ -209,6 +209,10 @@ def test_training_learns_a_batch(processor: Any, tmp_path: Path) -> None:
             optimizer.step()
             optimizer.zero_grad()
         losses.append(values["loss"].item())
+        learnt = losses[-1] < 0.3 * losses[0] and min(values["right"], values["read"]) > 0.8 and values["found"] == 1
+        if learnt:
+            # A step takes seconds on a CPU without bfloat16.
+            break
     assert losses[-1] < 0.3 * losses[0]
     assert values["right"] > 0.8
     assert values["read"] > 0.8
