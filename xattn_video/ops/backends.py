@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 from ..config import BACKENDS
+from . import residual
 from .block_lists import mask_to_lists
+from .residual import Packed
 
 TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -37,6 +39,8 @@ class Backend(NamedTuple):
             output and log-sum-exp. The lists hold only valid blocks.
         mask_to_lists: bool `[B, H, Nq, Nk]` -> lists.
         pair_bytes: the most that the stages hold at once for each pair of blocks and each head, with a threshold.
+        merge: as `residual.merge`: (output, lse, other, other_lse, kind) -> dense attention and the packed residual.
+        add_residual: as `residual.add`: (output, packed, before, factor) -> output with the residual.
     """
 
     name: str
@@ -45,6 +49,8 @@ class Backend(NamedTuple):
     block_sparse_forward: Callable[..., tuple[Tensor, Tensor]]
     mask_to_lists: Callable[[Tensor], tuple[Tensor, Tensor]] = mask_to_lists
     pair_bytes: int = SORT_BYTES
+    merge: Callable[..., tuple[Tensor, Packed]] = residual.merge
+    add_residual: Callable[..., Tensor] = residual.add
 
 
 def unavailable_reason(name: str, device: torch.device, dtype: torch.dtype = torch.float32) -> str | None:
