@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 SELECTIONS = ("threshold", "top_k", "top_ratio")
 BACKENDS = ("auto", "reference", "cpu", "triton", "triton-hopper", "flex", "fa4")
+RESIDUALS = ("off", "int4", "fp8", "full")
+REFRESHES = ("growing", "fixed")
+
+_INTEGERS = (
+    "stride", "block_size", "warmup_steps", "last_steps", "min_tokens", "dense_last", "anchors", "keep_masks",
+    "max_extra_mib",
+)  # fmt: skip
 
 # The settings under which the paper reports each model family (its section 4.1).
 PRESETS: dict[str, dict[str, Any]] = {
@@ -30,12 +38,35 @@ class XAttnConfig:
         threshold: share tau of a query block's score mass that the kept blocks must hold, in (0, 1]; a tuple
             gives one a query head. 1 keeps every valid block.
         warmup_steps: denoising steps, counted from the first one run, that stay dense.
+        warmup: the same as a share of all steps, in (0, 1); where it is given, it takes the place of `warmup_steps`.
+            At least one step is dense then. For models of 4 to 8 steps 0.25 is a good choice. It needs a pipeline,
+            whose scheduler tells the number of steps, or `processor.start_generation(steps=...)`.
+        last_steps: denoising steps at the end that stay dense; needs the number of steps, like `warmup`.
         dense_layers: layers that stay dense: indices in forward order, or fnmatch patterns on module paths.
         min_tokens: key lengths below this stay dense.
         dense_last: query tokens at the end of a causal call whose blocks keep every valid block: the question at
             the end of a long prompt. Its few rows are scored worst of all (one group of `stride` rows may hold
             all of it) and cost least. 0, as in the paper, treats them like all others. A prompt in chunks has as
             many ends, and padding on the right counts as tokens. Without effect on video models: not causal.
+        anchors: key blocks kept on each side of a query block's own one, and as many latent frames before and after
+            it the blocks at the same place; 0 leaves the choice to the scores. The own block is kept too. Frames are
+            known for models whose tokens are a grid of whole frames (`frame_tokens` in `xattention`).
+        threshold_ramp: how far the threshold falls over the sparse steps of a video: from `threshold` plus half of it
+            to `threshold` minus half of it, within 0.01 to 0.999. It needs the number of steps, like `warmup`.
+        keep_masks: sparse steps for which a choice of blocks is kept; 1 chooses in each step.
+        residual: remember what the kept blocks miss, and add it to the output of sparse steps: `"off"`, or how it is
+            stored: `"int4"` (half a byte per number), `"fp8"`, or `"full"` (as the model computes). What is missed is
+            found in dense steps, the refreshes: the last step of the warm-up is the first one. The choice of blocks is
+            then kept for the whole video. A refresh costs as much as dense attention. Video models only.
+        refresh: which sparse steps refresh: `"growing"` (gaps of 1, 1, 2, 3, 4 steps and then always 4, where
+            `refresh_every` is 4), `"fixed"` (each layer every `refresh_every` steps, layer after layer), or the sparse
+            steps themselves as numbers from 0. None is `"fixed"` where `refresh_every` is given, else `"growing"`.
+        refresh_every: the largest gap between two refreshes, in steps; None is a fifth of all steps (4 where the
+            number of steps is not known). 1 makes every step dense.
+        extrapolate: continue the change between the last two refreshes, by one such gap at most. It doubles the memory
+            of the residual.
+        residual_mib: bound in MiB on what residuals may take. None is what is left on the GPU. Layers whose residual
+            does not fit choose blocks in each step instead, and the statistics count them.
         selection: `"threshold"`, or for ablations `"top_k"` (needs `top_k`) or `"top_ratio"` (needs `top_ratio`).
         top_k: key blocks kept a query block.
         top_ratio: share of the valid key blocks kept a query block, in (0, 1].
@@ -60,6 +91,16 @@ class XAttnConfig:
     dense_layers: tuple[int | str, ...] = ()
     min_tokens: int = 1024
     dense_last: int = 0
+    warmup: float | None = None
+    last_steps: int = 0
+    anchors: int = 0
+    threshold_ramp: float = 0.0
+    keep_masks: int = 1
+    residual: str = "off"
+    refresh: str | tuple[int, ...] | None = None
+    refresh_every: int | None = None
+    extrapolate: bool = False
+    residual_mib: int | None = None
     selection: str = "threshold"
     top_k: int | None = None
     top_ratio: float | None = None
@@ -67,11 +108,11 @@ class XAttnConfig:
     max_extra_mib: int = 256
 
     def __post_init__(self) -> None:
-        for name in ("stride", "block_size", "warmup_steps", "min_tokens", "dense_last", "max_extra_mib"):
+        for name in _INTEGERS:
             _check_integer(name, getattr(self, name))
         check_geometry(self.stride, self.block_size)
         object.__setattr__(self, "threshold", _checked_threshold(self.threshold))
-        for name in ("warmup_steps", "min_tokens", "dense_last"):
+        for name in ("warmup_steps", "last_steps", "min_tokens", "dense_last", "anchors"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)}")
         if isinstance(self.dense_layers, (str, int)):
@@ -83,8 +124,13 @@ class XAttnConfig:
         check_selection(self.selection, self.top_k, self.top_ratio)
         if self.backend not in BACKENDS:
             raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {self.backend!r}")
-        if self.max_extra_mib < 1:
-            raise ValueError(f"max_extra_mib must be 1 or more, got {self.max_extra_mib}")
+        for name in ("max_extra_mib", "keep_masks"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be 1 or more, got {getattr(self, name)}")
+        _check_share("warmup", self.warmup)
+        _check_ramp(self.threshold_ramp)
+        object.__setattr__(self, "refresh", _checked_refresh(self.refresh))
+        _check_residual(self)
 
     def replace(self, **changes: Any) -> XAttnConfig:
         """A copy with some settings changed, checked again."""
@@ -117,13 +163,24 @@ class XAttnConfig:
         Settings that differ from the defaults are added, so that two configurations never share a name
         (per-head thresholds by their mean and a digest).
         """
-        parts = [f"xattn-s{self.stride}", self._rule_label(), f"w{self.warmup_steps}"]
+        warmup = f"w{self.warmup_steps}" if self.warmup is None else f"w{_decimal(self.warmup)}"
+        parts = [f"xattn-s{self.stride}", self._rule_label(), warmup]
         if self.block_size != 128:
             parts.append(f"b{self.block_size}")
         if self.min_tokens != 1024:
             parts.append(f"m{self.min_tokens}")
         if self.dense_last:
             parts.append(f"q{self.dense_last}")
+        if self.last_steps:
+            parts.append(f"l{self.last_steps}")
+        if self.anchors:
+            parts.append(f"a{self.anchors}")
+        if self.threshold_ramp:
+            parts.append(f"f{_decimal(self.threshold_ramp)}")
+        if self.keep_masks != 1:
+            parts.append(f"n{self.keep_masks}")
+        if self.residual != "off":
+            parts.append(self._residual_label())
         if self.dense_layers:
             parts.append(f"d{_digest(self.dense_layers)}")
         if self.backend != "auto":
@@ -131,6 +188,20 @@ class XAttnConfig:
         if self.max_extra_mib != 256:
             parts.append(f"x{self.max_extra_mib}")
         return "-".join(parts)
+
+    def _residual_label(self) -> str:
+        often = "" if self.refresh_every is None else str(self.refresh_every)
+        if isinstance(self.refresh, tuple):
+            often = _digest(self.refresh)
+        elif self.refresh_rule == "growing":
+            often = f"g{often}"
+        most = "" if self.residual_mib is None else f"m{self.residual_mib}"
+        return f"{self.residual}{often}{'e' if self.extrapolate else ''}{most}"
+
+    @property
+    def refresh_rule(self) -> str | tuple[int, ...]:
+        """Which sparse steps refresh: `refresh`, or what its None stands for."""
+        return self.refresh or ("growing" if self.refresh_every is None else "fixed")
 
     def _rule_label(self) -> str:
         if self.selection == "top_k":
@@ -165,6 +236,68 @@ def check_selection(selection: str, top_k: int | None, top_ratio: float | None) 
         raise ValueError(f"top_k must be 1 or more, got {top_k}")
     if top_ratio is not None and not 0 < top_ratio <= 1:
         raise ValueError(f"top_ratio must be in (0, 1], got {top_ratio}")
+
+
+def _check_share(name: str, value: object) -> None:
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number or None, got {value!r}")
+    if not 0 < value < 1:
+        raise ValueError(f"{name} must be between 0 and 1, a share of all steps, got {value}")
+
+
+def _check_ramp(value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"threshold_ramp must be a number, got {value!r}")
+    if not -1 <= value <= 1:
+        raise ValueError(f"threshold_ramp must be from -1 to 1, got {value}")
+
+
+def _checked_refresh(refresh: object) -> str | tuple[int, ...] | None:
+    if refresh is None or (isinstance(refresh, str) and refresh in REFRESHES):
+        return refresh
+    if not isinstance(refresh, (tuple, list)):
+        raise ValueError(f"refresh must be one of {', '.join(REFRESHES)} or a sequence of steps, got {refresh!r}")
+    for step in refresh:
+        _check_integer("refresh", step)
+    steps = tuple(refresh)
+    if not steps or steps[0] < 0 or any(left >= right for left, right in itertools.pairwise(steps)):
+        raise ValueError(f"refresh must hold sparse steps in rising order from 0, got {steps}")
+    return steps
+
+
+def _check_residual(config: XAttnConfig) -> None:
+    if config.residual not in RESIDUALS:
+        raise ValueError(f"residual must be one of {', '.join(RESIDUALS)}, got {config.residual!r}")
+    if not isinstance(config.extrapolate, bool):
+        raise TypeError(f"extrapolate must be True or False, got {config.extrapolate!r}")
+    for name in ("refresh_every", "residual_mib"):
+        value = getattr(config, name)
+        if value is not None:
+            _check_integer(name, value)
+            if value < 1:
+                raise ValueError(f"{name} must be 1 or more, got {value}")
+    if config.refresh_every is not None and isinstance(config.refresh, tuple):
+        raise ValueError(f"refresh_every goes without a list of steps in refresh, got {config.refresh_every}")
+    if config.refresh == "fixed" and config.refresh_every is None:
+        raise ValueError("refresh='fixed' needs refresh_every, the number of steps between two refreshes, got None")
+    if config.residual == "off":
+        for name, default in (
+            ("refresh", None),
+            ("refresh_every", None),
+            ("extrapolate", False),
+            ("residual_mib", None),
+        ):
+            if getattr(config, name) != default:
+                raise ValueError(
+                    f"{name} goes with a residual, got {name} {getattr(config, name)!r} and residual 'off'"
+                )
+    elif config.keep_masks != 1:
+        raise ValueError(
+            f"keep_masks goes without a residual, which keeps the blocks of a whole video, got {config.keep_masks} "
+            f"and residual {config.residual!r}"
+        )
 
 
 def _check_integer(name: str, value: object) -> None:

@@ -23,6 +23,8 @@ REASONS = (
     "not_causal",
     "no_backend",
     "training",
+    "refresh",
+    "last_steps",
 )
 # columns of a layer's counts: kept and valid blocks of its sparse calls, those calls, then dense calls by reason
 _KEPT, _VALID, _SPARSE, _DENSE = 0, 1, 2, 3
@@ -98,11 +100,59 @@ class ModelCounts:
                 value.zero_()
 
 
+class ResidualUse:
+    """Memory that the residuals of one processor's layers hold.
+
+    Attributes:
+        held: bytes that are set aside now.
+        peak: the most since the statistics began.
+        without: sparse calls that had no residual because it did not fit.
+    """
+
+    # Left free beside what the run is known to need, as a share of a GPU's memory.
+    MARGIN = 0.04
+
+    def __init__(self) -> None:
+        self.held = self.peak = self.without = 0
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ResidualUse:
+        # what is held belongs to the original
+        copied = memo[id(self)] = ResidualUse()
+        return copied
+
+    def take(self, size: int, device: torch.device, most_mib: int | None) -> bool:
+        """Set `size` bytes aside, if they fit under the bound in MiB and into what the device has left."""
+        if most_mib is not None and self.held + size > most_mib << 20:
+            return False
+        if device.type == "cuda" and size > self._room(device):
+            return False
+        self.held += size
+        self.peak = max(self.peak, self.held)
+        return True
+
+    def give(self, size: int) -> None:
+        """Give bytes back."""
+        self.held -= size
+
+    def reset(self) -> None:
+        """Start the statistics over."""
+        self.peak, self.without = self.held, 0
+
+    def _room(self, device: torch.device) -> float:
+        """Bytes of a GPU that neither other programs nor the most memory of this run so far need."""
+        free, total = torch.cuda.mem_get_info(device)
+        reserved = torch.cuda.memory_reserved(device)
+        # what earlier residuals took is in the peak, and free again
+        needed = max(torch.cuda.max_memory_allocated(device) - self.peak, 0) + self.held
+        return free + reserved - needed - self.MARGIN * total
+
+
 class AttentionStats:
     """Density and dense calls of everything that one processor is attached to."""
 
     def __init__(self) -> None:
         self._models: list[ModelCounts] = []
+        self.residual = ResidualUse()
 
     def add_model(self, names: Sequence[str]) -> ModelCounts:
         """Counts for the layers of one more model."""
@@ -113,6 +163,7 @@ class AttentionStats:
         """Forget all counts, for instance before the next video."""
         for model in self._models:
             model.reset()
+        self.residual.reset()
 
     def summary(self) -> dict[str, Any]:
         """What the calls so far did. Waits for the device.
@@ -122,7 +173,9 @@ class AttentionStats:
             number. Densities are means over calls of kept / valid blocks: `density` counts a dense call as 1 (1.0
             before any call), `sparse_density` is over sparse calls alone (None without any), `density_by_step` (by
             step of a generation), `density_by_layer` (by layer name) and `density_by_layer_and_step` (by both, steps
-            without a call left out) count dense calls as 1.
+            without a call left out) count dense calls as 1. A refresh of the residual is a dense call.
+            `residual_bytes` is the most memory that residuals took, and `calls_without_residual` counts the sparse
+            calls that had none because it did not fit.
         """
         total = _Mean()
         by_step: dict[int, _Mean] = {}
@@ -151,6 +204,8 @@ class AttentionStats:
                 for name, steps in by_both.items()
                 if by_layer[name].calls
             },
+            "residual_bytes": self.residual.peak,
+            "calls_without_residual": self.residual.without,
         }
 
 

@@ -9,13 +9,19 @@ from .call_blocks import exact_type
 from .checks import MAX_HEAD_DIM, checked_call, without_autocast
 from .dense import dense_attention, find_backend
 from .key_mask import KeyMask, num_blocks
-from .sparse import attend_sparse
+from .remember import Memory, attend_choosing, attend_kept, packed_bytes, refresh
+from .sparse import Call, Outcome, attend_sparse
 from .stages import block_sparse_attention, score_blocks, select_blocks
 
 __all__ = [
     "MAX_HEAD_DIM",
     "Backend",
+    "Call",
     "KeyMask",
+    "Memory",
+    "Outcome",
+    "attend_choosing",
+    "attend_kept",
     "attend_sparse",
     "auto_name",
     "block_sparse_attention",
@@ -24,6 +30,8 @@ __all__ = [
     "exact_type",
     "find_backend",
     "num_blocks",
+    "packed_bytes",
+    "refresh",
     "score_blocks",
     "select_blocks",
     "unavailable_reason",

@@ -19,7 +19,7 @@ from .sparse import Call
 MAX_HEAD_DIM = 256
 
 
-def checked_call(
+def checked_call(  # noqa: PLR0913 - the parameters of an attention call
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -28,6 +28,7 @@ def checked_call(
     threshold: float | tuple[float, ...] | Tensor,
     scale: float | None = None,
     dense_tokens: tuple[int, int] | None = None,
+    frame_tokens: int | None = None,
 ) -> Call:
     """The arguments of `xattention`, checked, cast as autocast asks and in the form that the stages take.
 
@@ -46,7 +47,9 @@ def checked_call(
     check_threshold(threshold, heads)
     # A list is taken too, and a key of the cache of blocks must be a tuple.
     exact = None if dense_tokens is None else (dense_tokens[0], dense_tokens[1])
-    return Call(query, key, value, mask, default_scale(scale, head_dim), threshold, exact)
+    if frame_tokens is not None and frame_tokens < 1:
+        raise ValueError(f"frame_tokens must be 1 or more, got {frame_tokens}")
+    return Call(query, key, value, mask, default_scale(scale, head_dim), threshold, exact, frame_tokens)
 
 
 def checked_mask(mask: KeyMask, key: Tensor, kv_len: int | None = None) -> KeyMask:

@@ -7,6 +7,7 @@ and trace under `torch.compile`.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -103,6 +104,8 @@ class KeyMask:
         block_size: int,
         dense_tokens: tuple[int, int] | None = None,
         dense_last: int = 0,
+        anchors: int = 0,
+        frame_tokens: int | None = None,
         rows: tuple[int, int] | None = None,
         device: torch.device,
     ) -> tuple[Tensor, Tensor]:
@@ -111,7 +114,9 @@ class KeyMask:
         Causal: the first valid block of the row, every block that overlaps the query block's own positions, and all
         valid blocks of the query blocks that hold one of the `dense_last` last queries. With
         `dense_tokens = (start, stop)`: every key block that touches the range, and all valid blocks of the query
-        blocks that touch it.
+        blocks that touch it. With `anchors` and one length of queries and keys (or causal): the blocks that overlap
+        the query block's own positions, so many blocks on both sides, and with `frame_tokens` the blocks that overlap
+        its positions moved by up to so many frames of that many tokens, either way.
 
         Args:
             rows: make only the masks of the query blocks `rows[0]` to `rows[1] - 1`; None makes those of all.
@@ -131,6 +136,9 @@ class KeyMask:
             forced = holds_first | ((key_begin < own_end) & (key_end > own_begin))
             if dense_last:
                 forced = forced | (edges.query_begin + block_size > q_len - dense_last)[:, None]
+        if anchors and (self.causal or q_len == kv_len):
+            for begin, end in edges.anchors(block_size, anchors, frame_tokens, causal=self.causal):
+                forced = forced | ((key_begin < end) & (key_end > begin))
         if dense_tokens is not None and dense_tokens[0] < dense_tokens[1]:
             dense_start, dense_stop = dense_tokens
             key_dense = (key_begin < dense_stop) & (key_end > dense_start)
@@ -194,3 +202,17 @@ class _Edges(NamedTuple):
         Each comparison gives bool at once. A maximum or minimum of the edges would be int64 in that shape.
         """
         return (self.key_begin < self.end) & (self.first < self.end) & (self.first < self.key_end)
+
+    def anchors(
+        self, block_size: int, count: int, frame_tokens: int | None, *, causal: bool
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Ranges of keys `[B or 1, rows, 1]` that are near the query blocks, in the sequence and in the video."""
+        shift = self.offset if causal else torch.zeros_like(self.offset[:1])
+        begin, end = (
+            (edge[None, :] + shift[:, None])[:, :, None] for edge in (self.query_begin, self.query_begin + block_size)
+        )
+        yield begin - count * block_size, end + count * block_size
+        if frame_tokens is not None:
+            for frames in range(1, count + 1):
+                yield begin - frames * frame_tokens, end - frames * frame_tokens
+                yield begin + frames * frame_tokens, end + frames * frame_tokens

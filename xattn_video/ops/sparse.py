@@ -17,6 +17,7 @@ What a backend needs beside them grows with the length itself and is not counted
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -42,6 +43,7 @@ class Call(NamedTuple):
         scale: factor on the products.
         threshold: a number or a tensor, 0-d or `[Hq]`.
         dense_tokens: token range of the whole joint sequence that stays exact, or None.
+        frame_tokens: tokens of one latent frame, or None where they are no grid of whole frames.
     """
 
     query: Tensor
@@ -51,6 +53,7 @@ class Call(NamedTuple):
     scale: float
     threshold: float | Tensor
     dense_tokens: tuple[int, int] | None
+    frame_tokens: int | None = None
 
     def cut(self, begin: int, end: int) -> Call | None:
         """The query tokens `[begin, end)` as a call, or None where they can see no key.
@@ -69,27 +72,86 @@ class Call(NamedTuple):
         return self._replace(query=query, key=key, value=value, mask=self.mask.without_last(later, keys))
 
 
-def attend_sparse(backend: Backend, call: Call, config: XAttnConfig) -> tuple[Tensor, Tensor, Tensor]:
-    """Score, select and attend.
+class Part(NamedTuple):
+    """A call, or the query blocks of one that are done at once.
 
-    Returns:
-        output `[B, Hq, Sq, D]`; counts that sum to the number of kept blocks; and the number of valid blocks of one
-        head over the batch, int64 0-d. All of them stay on the device.
+    Attributes:
+        tokens: the queries as a range of the whole call's.
+        call: them, with the keys that they may see; None where they can see no key.
+        scored: them and a few more, which their scores come from.
+        valid, forced: the blocks that may and must be kept, bool `[B, 1, n, Nk]`.
+    """
+
+    tokens: slice
+    call: Call | None
+    scored: Call | None
+    valid: Tensor
+    forced: Tensor
+
+
+class Outcome(NamedTuple):
+    """What attention over chosen blocks gave. All of it stays on the device.
+
+    Attributes:
+        output: `[B, Hq, Sq, D]`.
+        kept: counts that sum to the number of kept blocks.
+        valid: the number of valid blocks of one head over the batch, int64 0-d.
+    """
+
+    output: Tensor
+    kept: Tensor
+    valid: Tensor
+
+
+def attend_sparse(backend: Backend, call: Call, config: XAttnConfig) -> Outcome:
+    """Score, select and attend."""
+
+    def attend(part: Part) -> tuple[Tensor, Tensor]:
+        lists = choose(backend, part, config)
+        output, _ = attend_lists(backend, part, config, lists)
+        return output, lists[1]
+
+    return in_parts(backend, call, config, attend)
+
+
+def in_parts(
+    backend: Backend,
+    call: Call,
+    config: XAttnConfig,
+    attend: Callable[[Part], tuple[Tensor, Tensor]],
+    *,
+    more_pair_bytes: int = 0,
+) -> Outcome:
+    """Do a call whole, or a few query blocks at a time where it is long.
+
+    Args:
+        attend: gives a part's output and the counts of its kept blocks. It is not asked for parts that see no key.
+        more_pair_bytes: what it holds for each pair of blocks and each head beside what the stages do.
     """
     query, kv_len = call.query, call.key.shape[2]
+    pair_bytes = backend.pair_bytes if config.selection == "threshold" else SORT_BYTES
     rows = rows_per_chunk(
         query,
         kv_len,
         block_size=config.block_size,
-        pair_bytes=backend.pair_bytes if config.selection == "threshold" else SORT_BYTES,
+        pair_bytes=pair_bytes + more_pair_bytes,
         max_bytes=config.max_extra_mib << 20,
     )
     if rows < num_blocks(query.shape[2], config.block_size):
         sizes = query.shape[0], query.shape[2], kv_len
         valid = call.mask.count_valid_blocks(*sizes, block_size=config.block_size, device=query.device)
-        return *_attend_in_chunks(backend, call, config, rows), valid
+        output = torch.empty_like(query)
+        total = torch.zeros((), dtype=torch.int64, device=query.device)
+        for part in _parts(call, config, rows):
+            if part.call is None:
+                output[:, :, part.tokens] = 0
+                continue
+            output[:, :, part.tokens], kept = attend(part)
+            total = total + kept.sum()
+        return Outcome(output, total, valid)
     blocks = call_blocks(query, kv_len, call.mask, **_rules(call, config))
-    return *_attend_part(backend, config, call, call, (blocks.valid, blocks.forced)), blocks.total
+    whole = Part(slice(0, query.shape[2]), call, call, blocks.valid, blocks.forced)
+    return Outcome(*attend(whole), blocks.total)
 
 
 def rows_per_chunk(query: Tensor, kv_len: int, *, block_size: int, pair_bytes: int, max_bytes: int) -> int:
@@ -116,11 +178,8 @@ def rows_per_chunk(query: Tensor, kv_len: int, *, block_size: int, pair_bytes: i
     return num_blocks(rows, chunks)
 
 
-def _attend_in_chunks(backend: Backend, call: Call, config: XAttnConfig, rows: int) -> tuple[Tensor, Tensor]:
-    """Output `[B, Hq, Sq, D]` in query's layout, and the number of kept blocks, int64 0-d.
-
-    Takes `rows` query blocks at a time.
-    """
+def _parts(call: Call, config: XAttnConfig, rows: int) -> Iterator[Part]:
+    """The call, `rows` query blocks at a time."""
     query, key, mask = call.query, call.key, call.mask
     batch, _, q_len, _ = query.shape
     kv_len, size = key.shape[2], config.block_size
@@ -128,48 +187,52 @@ def _attend_in_chunks(backend: Backend, call: Call, config: XAttnConfig, rows: i
     # scores of the whole call take them in, so a chunk's last group must not be the last one that is scored.
     cut = mask.causal and (mask.kv_lens is not None or (kv_len - q_len) % config.stride)
     more = config.stride if cut else 0
-    output = torch.empty_like(query)
-    total = torch.zeros((), dtype=torch.int64, device=query.device)
     for first in range(0, num_blocks(q_len, size), rows):
         begin, end = first * size, min((first + rows) * size, q_len)
         part = call.cut(begin, end)
-        if part is None:
-            output[:, :, begin:end] = 0
-            continue
         scored = call.cut(begin, min(end + more, q_len)) if more else part
-        assert scored is not None
-        blocks = mask.valid_and_forced_blocks(
+        valid, forced = mask.valid_and_forced_blocks(
             batch, q_len, kv_len, rows=(first, num_blocks(end, size)), device=query.device, **_rules(call, config)
         )
-        columns = num_blocks(part.key.shape[2], size)
-        output[:, :, begin:end], kept = _attend_part(
-            backend, config, scored, part, (blocks[0][..., :columns], blocks[1][..., :columns])
-        )
-        total = total + kept.sum()
-    return output, total
+        columns = 0 if part is None else num_blocks(part.key.shape[2], size)
+        yield Part(slice(begin, end), part, scored, valid[..., :columns], forced[..., :columns])
 
 
-def _attend_part(
-    backend: Backend, config: XAttnConfig, scored: Call, part: Call, blocks: tuple[Tensor, Tensor]
-) -> tuple[Tensor, Tensor]:
-    """Output of a part, and the counts of its kept blocks, int32 `[B, H, Nq]`.
-
-    `scored` are the part's queries, or those and a few more, which its scores come from; blocks are the part's valid
-    and its forced ones, bool `[B, 1, Nq, Nk]` each.
-    """
-    sizes: dict[str, Any] = {"block_size": config.block_size, "scale": part.scale}
+def choose(backend: Backend, part: Part, config: XAttnConfig) -> tuple[Tensor, Tensor]:
+    """The lists of a part's kept blocks: indices int32 `[B, H, n, Nk]` and counts int32 `[B, H, n]`."""
+    scored, call = part.scored, part.call
+    assert scored is not None
+    assert call is not None
     scores = backend.antidiagonal_scores(
-        scored.query, scored.key, stride=config.stride, **sizes, **scored.mask.keywords
+        scored.query,
+        scored.key,
+        stride=config.stride,
+        block_size=config.block_size,
+        scale=scored.scale,
+        **scored.mask.keywords,
     )
-    valid, forced = blocks
-    if scored is not part:
+    valid = part.valid
+    if scored is not call:
         scores = scores[:, :, : valid.shape[2], : valid.shape[3]]
-    rule: dict[str, Any] = {"threshold": part.threshold, "top_k": config.top_k, "top_ratio": config.top_ratio}
-    lists = select_lists(backend, scores, valid, forced, **rule)
-    # Not needed while attention runs.
-    del scores
-    output, _ = backend.block_sparse_forward(part.query, part.key, part.value, *lists, **sizes, **part.mask.keywords)
-    return output, lists[1]
+    rule: dict[str, Any] = {"threshold": call.threshold, "top_k": config.top_k, "top_ratio": config.top_ratio}
+    return select_lists(backend, scores, valid, part.forced, **rule)
+
+
+def attend_lists(
+    backend: Backend, part: Part, config: XAttnConfig, lists: tuple[Tensor, Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Attention of a part over lists of blocks: output and natural log-sum-exp."""
+    call = part.call
+    assert call is not None
+    return backend.block_sparse_forward(
+        call.query,
+        call.key,
+        call.value,
+        *lists,
+        block_size=config.block_size,
+        scale=call.scale,
+        **call.mask.keywords,
+    )
 
 
 def _rules(call: Call, config: XAttnConfig) -> dict[str, Any]:
@@ -178,6 +241,8 @@ def _rules(call: Call, config: XAttnConfig) -> dict[str, Any]:
         "block_size": config.block_size,
         "dense_tokens": call.dense_tokens,
         "dense_last": config.dense_last,
+        "anchors": config.anchors,
+        "frame_tokens": call.frame_tokens if config.anchors else None,
     }
 
 

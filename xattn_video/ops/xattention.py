@@ -48,6 +48,7 @@ def xattention(  # noqa: PLR0913 - public, its parameters are settings
     kv_start: Tensor | None = None,
     kv_lens: Tensor | None = None,
     dense_tokens: tuple[int, int] | None = None,
+    frame_tokens: int | None = None,
     return_stats: bool = False,
     **config_overrides: Any,
 ) -> Tensor | tuple[Tensor, CallStats]:
@@ -58,12 +59,14 @@ def xattention(  # noqa: PLR0913 - public, its parameters are settings
     Args:
         query: `[B, Hq, Sq, D]`, floating point.
         key, value: `[B, Hkv, Sk, D]`; `Hq % Hkv == 0`. Under `torch.autocast` all three are cast to its dtype.
-        config: settings; None is the defaults. Of its fields, `warmup_steps` and `dense_layers` belong to the
-            model integrations and are not looked at here.
+        config: settings; None is the defaults. What it says of steps and layers (`warmup_steps`, `residual`,
+            `dense_layers` and their like) belongs to the model integrations and is not looked at here.
         causal: query i of item b sees keys up to `i + kv_lens[b] - Sq`.
         scale: factor on the products; None is `1 / sqrt(D)`.
         kv_start, kv_lens: integer `[B]`, the range of valid keys; None is 0 and Sk.
         dense_tokens: token range of a joint sequence that stays exact (text), or None.
+        frame_tokens: tokens of one latent frame, for `anchors` in a video whose tokens are whole frames one after the
+            other, or None.
         return_stats: also return `CallStats`.
         **config_overrides: settings that replace those of config; `threshold` may also be a tensor, 0-d or `[Hq]`.
 
@@ -82,7 +85,10 @@ def xattention(  # noqa: PLR0913 - public, its parameters are settings
     """
     config, threshold = _settings(config, config_overrides)
     mask = KeyMask(causal, kv_start, kv_lens)
-    call = checked_call(query, key, value, mask, threshold=threshold, scale=scale, dense_tokens=dense_tokens)
+    call = checked_call(
+        query, key, value, mask,
+        threshold=threshold, scale=scale, dense_tokens=dense_tokens, frame_tokens=frame_tokens,
+    )  # fmt: skip
     query, key, value, mask = call[:4]
     batch, heads, q_len, _ = query.shape
     kv_len, device = key.shape[2], query.device

@@ -17,7 +17,9 @@ from ...stats import AttentionStats
 from ..dense_layers import dense_layers
 from .dispatch import register
 from .layers import ForwardState, Shared, SparseSelfAttention, wrap
+from .memory import LayerMemory, Moment
 from .models import REPLACEMENTS, spec_of
+from .schedule import Schedule
 from .steps import StepTracker, WeakLink
 
 _ATTRIBUTE = "_xattn_video"
@@ -47,10 +49,16 @@ class Attachment:
         self._state = ForwardState()
         self._model = WeakLink(model)
         self._step_index: int | None = None
+        # the name that the pipeline gives the present forward, and how often each name came in this step
+        self._branch = ""
+        self._forwards: dict[str, int] = {}
+        self._branches = 1
         # the thread that runs the model, by number: an object of it could not be copied along with the model
         self._running: int | None = None
         parameters = list(inspect.signature(type(model).forward).parameters)[1:]
         self._timestep_index = parameters.index("timestep") if "timestep" in parameters else -1
+        self._remembers = config.residual != "off" or config.keep_masks > 1
+        self._schedule = Schedule(config, None)
 
         paths = list(modules)
         dense = dense_layers(paths, config.dense_layers)
@@ -66,6 +74,7 @@ class Attachment:
                 shared=shared,
                 counts=self._counts.layers[index],
                 dense_layer=index in dense,
+                memory=LayerMemory(index, stats.residual) if self._remembers else None,
             )
         for path, module in modules.items():
             module.set_processor(self._wrappers[path])
@@ -90,6 +99,13 @@ class Attachment:
             # someone may have put another processor there since
             if module.processor is wrapper:
                 module.set_processor(wrapper.original)
+        self.forget()
+
+    def forget(self) -> None:
+        """Let go of what the layers remember of a video."""
+        for wrapper in self._wrappers.values():
+            if wrapper.memory is not None:
+                wrapper.memory.clear()
 
     # not part of the graph where the whole model is compiled: the step is found in Python
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch gives it no types
@@ -103,30 +119,60 @@ class Attachment:
         self._running = thread
         timestep = kwargs.get("timestep", args[self._timestep_index] if 0 <= self._timestep_index < len(args) else None)
         step = self._tracker.observe(timestep, self._step_index)
-        self._state.begin("warmup" if step < self._config.warmup_steps else None)
-        tensors = (value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
-        device = next((tensor.device for tensor in tensors), torch.device("cpu"))
+        moment = self._moment(step)
+        schedule = self._schedule
+        if schedule.total != self._tracker.total:
+            schedule = self._schedule = Schedule(self._config, self._tracker.total)
+        reason = schedule.dense_reason(step)
+        if self._config.residual != "off" and step == schedule.warmup - 1:
+            # the last step of the warm-up is the first refresh
+            reason = None
+        tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+        device = tensors[0].device if tensors else torch.device("cpu")
+        self._state.begin(schedule, moment, reason, _latent_frames(model, tensors))
         self._counts.begin_forward(step, device)
         for wrapper in self._wrappers.values():
-            # from the host; a layer of a model that is split over GPUs has a device of its own
-            if wrapper.threshold is not None and wrapper.threshold.device.type != device.type:
-                wrapper.place(device)
+            wrapper.begin_forward(device, schedule.threshold_shift(step))
+
+    def _moment(self, step: int) -> Moment:
+        """Where in a video the forward that starts is."""
+        video, before = self._tracker.video, self._state.moment
+        if (video, step) != (before.video, before.step):
+            self._branches = max(sum(self._forwards.values()), 1)
+            self._forwards.clear()
+        number = self._forwards.get(self._branch, 0)
+        self._forwards[self._branch] = number + 1
+        return Moment(video, step, (self._branch, number), max(self._branches, sum(self._forwards.values())))
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch gives it no types
     def _after_forward(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         self._running = None
         self._state.end()
+        last = self._state.moment.step + 1 == self._schedule.total
+        if self._remembers and last and sum(self._forwards.values()) >= self._branches:
+            # nothing comes after the last forward of the last step
+            self.owner.forget()
 
     @contextmanager
     def _cache_context(self, name: str, **where: Any) -> Iterator[None]:
         """Stands in for the model's `cache_context`: notes the step that the pipeline is in."""
         model = self._model()
-        self._step_index = where.get("step_index")
+        self._step_index, self._branch = where.get("step_index"), name
         try:
             with type(model).cache_context(model, name, **where):
                 yield
         finally:
-            self._step_index = None
+            self._step_index, self._branch = None, ""
+
+
+def _latent_frames(model: nn.Module, tensors: list[Tensor]) -> int | None:
+    """Frames of latents after the model's patches, where it is called with a video `[B, C, T, H, W]`."""
+    video = next((tensor for tensor in tensors if tensor.ndim == 5), None)
+    if video is None:
+        return None
+    settings: Any = getattr(model, "config", {})
+    patch = settings.get("patch_size_t") or settings.get("patch_size", 1)
+    return int(-(-video.shape[2] // (patch[0] if isinstance(patch, (list, tuple)) else patch)))
 
 
 def _is_inside(thread: int, model: nn.Module) -> bool:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
+import itertools
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -18,6 +20,8 @@ from torch import Tensor
 from ...config import XAttnConfig
 from ...ops import Backend, KeyMask, attend_sparse, checked_call, exact_type, find_backend, without_autocast
 from ...stats import LayerCounts
+from .memory import LayerMemory, Moment
+from .schedule import Schedule, shifted
 
 if TYPE_CHECKING:
     # which imports this module, by a processor that it replaces one with
@@ -32,11 +36,15 @@ class ForwardState:
     def __init__(self) -> None:
         # why this whole forward is dense, or None
         self.reason: str | None = None
+        self.moment = Moment()
+        self.schedule: Schedule | None = None
+        # latent frames of the video that the model is called with, or None where it is no grid of them
+        self.frames: int | None = None
         self._known: dict[tuple[str, int], tuple[Tensor, Any]] = {}
 
-    def begin(self, reason: str | None) -> None:
+    def begin(self, schedule: Schedule, moment: Moment, reason: str | None, frames: int | None) -> None:
         """A forward starts."""
-        self.reason = reason
+        self.schedule, self.moment, self.reason, self.frames = schedule, moment, reason, frames
         self._known.clear()
 
     def end(self) -> None:
@@ -91,6 +99,7 @@ class SparseSelfAttention:
         shared: Shared,
         counts: LayerCounts,
         dense_layer: bool,
+        memory: LayerMemory | None,
     ) -> None:
         self.original = original
         self.owner = shared.owner
@@ -106,11 +115,32 @@ class SparseSelfAttention:
         self.text_tokens = 0
         # where the original has no such attribute
         self._unset: dict[str, Any] = {}
-        many = isinstance(config.threshold, tuple)
-        # One tensor for all calls, where the threshold differs per head. It is made on the CPU, whatever the default
-        # device is, since a model may be attached under torch.device("meta").
-        self.threshold = torch.tensor(config.threshold, dtype=torch.float64, device="cpu") if many else None
+        self.memory = memory
+        # One tensor for all calls, where the threshold differs per head or from step to step. It is made on the CPU,
+        # whatever the default device is, since a model may be attached under torch.device("meta").
+        changes = isinstance(config.threshold, tuple) or config.threshold_ramp
+        self.threshold = torch.tensor(config.threshold, dtype=torch.float64, device="cpu") if changes else None
+        self._middle = self.threshold
+        # By this number an operator inside of a compiled block finds the layer. It is a tensor, because torch.compile
+        # would make a graph for each layer of a number in Python.
+        self.number = torch.zeros((), dtype=torch.int64, device="cpu")
         check_parallel(self._parallel_config)
+
+    def begin_forward(self, device: torch.device, shift: float) -> None:
+        """A forward starts, on this device, whose threshold is moved by so much."""
+        # from the host; a layer of a model that is split over GPUs has a device of its own
+        if self.threshold is not None and self.threshold.device.type != device.type:
+            self.place(device)
+        if self.config.threshold_ramp:
+            assert self.threshold is not None
+            assert self._middle is not None
+            self._middle = self._middle.to(self.threshold.device, self.threshold.dtype)
+            with torch.inference_mode(False), torch.no_grad():
+                self.threshold = shifted(self._middle, shift)
+        if self.memory is not None and _LAYERS.get(int(self.number)) is not self:
+            # also a copy of a layer, which came with the number of its original
+            self.number.fill_(next(_NUMBERS))
+            _LAYERS[int(self.number)] = self
 
     def place(self, device: torch.device) -> None:
         """Have the thresholds of the heads on this device."""
@@ -192,10 +222,26 @@ class SparseSelfAttention:
             return dense
         # a layer of a model that is split over GPUs
         self.place(query.device)
-        attend = partial(self._attend_sparse, backend, mask=mask, scale=scale)
+        attend = partial(self._attend_here, backend, mask=mask, scale=scale)
         if parallel is not None:
             return self._attend_parallel(attend, query, key, value, mask)
         return attend(query, key, value, threshold=self.threshold)
+
+    def _attend_here(
+        self,
+        backend: Backend,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: KeyMask,
+        scale: float | None,
+        threshold: Tensor | None,
+    ) -> Tensor:
+        if self.memory is None or mask.causal or not torch.compiler.is_compiling():
+            return self._attend_sparse(backend, query, key, value, mask, scale, threshold)
+        # what a layer remembers is no part of a graph, or each step would make another one
+        output: Tensor = _attend_remembering(query, key, value, mask.kv_lens, threshold, self.number, scale=scale)
+        return output
 
     def _attend_sparse(
         self,
@@ -216,11 +262,28 @@ class SparseSelfAttention:
             threshold=self.config.threshold if threshold is None else threshold,
             scale=scale,
             dense_tokens=(tokens - self.text_tokens, tokens) if self.text_tokens else None,
+            frame_tokens=self._frame_tokens(tokens) if self.config.anchors else None,
         )
+        refreshed = False
         with without_autocast(query.device):
-            output, kept, valid = attend_sparse(backend, call, self.config)
-        self.counts.add_sparse(kept.sum(), valid * query.shape[2])
+            if self.memory is None or mask.causal:
+                output, kept, valid = attend_sparse(backend, call, self.config)
+            else:
+                schedule = self.state.schedule
+                assert schedule is not None
+                (output, kept, valid), refreshed = self.memory.attend(
+                    backend, call, self.config, schedule, self.state.moment
+                )
+        if refreshed:
+            self.counts.add_dense("refresh")
+        else:
+            self.counts.add_sparse(kept.sum(), valid * query.shape[2])
         return output.transpose(1, 2)
+
+    def _frame_tokens(self, tokens: int) -> int | None:
+        """Tokens of one latent frame; None where the video is no grid of whole frames."""
+        frames, video = self.state.frames, tokens - self.text_tokens
+        return video // frames if frames and video % frames == 0 else None
 
     def _attend_parallel(
         self, attend: Callable[..., Tensor], query: Tensor, key: Tensor, value: Tensor, mask: KeyMask
@@ -259,6 +322,35 @@ class SparseSelfAttention:
         if lengths is None:
             return "mask", None
         return None, lengths if len(lengths) == len(query) else lengths.repeat(len(query))
+
+
+# Layers by number, for compiled blocks, which find theirs by it.
+_LAYERS: weakref.WeakValueDictionary[int, SparseSelfAttention] = weakref.WeakValueDictionary()
+_NUMBERS = itertools.count(1)
+
+
+@torch.library.custom_op("xattn_video::attend_remembering", mutates_args=())
+def _attend_remembering(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    kv_lens: Tensor | None,
+    threshold: Tensor | None,
+    number: Tensor,
+    *,
+    scale: float | None,
+) -> Tensor:
+    """The sparse call of the layer with that number, for compiled blocks: `[B, S, H, D]`."""
+    layer = _LAYERS[int(number)]
+    tokens = query.shape[1]
+    backend = find_backend(layer.config, query, key, value, q_len=tokens, kv_len=tokens)
+    assert not isinstance(backend, str)
+    return layer._attend_sparse(backend, query, key, value, KeyMask(kv_lens=kv_lens), scale, threshold).contiguous()
+
+
+@_attend_remembering.register_fake
+def _(query: Tensor, *_: Any, **__: Any) -> Tensor:
+    return query.new_empty(query.shape)
 
 
 def check_parallel(config: Any) -> None:

@@ -68,13 +68,19 @@ class XAttnProcessor:
             "or transformer"
         )
 
-    def start_generation(self) -> None:
+    def start_generation(self, steps: int | None = None) -> None:
         """Say that a new video begins: the next forward is in step 0, and `warmup_steps` counts from there.
 
         For a loop of your own around a transformer. A diffusers pipeline that the processor is attached to needs
         it not, nor does a loop with such a pipeline's scheduler: their steps are seen. After this call every change
         of the timestep is the next step, whether it falls or rises, until `step` says more. Say it before each video
         then: only a pipeline that begins a generation (`scheduler.set_timesteps`) ends what was said here.
+
+        Args:
+            steps: how many steps it will have, or None. Settings that are shares of all steps need it.
+
+        Raises:
+            TypeError, ValueError: steps is no int, or below 1.
 
         Example:
             >>> import torch
@@ -96,7 +102,12 @@ class XAttnProcessor:
             >>> summary["dense_calls"], summary["sparse_calls"]
             ({'warmup': 4}, 12)
         """
-        self._tracker.start_generation()
+        if steps is not None:
+            if isinstance(steps, bool) or not isinstance(steps, int):
+                raise TypeError(f"steps must be an int or None, got {type(steps).__name__}")
+            if steps < 1:
+                raise ValueError(f"steps must be 1 or more, got {steps}")
+        self._tracker.start_generation(steps)
 
     def step(self, index: int) -> None:
         """Say which denoising step the next forwards are in, the two of guidance for instance.
@@ -139,6 +150,18 @@ class XAttnProcessor:
         detach(model)
         Attachment(self, name, model, modules, config=self.config, stats=self.stats, tracker=self._tracker)
         self._models.append(WeakLink(model))
+
+    def forget(self) -> None:
+        """Free what layers remember of the present video (masks, residuals). It is done at the end of each video.
+
+        Where a generation was interrupted, or in a loop of your own whose number of steps was not given, it happens
+        when the next one begins, or when the processor is taken off. This does it at once. Sparse steps that follow
+        in the same video refresh first.
+        """
+        for model in self._attached_models():
+            attachment = attachment_of(model)
+            if attachment is not None:
+                attachment.forget()
 
     def _attached_models(self) -> list[nn.Module]:
         models = [link() for link in self._models]

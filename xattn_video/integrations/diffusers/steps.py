@@ -85,6 +85,14 @@ class _Watch:
             self.step = 0 if event == "begin" else self.step + 1
         return event
 
+    def total(self) -> int | None:
+        """Steps of the generation: the pipeline's own number, which leaves out those that it skips, or its schedule."""
+        pipeline = self.link()
+        total = getattr(pipeline, "_num_timesteps", None)
+        if isinstance(total, int):
+            return total
+        return None if self.schedule is None else len(self.schedule)
+
     def counts(self) -> bool:
         """Whether the steps of this generation can be seen, and not only its begin."""
         return self.shows or hasattr(getattr(self.link(), "scheduler", None), "step_index")
@@ -139,17 +147,22 @@ class StepTracker:
         self._run = _Inference()
         self._told = False
         self._warned = False
+        self._steps_told: int | None = None
+        self._last_step = -1
+        # number of the generation that the last forward belonged to
+        self.video = 0
 
     def bind(self, pipeline: Any) -> None:
         """Watch the pipeline and its scheduler from now on."""
         self._watches = [watch for watch in self._watches if watch.link() not in (None, pipeline)]
         self._watches.append(_Watch(pipeline))
 
-    def start_generation(self) -> None:
-        """A generation begins with the next forward, whose step is 0."""
+    def start_generation(self, steps: int | None = None) -> None:
+        """A generation begins with the next forward, whose step is 0; `steps`: how many it will have, if known."""
         # what happened before is known to the user: only a generation that begins later ends what is said here
         self._look()
         self._given, self._starts, self._told = None, True, True
+        self._steps_told = steps
 
     def step(self, index: int) -> None:
         """All forwards from now on are in this step, until the next call, or until a pipeline begins a generation.
@@ -174,12 +187,23 @@ class StepTracker:
             step_index: the pipeline's own count, where it gives one.
         """
         events = self._look()
-        if step_index is None:
-            step = self._find(timestep, events)
-        else:
-            step = self._count(step_index, begins=self._starts or "begin" in events.values())
+        begins = self._starts or "begin" in events.values()
+        step = self._find(timestep, events) if step_index is None else self._count(step_index, begins=begins)
         self._starts = False
+        if begins or step < self._last_step:
+            self.video += 1
+        self._last_step = step
         return step
+
+    @property
+    def total(self) -> int | None:
+        """All steps of the generation that the last forward belonged to; None where nothing tells it."""
+        if self._told or self._source == "user":
+            return self._steps_told
+        watch = self._source if isinstance(self._source, _Watch) else None
+        if watch is None and self._source == "step_index" and len(self._watches) == 1:
+            watch = self._watches[0]
+        return None if watch is None else watch.total()
 
     def _look(self) -> dict[_Watch, str | None]:
         """What happened in each pipeline. All of them look, so that none takes another's run for its own later."""
@@ -188,7 +212,7 @@ class StepTracker:
             watch: watch.look(interrupted=isinstance(source, _Watch) and source is not watch) for watch in self._watches
         }
         if "begin" in events.values():
-            self._given, self._told = None, False
+            self._given, self._told, self._steps_told = None, False, None
         return events
 
     def _find(self, timestep: Any, events: dict[_Watch, str | None]) -> int:

@@ -1,0 +1,422 @@
+"""Residual memory in pipelines: nearer to dense at the same density, and never of another video, branch or item."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+import torch._dynamo
+from torch import Tensor
+from torch._dynamo.utils import counters
+
+from tests.tiny.hunyuan_families import HUNYUAN_VIDEO
+from tests.tiny.wan_family import T2V, T2V_A14B, TEXT_DIM, V2V, tiny_transformer
+from xattn_video import XAttnProcessor
+from xattn_video.integrations.diffusers import attached_processor
+
+# after tests.tiny, which repairs a torchvision that does not fit this torch
+from diffusers import FirstBlockCacheConfig, WanPipeline  # isort: skip
+
+SETTINGS: dict[str, Any] = {"stride": 4, "block_size": 32, "min_tokens": 64, "threshold": 0.3, "warmup_steps": 2}
+LAYERS = 2
+STEPS = 10
+
+
+@pytest.fixture(scope="module")
+def shared_pipe() -> WanPipeline:
+    return quiet(T2V.build(0))
+
+
+@pytest.fixture
+def pipe(shared_pipe: WanPipeline) -> Iterator[WanPipeline]:
+    yield shared_pipe
+    shared_pipe.set_attn_processor(None)
+
+
+def quiet(pipe: Any) -> Any:
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def attach(target: Any, **changes: Any) -> XAttnProcessor:
+    processor = XAttnProcessor(**{**SETTINGS, "residual": "int4", **changes})
+    target.set_attn_processor(processor)
+    return processor
+
+
+def call(pipe: Any, items: tuple[int, ...] = (0,), **overrides: Any) -> Tensor:
+    return T2V.call(pipe, items, **{"num_inference_steps": STEPS, "guidance_scale": 1.0, **overrides})
+
+
+def error(got: Tensor, want: Tensor) -> float:
+    return float((got - want).norm() / want.norm())
+
+
+def step(model: Any, timestep: int, latents: Tensor, text: Tensor, name: str | None = None) -> Tensor:
+    with torch.no_grad():
+        if name is None:
+            return model(latents, torch.tensor([timestep]), text).sample
+        with model.cache_context(name):
+            return model(latents, torch.tensor([timestep]), text).sample
+
+
+def inputs(seed: int, shape: tuple[int, ...] = (1, 16, 5, 14, 18)) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator), torch.randn(shape[0], 6, TEXT_DIM, generator=generator)
+
+
+# ---- what it gives
+
+
+@pytest.mark.parametrize("changes", [{"refresh_every": 1}, {"threshold": 1.0}], ids=["every_step", "threshold_1"])
+@pytest.mark.parametrize("residual", ["int4", "full"])
+def test_a_refresh_in_each_step_or_a_threshold_of_one_is_dense(
+    pipe: WanPipeline, residual: str, changes: dict[str, Any]
+) -> None:
+    dense = call(pipe)
+    processor = attach(pipe, residual=residual, **changes)
+    torch.testing.assert_close(call(pipe), dense, rtol=0, atol=2e-5)
+    assert processor.stats.summary()["density"] == 1
+
+
+def test_sparse_steps_come_nearer_to_dense(pipe: WanPipeline) -> None:
+    dense = call(pipe)
+    steps: dict[str, Any] = {"refresh": (0, 1, 2, 4)}
+    processor = attach(pipe, **steps)
+    with_residual = error(call(pipe), dense)
+    density = processor.stats.summary()["density"]
+    # more blocks than the refreshes cost
+    plain = attach(pipe, residual="off", threshold=0.75)
+    without = error(call(pipe), dense)
+    assert plain.stats.summary()["density"] > density
+    assert with_residual < 0.85 * without
+
+
+def test_residuals_take_the_memory_that_their_kind_says(pipe: WanPipeline) -> None:
+    sizes = {}
+    for kind in ("int4", "fp8", "full"):
+        processor = attach(pipe, residual=kind, refresh=(1,))
+        call(pipe, num_inference_steps=4)
+        sizes[kind] = processor.stats.summary()["residual_bytes"]
+    # of each token and head: half a byte, one byte or four for each of 32 numbers, and a scale
+    tokens = 2 * 315 * LAYERS
+    assert sizes == {"int4": 20 * tokens, "fp8": 36 * tokens, "full": 128 * tokens}
+
+
+def test_extrapolation_is_exact_where_the_residual_changes_evenly() -> None:
+    """Queries and keys stay, values move along a line: so does what the kept blocks miss."""
+    torch.manual_seed(0)
+    model = tiny_transformer(num_layers=1)
+    start, change = torch.randn(1, 315, 2, 32), 0.2 * torch.randn(1, 315, 2, 32)
+    query, key = 2 * torch.randn(1, 315, 2, 32), 2 * torch.randn(1, 315, 2, 32)
+
+    def errors(**changes: Any) -> list[float]:
+        processor = attach(model, residual="full", refresh=(2,), warmup_steps=1, **changes)
+        found = []
+        processor.start_generation(steps=9)
+        for number in range(8):
+            processor.step(number)
+            tensors = [query, key, start + number * change]
+            whole = torch.nn.functional.scaled_dot_product_attention(*(x.transpose(1, 2) for x in tensors))
+            with replaced_by(model.blocks[0], tensors) as outputs:
+                step(model, 9, *inputs(0))
+            found.append(error(outputs[0].transpose(1, 2), whole))
+        return found
+
+    # refreshes are steps 0 and 3: 4, 5 and 6 go on along the line, 7 would be farther than the last interval
+    moved, still = errors(extrapolate=True), errors()
+    assert max(moved[number] for number in (0, 3, 4, 5, 6)) < 1e-5
+    assert moved[7] > 1e-3
+    assert min(still[number] for number in (4, 5, 6)) > 1e-3
+
+
+@contextmanager
+def replaced_by(block: Any, tensors: list[Tensor]) -> Iterator[list[Tensor]]:
+    """Within it the block's self-attention gets these queries, keys and values; its outputs `[B, S, H, D]`."""
+    wrapper, outputs = block.attn1.processor, []
+    attend = wrapper.attend
+
+    def with_tensors(*_: Tensor, **settings: Any) -> Tensor:
+        outputs.append(attend(*tensors, **settings))
+        return outputs[-1]
+
+    wrapper.attend = with_tensors
+    try:
+        yield outputs
+    finally:
+        del wrapper.attend
+
+
+# ---- whose it is
+
+
+def test_two_runs_in_a_row_are_the_same_and_leave_nothing(pipe: WanPipeline) -> None:
+    processor = attach(pipe, extrapolate=True)
+    first = call(pipe)
+    assert processor.stats.residual.held == 0
+    assert torch.equal(call(pipe), first)
+    assert processor.stats.residual.held == 0
+    summary = processor.stats.summary()
+    assert summary["residual_bytes"] > 0
+    assert summary["dense_calls"]["refresh"] > 0
+    assert summary["calls"] == 2 * STEPS * LAYERS
+
+
+@pytest.mark.parametrize("last", [0, 1, 2, 5])
+def test_a_run_after_an_interrupted_one_does_not_see_its_residual(pipe: WanPipeline, last: int) -> None:
+    attach(pipe)
+    whole = call(pipe)
+
+    def stop(pipe: Any, step: int, timestep: Any, inputs: dict[str, Any]) -> dict[str, Any]:
+        if step == last:
+            raise KeyboardInterrupt
+        return inputs
+
+    with pytest.raises(KeyboardInterrupt):
+        call(pipe, (1,), callback_on_step_end=stop)
+    assert torch.equal(call(pipe), whole)
+
+
+def test_a_run_that_failed_between_two_layers_leaves_nothing(pipe: WanPipeline) -> None:
+    attach(pipe)
+    whole = call(pipe)
+    calls = 0
+
+    def fail(module: Any, args: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 5:
+            raise MemoryError
+
+    handle = pipe.transformer.blocks[1].register_forward_pre_hook(fail)
+    with pytest.raises(MemoryError):
+        call(pipe, (1,))
+    handle.remove()
+    assert torch.equal(call(pipe), whole)
+
+
+def test_another_size_or_batch_has_its_own_residual(pipe: WanPipeline) -> None:
+    attach(pipe)
+    whole, two = call(pipe), call(pipe, (0, 1))
+    assert call(pipe, height=96, width=128).shape != whole.shape
+    assert torch.equal(call(pipe), whole)
+    for item, alone in enumerate((whole, call(pipe, (1,)))):
+        # in another batch size products round otherwise, which may change a block or a rounded residual
+        assert error(two[item : item + 1], alone) < 1e-3
+
+
+def test_the_forwards_of_guidance_have_their_own_residuals(pipe: WanPipeline) -> None:
+    """As two named forwards, as two unnamed ones, and as one batch: what each of them gives alone."""
+    model = pipe.transformer
+    sides = [inputs(0), inputs(1)]
+
+    def run(forwards: list[tuple[Tensor, Tensor, str | None]]) -> list[list[Tensor]]:
+        processor = attach(model, warmup_steps=1, refresh=(1,))
+        processor.start_generation(steps=5)
+        outputs = []
+        for index in range(5):
+            processor.step(index)
+            # both latents change from step to step, and differently
+            outputs.append([step(model, 9 - index, x + 0.1 * index * x.flip(2), y, n) for x, y, n in forwards])
+        assert processor.stats.residual.held == 0
+        return outputs
+
+    alone = [[one[0] for one in run([(*side, None)])] for side in sides]
+    for names in (("cond", "uncond"), (None, None), ("same", "same")):
+        both = run([(*side, name) for side, name in zip(sides, names, strict=True)])
+        for index, (cond, uncond) in enumerate(both):
+            assert torch.equal(cond, alone[0][index])
+            assert torch.equal(uncond, alone[1][index])
+    batch = run([(torch.cat([sides[0][0], sides[1][0]]), torch.cat([sides[0][1], sides[1][1]]), None)])
+    for index, (both_items,) in enumerate(batch):
+        assert error(both_items, torch.cat([alone[0][index], alone[1][index]])) < 1e-3
+
+
+def test_guidance_in_a_pipeline(pipe: WanPipeline) -> None:
+    dense = call(pipe, guidance_scale=4.0)
+    processor = attach(pipe)
+    got = call(pipe, guidance_scale=4.0)
+    assert error(got, dense) < 0.02
+    summary = processor.stats.summary()
+    assert summary["calls"] == 2 * STEPS * LAYERS
+    assert summary["residual_bytes"] == 2 * 20 * 2 * 315 * LAYERS
+    assert processor.stats.residual.held == 0
+
+
+def test_a_deep_copy_remembers_nothing_of_its_original() -> None:
+    torch.manual_seed(0)
+    model = tiny_transformer()
+    processor = attach(model, warmup_steps=1)
+    latents, text = inputs(0)
+    step(model, 9, latents, text)
+    step(model, 8, latents, text)
+    held = processor.stats.residual.held
+    assert held > 0
+    copied = copy.deepcopy(model)
+    own = attached_processor(copied)
+    assert own is not None
+    assert own.stats.residual.held == 0
+    # its next forward has nothing to add and refreshes
+    before = own.stats.summary()["dense_calls"].get("refresh", 0)
+    step(copied, 7, latents, text)
+    assert own.stats.summary()["dense_calls"]["refresh"] == before + LAYERS
+    assert processor.stats.residual.held == held
+    model.set_attn_processor(None)
+    assert processor.stats.residual.held == 0
+
+
+# ---- with everything else
+
+
+def test_two_transformers_share_the_schedule_and_free_each_other() -> None:
+    pipe = quiet(T2V_A14B.build(0, boundary_ratio=0.85))
+    inputs: dict[str, Any] = {"num_inference_steps": STEPS}
+    dense = T2V_A14B.call(pipe, **inputs)
+    processor = attach(pipe)
+    got = T2V_A14B.call(pipe, **inputs)
+    summary = processor.stats.summary()
+    layers = summary["density_by_layer_and_step"]
+    first, second = (set(layers[f"{name}.blocks.0.attn1"]) for name in ("transformer", "transformer_2"))
+    assert first | second == set(range(STEPS))
+    assert len(first) > 3
+    assert len(second) > 3
+    # the second one has no residual when it takes over, and refreshes first
+    assert layers["transformer_2.blocks.0.attn1"][min(second)] == 1
+    assert min(layers["transformer_2.blocks.0.attn1"].values()) < 1
+    assert error(got, dense) < 0.05
+    assert processor.stats.residual.held == 0
+    assert torch.equal(T2V_A14B.call(pipe, **inputs), got)
+
+
+def test_text_in_a_joint_sequence_stays_exact() -> None:
+    pipe = quiet(HUNYUAN_VIDEO.build(0))
+    inputs: dict[str, Any] = {"num_inference_steps": STEPS}
+    dense = HUNYUAN_VIDEO.call(pipe, (0, 1), **inputs)
+    errors = {}
+    for name, changes in {"plain": {"residual": "off"}, "residual": {}, "each": {"refresh_every": 1}}.items():
+        attach(pipe, **changes)
+        errors[name] = error(HUNYUAN_VIDEO.call(pipe, (0, 1), **inputs), dense)
+    assert errors["each"] < 1e-5
+    assert errors["residual"] < 0.7 * errors["plain"]
+
+
+def test_video_to_video_counts_its_own_steps() -> None:
+    pipe = quiet(V2V.build(0))
+    processor = attach(pipe, warmup=0.25, warmup_steps=7, last_steps=1)
+    V2V.call(pipe, num_inference_steps=16, strength=0.5, guidance_scale=1.0)
+    # 8 steps are run: a quarter of them are the warm-up, whose last one is a refresh
+    assert processor.stats.summary()["dense_calls"]["warmup"] == LAYERS
+    assert processor.stats.summary()["dense_calls"]["last_steps"] == LAYERS
+    assert processor.stats.residual.held == 0
+
+
+def test_a_step_cache_that_skips_a_refresh_only_puts_it_off() -> None:
+    pipe = quiet(T2V.build(0))
+    processor = attach(pipe, refresh=(1, 4))
+    pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=0.08))
+    try:
+        call(pipe)
+    finally:
+        pipe.transformer.disable_cache()
+    by_step = processor.stats.summary()["density_by_layer_and_step"]
+    second = by_step["transformer.blocks.1.attn1"]
+    assert len(second) < STEPS, "the cache skipped nothing: the test shows nothing"
+    run = sorted(second)
+    for at in (1, 2 + 1, 2 + 4):
+        # the first call of the layer at or after the step of a refresh
+        due = next((number for number in run if number >= at), None)
+        assert due is None or second[due] == 1
+
+
+def test_a_compiled_block_makes_no_graph_for_a_step() -> None:
+    torch._dynamo.reset()
+    counters.clear()
+    torch.manual_seed(0)
+    model = tiny_transformer(num_layers=6)
+    settings = {"warmup_steps": 3, "extrapolate": True, "refresh": (1, 3)}
+    latents, text = inputs(0)
+
+    def run() -> list[Tensor]:
+        return [step(model, 9 - index, latents * (1 + 0.1 * index), text) for index in range(8)]
+
+    processor = attach(model, **settings)
+    eager = run()
+    expected = processor.stats.summary()
+    processor = attach(model, **settings)
+    model.compile_repeated_blocks(fullgraph=True, backend="eager")
+    try:
+        compiled = run()
+        # dense steps and steps with a memory
+        assert counters["stats"]["unique_graphs"] == 2
+        run()
+        assert counters["stats"]["unique_graphs"] == 2
+    finally:
+        torch._dynamo.reset()
+    for got, want in zip(compiled, eager, strict=True):
+        torch.testing.assert_close(got, want, rtol=0, atol=1e-5)
+    assert processor.stats.summary()["density_by_step"] == expected["density_by_step"]
+
+
+def test_residuals_that_do_not_fit_are_left_out_and_counted(pipe: WanPipeline) -> None:
+    # 256 bytes for each of 315 tokens, and of 2,200
+    processor = attach(pipe, residual="full", residual_mib=1)
+    call(pipe)
+    assert processor.stats.summary()["calls_without_residual"] == 0
+    large = {"height": 320, "width": 352}
+    call(pipe, **large)
+    summary = processor.stats.summary()
+    assert summary["residual_bytes"] <= 1 << 20
+    # one layer of the two has its residual, the other one is sparse without
+    assert 0 < summary["calls_without_residual"] <= STEPS
+    assert processor.stats.residual.held == 0
+
+
+# ---- masks that are kept, anchors, and thresholds that fall
+
+
+def test_kept_masks_are_chosen_in_every_nth_sparse_step(pipe: WanPipeline) -> None:
+    processor = attach(pipe, residual="off", keep_masks=3, warmup_steps=1)
+    kept = call(pipe)
+    by_step = processor.stats.summary()["density_by_step"]
+    sparse = [by_step[number] for number in range(1, STEPS)]
+    for first in (0, 3, 6):
+        assert len(set(sparse[first : first + 3])) == 1
+    assert len(set(sparse)) > 1
+    attach(pipe, residual="off", keep_masks=1, warmup_steps=1)
+    assert not torch.equal(call(pipe), kept)
+    # the same blocks give the same bits
+    attach(pipe, residual="off", keep_masks=2, warmup_steps=STEPS - 1)
+    one = call(pipe)
+    attach(pipe, residual="off", warmup_steps=STEPS - 1)
+    assert torch.equal(call(pipe), one)
+
+
+def test_the_threshold_falls_over_the_sparse_steps(pipe: WanPipeline) -> None:
+    flat = attach(pipe, residual="off", threshold=0.6)
+    call(pipe)
+    ramp = attach(pipe, residual="off", threshold=0.6, threshold_ramp=0.6)
+    call(pipe)
+    flat_steps, steps = (processor.stats.summary()["density_by_step"] for processor in (flat, ramp))
+    assert steps[2] > flat_steps[2] + 0.05
+    assert steps[STEPS - 1] < flat_steps[STEPS - 1] - 0.05
+
+
+def test_anchors_keep_neighbours_in_the_sequence_and_in_the_video(pipe: WanPipeline) -> None:
+    """5 frames of 63 tokens in blocks of 32: a frame is about two blocks."""
+    blocks = 10
+
+    def near(row: int, column: int) -> bool:
+        begin, end = 32 * row, 32 * row + 32
+        moved = [(begin - 32, end + 32), (begin - 63, end - 63), (begin + 63, end + 63)]
+        return any(32 * column < stop and 32 * column + 32 > start for start, stop in moved)
+
+    wanted = sum(near(row, column) for row in range(blocks) for column in range(blocks))
+    processor = attach(pipe, residual="off", threshold=0.001, anchors=1)
+    call(pipe)
+    kept = processor.stats.summary()["sparse_density"] * blocks**2
+    # a row whose best block is none of them would keep that too: the share of the others holds more than 0.001
+    assert kept == pytest.approx(wanted)

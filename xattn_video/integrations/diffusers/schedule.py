@@ -1,0 +1,106 @@
+"""What a step of a video does: dense, a refresh of the residual, or sparse, and with which threshold."""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor
+
+from ...config import XAttnConfig
+
+# Largest gap between two refreshes: this share of all steps, or so many steps where their number is not known.
+GAP_SHARE = 0.2
+GAP_STEPS = 4
+# Gaps grow over the first refreshes to their full size.
+_GROWTH = (0.25, 0.25, 0.5, 0.75)
+_LOWEST_THRESHOLD, _HIGHEST_THRESHOLD = 0.01, 0.999
+
+
+class Schedule:
+    """The steps of one video: a pure function of the settings and of the number of steps.
+
+    Args:
+        config: the settings.
+        total: all steps of the video, or None where nobody knows.
+
+    Attributes:
+        total: as given.
+        warmup: first steps that are dense.
+        end: the first of the last steps that are dense; None where there are none or `total` is not known.
+    """
+
+    def __init__(self, config: XAttnConfig, total: int | None) -> None:
+        self._config = config
+        self.total = total
+        self.warmup = config.warmup_steps
+        if config.warmup is not None and total is not None:
+            self.warmup = max(math.ceil(config.warmup * total), 1)
+        self.end = None if total is None or not config.last_steps else max(total - config.last_steps, self.warmup)
+        self._refreshes: list[int] = []
+
+    @property
+    def sparse_steps(self) -> int | None:
+        """How many steps are sparse or refresh, None where the number of steps is not known."""
+        if self.total is None:
+            return None
+        return max((self.total if self.end is None else self.end) - self.warmup, 0)
+
+    def dense_reason(self, step: int) -> str | None:
+        """Why every call of this step is dense, or None."""
+        if step < self.warmup:
+            return "warmup"
+        return "last_steps" if self.end is not None and step >= self.end else None
+
+    def last_refresh(self, step: int, layer: int) -> int:
+        """The latest step, at most `step`, in which this layer refreshes; -1 if there is none yet.
+
+        Args:
+            step: a step of the video.
+            layer: index of the layer among those that can be sparse. With a fixed gap the layers take turns, so that
+                every step has about as much to do.
+        """
+        config, first = self._config, self.warmup - 1
+        if step < first:
+            return -1
+        if config.refresh_rule == "fixed":
+            gap = config.refresh_every
+            assert gap is not None
+            latest = step - (step - first + layer) % gap
+            return latest if latest > first else first
+        sparse = step - self.warmup
+        return max((self.warmup + at for at in self._sparse_refreshes(sparse) if at <= sparse), default=first)
+
+    def refreshed_share(self) -> float | None:
+        """Refreshes in sparse steps as a share of all steps, for an estimate before the run."""
+        sparse = self.sparse_steps
+        if sparse is None or not self.total:
+            return None
+        return sum(self.last_refresh(step, 0) == step for step in range(self.warmup, self.warmup + sparse)) / self.total
+
+    def threshold_shift(self, step: int) -> float:
+        """What is added to the threshold in this step (ALGORITHM.md, section 9: `ramp * (1/2 - f)`)."""
+        sparse = self.sparse_steps
+        if not self._config.threshold_ramp or sparse is None:
+            return 0.0
+        share = min(max((step - self.warmup) / max(sparse - 1, 1), 0.0), 1.0)
+        return self._config.threshold_ramp * (0.5 - share)
+
+    def _sparse_refreshes(self, until: int) -> list[int]:
+        """Sparse steps that refresh, in rising order, at least up to `until`."""
+        rule = self._config.refresh_rule
+        if isinstance(rule, tuple):
+            return list(rule)
+        known = self._refreshes
+        gap = self._config.refresh_every or self._usual_gap()
+        while not known or known[-1] <= until:
+            grown = _GROWTH[len(known) - 1] if 0 < len(known) <= len(_GROWTH) else 1.0
+            known.append(known[-1] + max(math.ceil(gap * grown), 1) if known else 0)
+        return known
+
+    def _usual_gap(self) -> int:
+        return GAP_STEPS if self.total is None else max(round(GAP_SHARE * self.total), 1)
+
+
+def shifted(threshold: Tensor, shift: float) -> Tensor:
+    """Thresholds that are moved by `shift`, within what `XAttnConfig.threshold_ramp` allows."""
+    return (threshold + shift).clamp(_LOWEST_THRESHOLD, _HIGHEST_THRESHOLD)
