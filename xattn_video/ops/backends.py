@@ -175,6 +175,7 @@ def _import(name: str, device: torch.device) -> Backend:
         return _import("triton", device)._replace(name=name, block_sparse_forward=fa4.block_sparse_forward)
     from .triton.attention_forward import block_sparse_forward
     from .triton.block_lists import mask_to_lists
+    from .triton.residual import add, merge
     from .triton.scores import antidiagonal_scores
     from .triton.selection import select
 
@@ -184,4 +185,5 @@ def _import(name: str, device: torch.device) -> Backend:
 
         attend = partial(block_sparse_forward, force=HOPPER)
     # Scores and lists are 8 bytes.
-    return Backend(name, antidiagonal_scores, select, attend, mask_to_lists, pair_bytes=8)
+    stages = antidiagonal_scores, select, attend, mask_to_lists
+    return Backend(name, *stages, pair_bytes=8, merge=merge, add_residual=add)

@@ -20,6 +20,8 @@ RESIDUALS = ("int4", "fp8", "full")
 # The largest stored value of each packed kind. An int4 is stored with INT4_ZERO added, in the range 1 to 15.
 INT4_MOST, INT4_ZERO = 7, 8
 FP8_MOST = 448
+# 2^-126, the smallest normal float32.
+SMALLEST_SCALE = torch.finfo(torch.float32).tiny
 
 
 class Packed(NamedTuple):
@@ -95,14 +97,15 @@ def pack(residual: Tensor, kind: str, dtype: torch.dtype) -> Packed:
     if kind == "full":
         return Packed(residual.to(dtype), None)
     scale = (residual.abs().amax(-1) / (INT4_MOST if kind == "int4" else FP8_MOST)).float()
+    # A scale with fewer bits than a normal number is too coarse: such a row is as good as zero.
+    scale = torch.where(scale < SMALLEST_SCALE, 0, scale)
     factor = scale.to(residual.dtype).unsqueeze(-1)
     usable = (factor > 0) & (factor < torch.inf)
     # A row of zeros stores zeros. So does a row with a NaN or an infinite value, whose scale then makes it NaN.
     scaled = torch.where(usable, residual / factor, 0)
     if kind == "fp8":
         return Packed(scaled.float().to(torch.float8_e4m3fn), scale)
-    # A scale below the smallest normal number is coarse: without the bound a value could be stored as 8.
-    numbers = (scaled.round().clamp(-INT4_MOST, INT4_MOST) + INT4_ZERO).to(torch.uint8)
+    numbers = (scaled.round() + INT4_ZERO).to(torch.uint8)
     half = (residual.shape[-1] + 1) // 2
     low, high = numbers[..., :half], numbers[..., half:]
     high = torch.nn.functional.pad(high, (0, half - high.shape[-1]), value=INT4_ZERO)
