@@ -185,5 +185,4 @@ def _import(name: str, device: torch.device) -> Backend:
 
         attend = partial(block_sparse_forward, force=HOPPER)
     # Scores and lists are 8 bytes.
-    stages = antidiagonal_scores, select, attend, mask_to_lists
-    return Backend(name, *stages, pair_bytes=8, merge=merge, add_residual=add)
+    return Backend(name, antidiagonal_scores, select, attend, mask_to_lists, 8, merge, add)

@@ -128,14 +128,15 @@ def unpack(packed: Packed, head_dim: int, dtype: torch.dtype) -> Tensor:
     return (values if scale is None else values * scale.to(computed).unsqueeze(-1)).to(dtype)
 
 
-def add(output: Tensor, packed: Packed, before: Packed | None = None, factor: float = 0.0) -> Tensor:
+def add(output: Tensor, packed: Packed, before: Packed | None = None, factor: float | Tensor = 0.0) -> Tensor:
     """Sparse attention with the residual of the last refresh, continued along the change since the one before it.
 
     Args:
         output: `[B, H, S, D]`, attention over the kept blocks.
         packed: R, the residual of the last refresh.
         before: R', the residual of the refresh before that one, or None.
-        factor: how far the change R - R' is continued: steps since the last refresh over steps between the two.
+        factor: how far the change R - R' is continued: steps since the last refresh over steps between the two. A
+            number, or a 0-d tensor on output's device, which a compiled caller takes so as not to be compiled again.
 
     Returns:
         output + R, and + factor * (R - R') where `before` is given: summed in float32 (float64 for float64) and

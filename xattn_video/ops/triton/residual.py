@@ -185,8 +185,8 @@ def _residual_add_kernel(
     scale_ptr,
     before_values_ptr,
     before_scale_ptr,
+    factor_ptr,
     sum_ptr,
-    factor,
     stride_ob,
     stride_oh,
     stride_os,
@@ -216,6 +216,7 @@ def _residual_add_kernel(
         before_low, before_high = _load_packed(
             before_values_ptr, before_scale_ptr, places, in_rows, low_mask, high_mask, HEAD_DIM, BLOCK_D, KIND
         )
+        factor = tl.load(factor_ptr)
         low += factor * (low - before_low)
         high += factor * (high - before_high)
     output_ptr += (batch * stride_ob + head * stride_oh + rows[:, None] * stride_os) * STRIDE_UNIT + columns
@@ -282,9 +283,12 @@ def merge_arguments(
 
 
 def add_arguments(
-    output: torch.Tensor, packed: Packed, before: Packed | None, factor: float, total: torch.Tensor
+    output: torch.Tensor, packed: Packed, before: Packed | None, factor: torch.Tensor | None, total: torch.Tensor
 ) -> tuple[tuple[int, int], dict[str, Any]]:
-    """Grid and arguments of `_residual_add_kernel`, which fills `total`. Layouts as for `merge_arguments`."""
+    """Grid and arguments of `_residual_add_kernel`, which fills `total`. Layouts as for `merge_arguments`.
+
+    `factor` is float32, 0-d, and goes with `before`.
+    """
     grid, sizes = _grid_and_sizes(output, _kind_of(packed.values))
     tensors = {
         "output_ptr": output,
@@ -292,9 +296,10 @@ def add_arguments(
         "scale_ptr": packed.scale,
         "before_values_ptr": None if before is None else _bytes(before.values),
         "before_scale_ptr": None if before is None else before.scale,
+        "factor_ptr": factor,
         "sum_ptr": total,
     }
-    return grid, {**tensors, "factor": factor, **_strides("od", output, total), **sizes}
+    return grid, {**tensors, **_strides("od", output, total), **sizes}
 
 
 def _check(output: torch.Tensor) -> None:
@@ -340,7 +345,7 @@ def _add(
     scale: torch.Tensor | None,
     before_values: torch.Tensor | None,
     before_scale: torch.Tensor | None,
-    factor: float,
+    factor: torch.Tensor | None,
 ) -> torch.Tensor:
     total = _empty(output)
     if output.numel():
@@ -370,7 +375,9 @@ def merge(
     return dense, Packed(values, None if kind == "full" else scale)
 
 
-def add(output: torch.Tensor, packed: Packed, before: Packed | None = None, factor: float = 0.0) -> torch.Tensor:
+def add(
+    output: torch.Tensor, packed: Packed, before: Packed | None = None, factor: float | torch.Tensor = 0.0
+) -> torch.Tensor:
     """`ops.residual.add` by one kernel, of the residuals that `merge` made.
 
     A new factor neither compiles the kernel again nor makes the host wait.
@@ -379,5 +386,11 @@ def add(output: torch.Tensor, packed: Packed, before: Packed | None = None, fact
         ValueError: a dtype other than float32, float16 and bfloat16.
     """
     _check(output)
-    total: torch.Tensor = _add(output, *packed, *(before or (None, None)), factor)
+    if before is None:
+        alone: torch.Tensor = _add(output, *packed, None, None, None)
+        return alone
+    if not isinstance(factor, torch.Tensor):
+        # filled on the device: a copy of a number there would make the host wait
+        factor = torch.full((), factor, dtype=torch.float32, device=output.device)
+    total: torch.Tensor = _add(output, *packed, *before, factor.float())
     return total
