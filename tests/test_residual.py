@@ -185,13 +185,15 @@ def test_values_near_the_largest_number(dtype):
     torch.testing.assert_close(dense.double(), output.double() * (2 * share - 1), rtol=1e-2, atol=0)
 
 
-@pytest.mark.parametrize("kind", RESIDUALS)
-def test_a_tiny_residual(kind):
-    """Below what a scale can be in float32 it is zero, and never infinite."""
-    lse = torch.zeros(1, 1, 1)
-    tiny = torch.tensor([3e-40, -1e-40, 7e-45, 0.0]).expand(1, 1, 1, 4)
-    _, packed = merge(torch.zeros(1, 1, 1, 4), lse, tiny, lse, kind)
-    assert (unpack(packed, 4, torch.float64).abs() <= 2e-40).all()
+@pytest.mark.parametrize("kind", ["int4", "fp8"])
+def test_a_row_without_a_usable_scale(kind):
+    """Too small for a normal float32 it is zero; infinite it is NaN, and no finite number that is wrong."""
+    lse = torch.zeros(1, 1, 2)
+    other = torch.tensor([[3e-40, -1e-40, 7e-45, 0.0], [1.0, torch.inf, -torch.inf, 0.0]]).expand(1, 1, 2, 4)
+    _, packed = merge(torch.zeros(1, 1, 2, 4), lse, other, lse, kind)
+    residual = unpack(packed, 4, torch.float32)
+    assert torch.equal(residual[0, 0, 0], torch.zeros(4))
+    assert residual[0, 0, 1].isnan().all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
@@ -209,11 +211,10 @@ def test_a_linear_change_is_continued_exactly(dtype):
 
 
 def test_the_sum_is_rounded_once():
-    """In bfloat16, 1 + 1/512 + 1/512 is more than 1 only where the two small numbers meet first."""
-    output = torch.ones(1, 1, 1, 2, dtype=torch.bfloat16)
-    last, before = (Packed(torch.full_like(output, value), None) for value in (3 / 512, 2 / 512))
-    # 3/512 and 1/512: half a step of bfloat16 above 1 is 1/256
-    assert add(output, last, before, 1.0).float().tolist() == [[[[1 + 1 / 128] * 2]]]
+    """The residual ends just below half a step of the output. Rounded by itself it would be that half, and go up."""
+    output = torch.full((1, 1, 1, 2), 1 + 2**-7, dtype=torch.bfloat16)
+    last, before = (Packed(torch.full_like(output, value), None) for value in (2**-8, 2**-8 * (1 + 2**-7)))
+    assert torch.equal(add(output, last, before, 0.25), output)
 
 
 def test_no_residual_is_bfloat16_before_it_is_packed():
