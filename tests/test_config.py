@@ -31,6 +31,28 @@ from xattn_video import XAttnConfig
         ({"selection": "top_ratio", "top_ratio": 1.5}, "top_ratio must be in"),
         ({"backend": "cuda"}, "backend must be one of"),
         ({"max_extra_mib": 0}, "max_extra_mib must be 1 or more, got 0"),
+        ({"anchors": -1}, "anchors must be 0 or more, got -1"),
+        ({"last_steps": -1}, "last_steps must be 0 or more, got -1"),
+        ({"keep_masks": 0}, "keep_masks must be 1 or more, got 0"),
+        ({"warmup": 1.0}, "warmup must be between 0 and 1"),
+        ({"warmup": float("nan")}, "warmup must be between 0 and 1"),
+        ({"threshold_ramp": 1.5}, "threshold_ramp must be from -1 to 1, got 1.5"),
+        ({"threshold_ramp": float("nan")}, "threshold_ramp must be from -1 to 1, got nan"),
+        ({"residual": "int8"}, "residual must be one of off, int4, fp8, full, got 'int8'"),
+        ({"residual": "int4", "refresh": "often"}, "refresh must be one of growing, fixed or a sequence"),
+        ({"residual": "int4", "refresh": ()}, "refresh must hold sparse steps in rising order"),
+        ({"residual": "int4", "refresh": (3, 1)}, "refresh must hold sparse steps in rising order"),
+        ({"residual": "int4", "refresh": (-1, 1)}, "refresh must hold sparse steps in rising order"),
+        ({"residual": "int4", "refresh": "fixed"}, "needs refresh_every"),
+        ({"residual": "int4", "refresh_every": 0}, "refresh_every must be a number of steps from 1 or a share"),
+        ({"residual": "int4", "refresh_every": 2.0}, "refresh_every must be a number of steps from 1 or a share"),
+        ({"residual": "int4", "residual_mib": 0}, "residual_mib must be 1 or more, got 0"),
+        ({"residual": "int4", "refresh": (0, 1), "refresh_every": 2}, "refresh_every goes without a list of steps"),
+        ({"residual": "int4", "keep_masks": 2}, "keep_masks goes without a residual"),
+        ({"refresh_every": 4}, "refresh_every goes with a residual"),
+        ({"refresh": "growing"}, "refresh goes with a residual"),
+        ({"extrapolate": True}, "extrapolate goes with a residual"),
+        ({"residual_mib": 100}, "residual_mib goes with a residual"),
     ],
 )
 def test_a_setting_out_of_range_is_refused_by_name(settings, words):
@@ -40,7 +62,19 @@ def test_a_setting_out_of_range_is_refused_by_name(settings, words):
 
 @pytest.mark.parametrize(
     "settings",
-    [{"stride": 8.0}, {"stride": True}, {"max_extra_mib": 0.5}, {"threshold": "0.9"}, {"dense_layers": "blocks.0"}],
+    [
+        {"stride": 8.0},
+        {"stride": True},
+        {"max_extra_mib": 0.5},
+        {"threshold": "0.9"},
+        {"dense_layers": "blocks.0"},
+        {"warmup": "0.25"},
+        {"threshold_ramp": True},
+        {"anchors": 1.0},
+        {"extrapolate": 1, "residual": "int4"},
+        {"refresh_every": "4", "residual": "int4"},
+        {"refresh": (0, 1.5), "residual": "int4"},
+    ],
 )
 def test_a_setting_of_the_wrong_type_is_refused(settings):
     with pytest.raises(TypeError, match=next(iter(settings))):
@@ -54,6 +88,9 @@ def test_a_setting_of_the_wrong_type_is_refused(settings):
         XAttnConfig(threshold=(0.8, 0.95), dense_layers=(0, "blocks.1.*"), warmup_steps=0),
         XAttnConfig(selection="top_ratio", top_ratio=0.27, stride=16, block_size=64, backend="reference"),
         XAttnConfig(max_extra_mib=64),
+        XAttnConfig(residual="int4", refresh=(0, 1, 3), extrapolate=True, anchors=1, warmup=0.25, last_steps=1),
+        XAttnConfig(residual="fp8", refresh_every=4, residual_mib=100),
+        XAttnConfig(threshold_ramp=0.3, keep_masks=4),
     ],
 )
 def test_settings_survive_json(config):
@@ -81,6 +118,20 @@ def test_labels_tell_configurations_apart():
         XAttnConfig(dense_last=64),
         XAttnConfig(backend="reference"),
         XAttnConfig(max_extra_mib=64),
+        XAttnConfig(anchors=1),
+        XAttnConfig(last_steps=1),
+        XAttnConfig(keep_masks=4),
+        XAttnConfig(threshold_ramp=0.3),
+        XAttnConfig(warmup=0.25),
+        XAttnConfig(residual="int4"),
+        XAttnConfig(residual="fp8"),
+        XAttnConfig(residual="int4", extrapolate=True),
+        XAttnConfig(residual="int4", residual_mib=4),
+        XAttnConfig(residual="int4", refresh_every=4),
+        XAttnConfig(residual="int4", refresh_every=0.25),
+        XAttnConfig(residual="int4", refresh="growing", refresh_every=4),
+        XAttnConfig(residual="int4", refresh=(0, 1, 3)),
+        XAttnConfig(residual="int4", refresh=(0, 1, 4)),
         XAttnConfig(),
     ]
     labels = [config.label() for config in others]

@@ -61,8 +61,8 @@ class XAttnConfig:
         refresh: which sparse steps refresh: `"growing"` (gaps of 1, 1, 2, 3, 4 steps and then always 4, where
             `refresh_every` is 4), `"fixed"` (each layer every `refresh_every` steps, layer after layer), or the sparse
             steps themselves as numbers from 0. None is `"fixed"` where `refresh_every` is given, else `"growing"`.
-        refresh_every: the largest gap between two refreshes, in steps; None is a fifth of all steps (4 where the
-            number of steps is not known). 1 makes every step dense.
+        refresh_every: the largest gap between two refreshes: a number of steps, or below 1 a share of all steps. None
+            is 0.2. Where the number of steps is not known, it is taken for 20. 1 makes every step dense.
         extrapolate: continue the change between the last two refreshes, by one such gap at most. It doubles the memory
             of the residual.
         residual_mib: bound in MiB on what residuals may take. None is what is left on the GPU. Layers whose residual
@@ -98,7 +98,7 @@ class XAttnConfig:
     keep_masks: int = 1
     residual: str = "off"
     refresh: str | tuple[int, ...] | None = None
-    refresh_every: int | None = None
+    refresh_every: int | float | None = None
     extrapolate: bool = False
     residual_mib: int | None = None
     selection: str = "threshold"
@@ -272,12 +272,17 @@ def _check_residual(config: XAttnConfig) -> None:
         raise ValueError(f"residual must be one of {', '.join(RESIDUALS)}, got {config.residual!r}")
     if not isinstance(config.extrapolate, bool):
         raise TypeError(f"extrapolate must be True or False, got {config.extrapolate!r}")
-    for name in ("refresh_every", "residual_mib"):
-        value = getattr(config, name)
-        if value is not None:
-            _check_integer(name, value)
-            if value < 1:
-                raise ValueError(f"{name} must be 1 or more, got {value}")
+    if config.residual_mib is not None:
+        _check_integer("residual_mib", config.residual_mib)
+        if config.residual_mib < 1:
+            raise ValueError(f"residual_mib must be 1 or more, got {config.residual_mib}")
+    every = config.refresh_every
+    if every is not None and not (isinstance(every, float) and 0 < every < 1):
+        if isinstance(every, float):
+            raise ValueError(f"refresh_every must be a number of steps from 1 or a share between 0 and 1, got {every}")
+        _check_integer("refresh_every", every)
+        if every < 1:
+            raise ValueError(f"refresh_every must be a number of steps from 1 or a share between 0 and 1, got {every}")
     if config.refresh_every is not None and isinstance(config.refresh, tuple):
         raise ValueError(f"refresh_every goes without a list of steps in refresh, got {config.refresh_every}")
     if config.refresh == "fixed" and config.refresh_every is None:

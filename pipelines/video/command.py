@@ -71,6 +71,7 @@ def _report_dry_run(plan: Plan, *, as_json: bool) -> None:
         "pipeline": recipe.model.pipeline,
         **vars(settings),
         "tokens": recipe.tokens,
+        "residual_bytes": _residual_bytes(plan),
         "device": str(plan.device),
         "dtype": plan.dtype,
         "videos": [
@@ -86,10 +87,22 @@ def _report_dry_run(plan: Plan, *, as_json: bool) -> None:
     print(f"model   {recipe.model.identity} ({recipe.model.pipeline})")
     print(f"size    {settings.width} x {settings.height}, {settings.num_frames} frames at {settings.fps} a second")
     print(f"tokens  {tokens} video tokens a forward pass, {settings.steps} steps")
+    residual = document["residual_bytes"]
+    if residual is not None:
+        print(
+            f"memory  {residual / 2**30:.2f} GiB for the residuals of a forward; guidance as two forwards takes twice"
+        )
     print(f"device  {plan.device}, {plan.dtype}")
     for video in document["videos"]:
         print(f"{video['status']:8}  {video['file']}")
     print(f"{len(pending)} of {len(plan.jobs)} videos to make; nothing was loaded or written")
+
+
+def _residual_bytes(plan: Plan) -> int | None:
+    """The most that the residuals of one forward take; None where there are none, or the model's sizes are unknown."""
+    configs = {job.config for job in plan.jobs if job.config is not None}
+    sizes = [plan.recipe.residual_bytes(config, plan.dtype) for config in configs]
+    return max((size for size in sizes if size is not None), default=None)
 
 
 def _report(plan: Plan, records: list[Record], seconds: float, *, as_json: bool) -> None:

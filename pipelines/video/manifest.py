@@ -126,7 +126,8 @@ def density(summary: Record | None, steps: int) -> Record:
     """
     if summary is None:
         layers: Record = {"density_by_layer": {}, "density_by_layer_and_step": {}}
-        return {"mean_density": 1.0, "density_by_step": [1.0] * steps, **layers, "dense_reasons": {}}
+        none = {"dense_reasons": {}, "residual_bytes": 0, "calls_without_residual": 0}
+        return {"mean_density": 1.0, "density_by_step": [1.0] * steps, **layers, **none}
     steps_done = sorted(summary["density_by_step"])
     return {
         "mean_density": summary["density"],
@@ -138,6 +139,8 @@ def density(summary: Record | None, steps: int) -> Record:
             for layer, by_step in summary["density_by_layer_and_step"].items()
         },
         "dense_reasons": summary["dense_calls"],
+        "residual_bytes": summary["residual_bytes"],
+        "calls_without_residual": summary["calls_without_residual"],
     }
 
 

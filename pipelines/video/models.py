@@ -23,6 +23,7 @@ from xattn_video_pipelines.common.errors import UserError, one_line
 from xattn_video_pipelines.common.settings import option_name
 
 if TYPE_CHECKING:
+    from xattn_video import XAttnConfig
     from xattn_video_pipelines.video.prompts import Prompt
     from xattn_video_pipelines.video.settings import GenerateSettings
 
@@ -71,6 +72,15 @@ class Geometry:
 
 
 @dataclass(frozen=True)
+class AttentionSize:
+    """The video self-attention of a model: how many layers run in a forward, their heads and the size of a head."""
+
+    layers: int
+    heads: int
+    head_dim: int
+
+
+@dataclass(frozen=True)
 class Defaults:
     """What a run uses where the command line does not say. None: the pipeline's own default (or it has none)."""
 
@@ -100,6 +110,7 @@ class Model:
     defaults: Defaults
     dtypes: dict[str, str] = field(default_factory=dict)
     vae_tiling: bool = False
+    attention: AttentionSize | None = None
 
     @property
     def identity(self) -> str:
@@ -166,6 +177,20 @@ class Recipe:
     tokens: int | None
     identity: dict[str, Any]
 
+    def residual_bytes(self, config: XAttnConfig, dtype: str) -> int | None:
+        """Bytes that the residuals of `config` take for one forward of a step; None where the sizes are not known.
+
+        Guidance as two forwards takes it twice.
+        """
+        size = self.model.attention
+        if config.residual == "off" or size is None or self.tokens is None:
+            return None
+        from xattn_video.ops import packed_bytes
+
+        shape = (size.layers, size.heads, self.tokens, size.head_dim)
+        value_bytes = 4 if dtype == "float32" else 2
+        return packed_bytes(shape, value_bytes, config.residual) * (2 if config.extrapolate else 1)
+
 
 # Diffusers' documentation asks for Wan's VAE in float32, and for HunyuanVideo in float16 around a bfloat16 transformer.
 _WAN_DTYPES = {"vae": "float32"}
@@ -183,6 +208,7 @@ KNOWN_MODELS = {
             _WAN_2_1,
             Defaults(480, 832, 81, fps=16, steps=50, guidance_scale=5.0, flow_shift=3.0),
             _WAN_DTYPES,
+            attention=AttentionSize(30, 12, 128),
         ),
         Model(
             "wan2.1-14b",
@@ -191,6 +217,7 @@ KNOWN_MODELS = {
             _WAN_2_1,
             Defaults(720, 1280, 81, fps=16, steps=50, guidance_scale=5.0, flow_shift=5.0),
             _WAN_DTYPES,
+            attention=AttentionSize(40, 40, 128),
         ),
         Model(
             "wan2.2-a14b",
@@ -199,6 +226,7 @@ KNOWN_MODELS = {
             _WAN_2_1,
             Defaults(720, 1280, 81, fps=16, steps=40, guidance_scale=4.0, guidance_scale_2=3.0, flow_shift=12.0),
             _WAN_DTYPES,
+            attention=AttentionSize(40, 40, 128),
         ),
         Model(
             "wan2.2-5b",
@@ -207,6 +235,7 @@ KNOWN_MODELS = {
             Geometry(vae_time=4, vae_space=16, patch=(1, 2, 2), multiple=16),
             Defaults(704, 1280, 121, fps=24, steps=50, guidance_scale=5.0, flow_shift=5.0),
             _WAN_DTYPES,
+            attention=AttentionSize(30, 24, 128),
         ),
         Model(
             "hunyuan-video",
@@ -216,6 +245,7 @@ KNOWN_MODELS = {
             Defaults(720, 1280, 129, fps=24, steps=50, guidance_scale=6.0),
             _HUNYUAN_DTYPES,
             vae_tiling=True,
+            attention=AttentionSize(60, 24, 128),
         ),
         Model(
             "hunyuan-video-1.5",
@@ -224,6 +254,7 @@ KNOWN_MODELS = {
             Geometry(vae_time=4, vae_space=16, patch=(1, 1, 1), multiple=16),
             Defaults(480, 848, 121, fps=24, steps=50, guidance_scale=6.0),
             vae_tiling=True,
+            attention=AttentionSize(54, 16, 128),
         ),
         Model(
             "demo",
@@ -232,6 +263,7 @@ KNOWN_MODELS = {
             Geometry(vae_time=2, vae_space=4, patch=(1, 2, 2), multiple=16),
             Defaults(128, 128, 33, fps=8, steps=20, guidance_scale=1.0),
             _WAN_DTYPES,
+            attention=AttentionSize(4, 4, 64),
         ),
     )
 }
@@ -399,6 +431,7 @@ def _describe(name: str, source: str, read: Callable[[str], dict[str, Any] | Non
         defaults=Defaults(fps=24 if family[2] else 16),
         dtypes=_WAN_DTYPES if family[0] else _HUNYUAN_DTYPES if family[2] and not family[1] else {},
         vae_tiling=family[2],
+        attention=_attention_size(transformer),
     )
 
 
@@ -418,6 +451,17 @@ def _geometry(vae: dict[str, Any] | None, transformer: dict[str, Any] | None, mu
         return None
     vae_time, vae_space, *sides = whole
     return Geometry(vae_time=vae_time, vae_space=vae_space, patch=(sides[0], sides[1], sides[2]), multiple=multiple)
+
+
+def _attention_size(transformer: dict[str, Any] | None) -> AttentionSize | None:
+    """What a transformer's config says of its attention, or None."""
+    if transformer is None:
+        return None
+    config = _completed(transformer)
+    layers, heads, head_dim = (config.get(name) for name in ("num_layers", "num_attention_heads", "attention_head_dim"))
+    if not (isinstance(layers, int) and isinstance(heads, int) and isinstance(head_dim, int)):
+        return None
+    return AttentionSize(layers + (config.get("num_single_layers") or 0), heads, head_dim)
 
 
 def _completed(config: dict[str, Any]) -> dict[str, Any]:

@@ -14,6 +14,10 @@ from xattn_video_pipelines.video.prompts import MAX_SEED
 if TYPE_CHECKING:
     from xattn_video import XAttnConfig
 
+ATTENTION_SETTINGS = (
+    "threshold", "stride", "block_size", "warmup_steps", "warmup", "last_steps", "min_tokens", "residual",
+    "refresh_every", "extrapolate", "anchors", "threshold_ramp", "keep_masks",
+)  # fmt: skip
 _ATTENTION = "attention"
 _VIDEO = "video (defaults: the model's own)"
 _WHICH = "which videos"
@@ -73,8 +77,7 @@ class GenerateSettings(VideoSettings):
     """`VideoSettings`, and with which attention the videos are made.
 
     `dense-alt` is dense attention in another order of summation, the noise floor of every comparison. `both` is dense
-    and xattn, `all` is the three. `threshold`, `stride`, `block_size`, `warmup_steps` and `min_tokens` are those of
-    `XAttnConfig`.
+    and xattn, `all` is the three. The other settings of attention are those of `XAttnConfig`.
     """
 
     attention: Annotated[
@@ -88,6 +91,24 @@ class GenerateSettings(VideoSettings):
     threshold: Annotated[float, Option("share of the score mass to keep, in (0, 1]", _ATTENTION)] = 0.9
     stride: Annotated[int, Option("antidiagonal stride, a power of two", _ATTENTION)] = 8
     warmup_steps: Annotated[int, Option("first denoising steps that stay dense", _ATTENTION)] = 5
+    warmup: Annotated[
+        float | None, Option("the same as a share of all steps, for models of few steps: 0.25", _ATTENTION)
+    ] = None
+    last_steps: Annotated[int, Option("last denoising steps that stay dense", _ATTENTION)] = 0
+    residual: Annotated[
+        Literal["off", "int4", "fp8", "full"],
+        Option("remember what the kept blocks miss and add it back; int4 takes least memory", _ATTENTION),
+    ] = "off"
+    refresh_every: Annotated[
+        float | None,
+        Option("steps (or share of all) between refreshes of the residual; default: gaps that grow", _ATTENTION),
+    ] = None
+    extrapolate: Annotated[bool, Option("continue the residual's change; takes its memory twice", _ATTENTION)] = False
+    anchors: Annotated[
+        int, Option("always keep so many neighbours of a block, in the sequence and in time", _ATTENTION, metavar="N")
+    ] = 0
+    threshold_ramp: Annotated[float, Option("how far the threshold falls over the sparse steps", _ATTENTION)] = 0.0
+    keep_masks: Annotated[int, Option("sparse steps that share one choice of blocks", _ATTENTION, metavar="N")] = 1
     lossless: Annotated[bool, Option("also write an FFV1 .mkv copy, for measuring", _VIDEO)] = False
     overwrite: Annotated[bool, Option("make finished videos again", _WHICH)] = False
     compile: Annotated[
@@ -97,8 +118,11 @@ class GenerateSettings(VideoSettings):
     @property
     def config(self) -> XAttnConfig:
         """The settings of sparse attention. Raises UserError for a value that is out of its range."""
-        names = ("threshold", "stride", "block_size", "warmup_steps", "min_tokens")
-        return sparse_config(**{name: getattr(self, name) for name in names})
+        values = {name: getattr(self, name) for name in ATTENTION_SETTINGS}
+        every = self.refresh_every
+        if every is not None and every >= 1 and every == int(every):
+            values["refresh_every"] = int(every)
+        return sparse_config(**values)
 
     def check(self) -> None:
         super().check()

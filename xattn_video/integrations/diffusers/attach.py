@@ -101,6 +101,11 @@ class Attachment:
                 module.set_processor(wrapper.original)
         self.forget()
 
+    @property
+    def step(self) -> int:
+        """The step of the model's last forward."""
+        return self._state.moment.step
+
     def forget(self) -> None:
         """Let go of what the layers remember of a video."""
         for wrapper in self._wrappers.values():
@@ -138,6 +143,8 @@ class Attachment:
         """Where in a video the forward that starts is."""
         video, before = self._tracker.video, self._state.moment
         if (video, step) != (before.video, before.step):
+            if self._remembers:
+                self.owner.forget_idle(step)
             self._branches = max(sum(self._forwards.values()), 1)
             self._forwards.clear()
         number = self._forwards.get(self._branch, 0)

@@ -158,10 +158,18 @@ class XAttnProcessor:
         when the next one begins, or when the processor is taken off. This does it at once. Sparse steps that follow
         in the same video refresh first.
         """
-        for model in self._attached_models():
-            attachment = attachment_of(model)
-            if attachment is not None:
+        for attachment in self._attachments():
+            attachment.forget()
+
+    def forget_idle(self, step: int) -> None:
+        """Free what a transformer remembers that has done its part: it ran neither in this step nor in the last."""
+        for attachment in self._attachments():
+            if attachment.step < step - 1:
                 attachment.forget()
+
+    def _attachments(self) -> list[Attachment]:
+        found = [attachment_of(model) for model in self._attached_models()]
+        return [attachment for attachment in found if attachment is not None]
 
     def _attached_models(self) -> list[nn.Module]:
         models = [link() for link in self._models]

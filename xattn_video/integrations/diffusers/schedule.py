@@ -8,9 +8,9 @@ from torch import Tensor
 
 from ...config import XAttnConfig
 
-# Largest gap between two refreshes: this share of all steps, or so many steps where their number is not known.
+# Largest gap between two refreshes, as a share of all steps; and how many steps there are where nobody knows.
 GAP_SHARE = 0.2
-GAP_STEPS = 4
+USUAL_STEPS = 20
 # Gaps grow over the first refreshes to their full size.
 _GROWTH = (0.25, 0.25, 0.5, 0.75)
 _LOWEST_THRESHOLD, _HIGHEST_THRESHOLD = 0.01, 0.999
@@ -63,8 +63,7 @@ class Schedule:
         if step < first:
             return -1
         if config.refresh_rule == "fixed":
-            gap = config.refresh_every
-            assert gap is not None
+            gap = self._largest_gap()
             latest = step - (step - first + layer) % gap
             return latest if latest > first else first
         sparse = step - self.warmup
@@ -91,14 +90,15 @@ class Schedule:
         if isinstance(rule, tuple):
             return list(rule)
         known = self._refreshes
-        gap = self._config.refresh_every or self._usual_gap()
+        gap = self._largest_gap()
         while not known or known[-1] <= until:
             grown = _GROWTH[len(known) - 1] if 0 < len(known) <= len(_GROWTH) else 1.0
             known.append(known[-1] + max(math.ceil(gap * grown), 1) if known else 0)
         return known
 
-    def _usual_gap(self) -> int:
-        return GAP_STEPS if self.total is None else max(round(GAP_SHARE * self.total), 1)
+    def _largest_gap(self) -> int:
+        every = self._config.refresh_every or GAP_SHARE
+        return max(round(every * (self.total or USUAL_STEPS)), 1) if every < 1 else int(every)
 
 
 def shifted(threshold: Tensor, shift: float) -> Tensor:
