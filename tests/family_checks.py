@@ -171,6 +171,20 @@ def check_threshold_one_equals_stock(family: Family) -> None:
     assert relative_error(sparse.result, own.dense.result) < family.tolerance
 
 
+def check_refreshes_equal_stock_and_leave_nothing(family: Family) -> None:
+    """A refresh in each step gives what the stock processors give, and nothing is remembered after the video."""
+    own = subject(family)
+    every: dict[str, Any] = {"residual": "int4", "refresh_every": 1, "anchors": 1}
+    with attached(own.pipe, threshold=0.5, warmup_steps=1, **every) as processor:
+        refreshed = run(family, own.pipe)
+    assert processor.stats.residual.held == 0
+    summary = processor.stats.summary()
+    assert summary["dense_calls"] == {"refresh": family.layers * forwards(family, family.steps)}
+    assert summary["density"] == 1.0
+    assert summary["residual_bytes"] > 0
+    assert relative_error(refreshed.result, own.dense.result) < family.tolerance
+
+
 def check_warmup_is_dense_then_sparse(family: Family) -> None:
     """Five steps equal dense exactly, the later ones do not, and the statistics say so."""
     own = subject(family)
@@ -246,6 +260,7 @@ def check_batch_items_are_independent(family: Family) -> None:
 CHECKS: tuple[Callable[[Family], None], ...] = (
     check_runs_as_described,
     check_threshold_one_equals_stock,
+    check_refreshes_equal_stock_and_leave_nothing,
     check_warmup_is_dense_then_sparse,
     check_restore,
     check_only_video_self_attention_is_sparse,

@@ -13,10 +13,12 @@ import torch._dynamo
 from torch import Tensor
 from torch._dynamo.utils import counters
 
-from tests.tiny.hunyuan_families import HUNYUAN_VIDEO
+from tests.tiny.hunyuan_families import HUNYUAN_FAMILIES, HUNYUAN_VIDEO
+from tests.tiny.other_families import OTHER_FAMILIES
 from tests.tiny.wan_family import T2V, T2V_A14B, TEXT_DIM, V2V, tiny_transformer
 from xattn_video import XAttnProcessor
-from xattn_video.integrations.diffusers import attached_processor
+from xattn_video.integrations.diffusers import attached_processor, layers
+from xattn_video.ops import checked_call
 
 # after tests.tiny, which repairs a torchvision that does not fit this torch
 from diffusers import FirstBlockCacheConfig, WanPipeline  # isort: skip
@@ -420,3 +422,23 @@ def test_anchors_keep_neighbours_in_the_sequence_and_in_the_video(pipe: WanPipel
     kept = processor.stats.summary()["sparse_density"] * blocks**2
     # a row whose best block is none of them would keep that too: the share of the others holds more than 0.001
     assert kept == pytest.approx(wanted)
+
+
+# tokens of a latent frame; FramePack's history frames are larger and smaller ones
+FRAMES = {"wan2.1-t2v": 63, "hunyuan-video": 80, "kandinsky-5": 80, "ltx": 130, "cosmos": 130, "framepack": None}
+
+
+@pytest.mark.parametrize("name", FRAMES)
+def test_anchors_know_the_frames_of_a_model(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    family = next(family for family in (T2V, *HUNYUAN_FAMILIES, *OTHER_FAMILIES) if family.name == name)
+    seen = set()
+
+    def spy(*args: Any, **settings: Any) -> Any:
+        seen.add(settings["frame_tokens"])
+        return checked_call(*args, **settings)
+
+    monkeypatch.setattr(layers, "checked_call", spy)
+    pipe = quiet(family.build(0))
+    attach(pipe, residual="off", anchors=1, warmup_steps=0)
+    family.call(pipe)
+    assert seen == {FRAMES[name]}

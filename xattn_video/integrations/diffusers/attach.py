@@ -134,7 +134,7 @@ class Attachment:
             reason = None
         tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
         device = tensors[0].device if tensors else torch.device("cpu")
-        self._state.begin(schedule, moment, reason, _latent_frames(model, tensors))
+        self._state.begin(schedule, moment, reason, _latent_frames(model, tensors, kwargs))
         self._counts.begin_forward(step, device)
         for wrapper in self._wrappers.values():
             wrapper.begin_forward(device, schedule.threshold_shift(step))
@@ -172,14 +172,18 @@ class Attachment:
             self._step_index, self._branch = None, ""
 
 
-def _latent_frames(model: nn.Module, tensors: list[Tensor]) -> int | None:
-    """Frames of latents after the model's patches, where it is called with a video `[B, C, T, H, W]`."""
-    video = next((tensor for tensor in tensors if tensor.ndim == 5), None)
-    if video is None:
+def _latent_frames(model: nn.Module, tensors: list[Tensor], kwargs: dict[str, Any]) -> int | None:
+    """Latent frames after the model's patches; None where they are not known or tokens are not in their order."""
+    where = spec_of(model).frames
+    if isinstance(where, str):
+        number = kwargs.get(where)
+        return number if isinstance(number, int) else None
+    if where is None or not tensors or tensors[0].ndim != 5:
         return None
     settings: Any = getattr(model, "config", {})
     patch = settings.get("patch_size_t") or settings.get("patch_size", 1)
-    return int(-(-video.shape[2] // (patch[0] if isinstance(patch, (list, tuple)) else patch)))
+    frames: int = -(-tensors[0].shape[where] // (patch[0] if isinstance(patch, (list, tuple)) else patch))
+    return frames
 
 
 def _is_inside(thread: int, model: nn.Module) -> bool:

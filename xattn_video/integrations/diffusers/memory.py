@@ -77,6 +77,8 @@ class LayerMemory:
             return self._attend_kept_blocks(backend, call, config, slot, schedule, moment.step), False
         if slot.step < schedule.last_refresh(moment.step, self._layer) or slot.latest is None:
             if not self._fits(call, config, moment):
+                if moment.step < schedule.warmup:
+                    return refresh(backend, call, config)[0], True
                 self._use.without += 1
                 return attend_sparse(backend, call, config), False
             blocks = None if slot.latest is None else slot.latest.blocks

@@ -26,6 +26,8 @@ class ModelSpec:
             one joint sequence, given as `encoder_hidden_states`), or `"unknown"`.
         mask: the mask that self-attention gets: `"prefix"` (a bool key mask whose valid keys come first, by
             construction of the model), or `"any"` (looked at when one comes; most models pass none).
+        frames: what tells the latent frames of a video whose tokens are whole frames one after the other: the axis of
+            the latents that the model is called with, or the name of the argument that says how many; None for others.
         note: what is particular, for the documentation.
     """
 
@@ -33,6 +35,7 @@ class ModelSpec:
     text: str = "cross"
     mask: str = "any"
     note: str = ""
+    frames: int | str | None = 2
 
 
 _WAN = ModelSpec(("blocks.*.attn1",), note="image tokens of I2V are in cross-attention too")
@@ -45,18 +48,26 @@ MODELS: dict[str, ModelSpec] = {
     ),
     "WanAnimateTransformer3DModel": ModelSpec(("blocks.*.attn1",), note="the face adapter stays dense"),
     "ChronoEditTransformer3DModel": _WAN,
-    "AnyFlowTransformer3DModel": ModelSpec(("blocks.*.attn1",), note="each call has two timesteps: from and to"),
+    "AnyFlowTransformer3DModel": ModelSpec(
+        ("blocks.*.attn1",), note="each call has two timesteps: from and to", frames=1
+    ),
     "SkyReelsV2Transformer3DModel": ModelSpec(
         ("blocks.*.attn1",), note="with `num_frame_per_block` > 1 a block-causal mask keeps it dense"
     ),
-    "HeliosTransformer3DModel": ModelSpec(("blocks.*.attn1",), note="history frames come before the video"),
-    "LTXVideoTransformer3DModel": ModelSpec(("transformer_blocks.*.attn1",)),
+    "HeliosTransformer3DModel": ModelSpec(
+        ("blocks.*.attn1",), note="history frames come before the video", frames=None
+    ),
+    "LTXVideoTransformer3DModel": ModelSpec(("transformer_blocks.*.attn1",), frames="num_frames"),
     "LTX2VideoTransformer3DModel": ModelSpec(
-        ("transformer_blocks.*.attn1",), note="audio self-attention and audio-video attention stay dense"
+        ("transformer_blocks.*.attn1",),
+        note="audio self-attention and audio-video attention stay dense",
+        frames="num_frames",
     ),
     "CosmosTransformer3DModel": ModelSpec(("transformer_blocks.*.attn1",)),
     "Kandinsky5Transformer3DModel": ModelSpec(
-        ("visual_transformer_blocks.*.self_attention",), note="its own sparse (NABLA) variants stay as they are"
+        ("visual_transformer_blocks.*.self_attention",),
+        note="its own sparse (NABLA) variants stay as they are",
+        frames=1,
     ),
     "HunyuanVideoTransformer3DModel": ModelSpec(
         ("transformer_blocks.*.attn", "single_transformer_blocks.*.attn"), "end", "prefix", _JOINT_MASK
@@ -66,6 +77,7 @@ MODELS: dict[str, ModelSpec] = {
         "end",
         "prefix",
         "history frames come before the video; image tokens are the first of the text's",
+        frames=None,
     ),
     "HunyuanVideo15Transformer3DModel": ModelSpec(
         ("transformer_blocks.*.attn",), "end", "prefix", "image, glyph and text tokens in one range; padding is masked"
@@ -86,7 +98,7 @@ REFUSED: dict[str, str] = {
     "WanAnimate2Transformer3DModel": "its video attends with FlexAttention's block masks alone",
 }
 
-_UNKNOWN = ModelSpec((), text="unknown")
+_UNKNOWN = ModelSpec((), text="unknown", frames=None)
 
 
 def spec_of(model: nn.Module) -> ModelSpec:

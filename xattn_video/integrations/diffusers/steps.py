@@ -86,12 +86,17 @@ class _Watch:
         return event
 
     def total(self) -> int | None:
-        """Steps of the generation: the pipeline's own number, which leaves out those that it skips, or its schedule."""
+        """Steps of the generation: the pipeline's own number, which leaves out those that it skips, or its schedule's.
+
+        None where there is no schedule, or one for each of several stages.
+        """
         pipeline = self.link()
-        total = getattr(pipeline, "_num_timesteps", None)
-        if isinstance(total, int):
-            return total
-        return None if self.schedule is None else len(self.schedule)
+        if self.schedule is None or _has_stages(getattr(pipeline, "scheduler", None)):
+            return None
+        total = len(self.schedule)
+        own = getattr(pipeline, "_num_timesteps", None)
+        # the number of an earlier run may still be there
+        return own if isinstance(own, int) and 0 < own <= total else total
 
     def counts(self) -> bool:
         """Whether the steps of this generation can be seen, and not only its begin."""
@@ -326,9 +331,13 @@ def _schedule(timestep: Any) -> int | None:
 
 def _is_next_stage(scheduler: Any, schedule: Any, before: Any) -> bool:
     """Whether a generation goes on with this schedule: Helios has one for each stage, and each starts lower."""
-    if before is None or len(getattr(scheduler, "timesteps_per_stage", ())) < 2:
+    if before is None or not _has_stages(scheduler):
         return False
     return float(schedule[0]) < float(before[0])
+
+
+def _has_stages(scheduler: Any) -> bool:
+    return len(getattr(scheduler, "timesteps_per_stage", ())) > 1
 
 
 def _other_schedule(current: Any, seen: Any, *, same_value: bool) -> bool:
