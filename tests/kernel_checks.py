@@ -9,13 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tests.residual_checks import check_stored, exact_residual
 from xattn_video import xattention
-from xattn_video.ops import reference
+from xattn_video.ops import reference, residual
 from xattn_video.ops.block_lists import mask_to_lists
 from xattn_video.ops.key_mask import KeyMask, num_blocks
 from xattn_video.ops.triton import attention as attention_kernel
 from xattn_video.ops.triton import attention_forward as attention_operator
 from xattn_video.ops.triton import block_lists as lists_kernel
+from xattn_video.ops.triton import residual as residual_kernel
 from xattn_video.ops.triton import scores as scores_kernel
 from xattn_video.ops.triton import selection as selection_kernel
 from xattn_video.ops.triton.descriptors import has_copy_engine
@@ -418,3 +420,37 @@ def check_selection(problem: Problem, device: str, kind: str) -> None:
         ):
             assert torch.equal(made[0], indices), threshold
             assert torch.equal(made[1], counts), threshold
+
+
+def check_residual(problem: Problem, device: str) -> None:
+    """Merge, packing and addition against float64, for every kind, on outputs like the problem's query."""
+    output, other, changed = (
+        dataclasses.replace(problem, seed=problem.seed + at).tensors(device)[0] for at in range(3)
+    )
+    generator = torch.Generator().manual_seed(problem.seed)
+    lse, other_lse = (2 * torch.randn(output.shape[:3], generator=generator).to(device) for _ in range(2))
+    # rows that see no key of one part, or none at all: such an output is 0
+    lse[..., [0, 2]] = other_lse[..., [1, 2]] = -torch.inf
+    for part in (output, changed):
+        part[:, :, [0, 2]] = 0
+    other[:, :, [1, 2]] = 0
+    for kind in residual.RESIDUALS:
+        parts = output, lse, other, other_lse
+        dense, packed = residual_kernel.merge(*parts, kind)
+        exact = exact_residual(*parts)
+        judge_sum(dense, residual.merge(*parts, kind)[0], output.double() + exact)
+        assert torch.equal(dense[:, :, 1], output[:, :, 1])
+        assert torch.equal(dense[:, :, 0], other[:, :, 0])
+        assert not dense[:, :, 2].any()
+        check_stored(packed, kind, exact, problem.dtype)
+        before = residual_kernel.merge(changed, lse, other, other_lse, kind)[1]
+        for arguments in ((packed,), (packed, before, 0.75), (packed, before, torch.tensor(-1.5, device=device))):
+            total = residual_kernel.add(output, *arguments)
+            judge_sum(total, residual.add(output, *arguments), residual.add(output.double(), *arguments))
+            assert torch.equal(total[:, :, 1:3], output[:, :, 1:3])
+
+
+def judge_sum(got: Tensor, eager: Tensor, wanted: Tensor) -> None:
+    """Off float64 by no more than plain torch is, and rounding; in the type and the layout of plain torch's result."""
+    assert got.dtype == eager.dtype
+    assert relative_error(got, wanted) <= _allowed(eager, wanted, got.dtype), relative_error(got, wanted)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from tests.residual_checks import check_stored, exact_residual
 from xattn_video.ops import KeyMask, dense_attention
 from xattn_video.ops.backends import resolve
 from xattn_video.ops.block_lists import mask_to_lists
@@ -96,28 +97,8 @@ def test_rows_that_keep_every_block_have_no_residual(backend):
 def test_what_is_stored(kind, dtype, head_dim):
     output, lse, other, other_lse = random_parts(head_dim, dtype)
     dense, packed = merge(output, lse, other, other_lse, kind)
-    exact = exact_residual(output, lse, other, other_lse)
     assert dense.dtype == dtype
-    values = packed.values
-    if kind == "full":
-        assert (values.dtype, packed.scale) == (dtype, None)
-        assert packed.nbytes == output.nbytes
-        allowed = exact.abs() * torch.finfo(dtype).eps + 1e-6
-    else:
-        assert packed.scale is not None
-        assert (packed.scale.dtype, packed.scale.shape) == (torch.float32, lse.shape)
-        assert packed.nbytes == values.nbytes + 4 * lse.numel()
-        scale = packed.scale.double().unsqueeze(-1)
-        if kind == "int4":
-            assert (values.dtype, values.shape[-1]) == (torch.uint8, (head_dim + 1) // 2)
-            torch.testing.assert_close(scale.squeeze(-1), exact.abs().amax(-1) / 7, rtol=1e-4, atol=0)
-            # half a step, and what float32 adds to a value near the middle of two steps
-            allowed = scale * 0.5001
-        else:
-            assert (values.dtype, values.shape) == (torch.float8_e4m3fn, output.shape)
-            # three bits behind the point, or below the smallest normal number a step of 2^-9
-            allowed = torch.maximum(exact.abs() * 2**-4, scale * 2**-10) * 1.0001
-    assert ((unpack(packed, head_dim, torch.float64) - exact).abs() <= allowed + 1e-6).all()
+    check_stored(packed, kind, exact_residual(output, lse, other, other_lse), dtype)
     assert unpack(packed, head_dim, dtype).dtype == dtype
 
 
@@ -127,11 +108,6 @@ def random_parts(head_dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Ten
     output, other = (torch.randn(2, 3, 9, head_dim, generator=generator, dtype=torch.float64) for _ in range(2))
     lse, other_lse = (2 * torch.randn(2, 3, 9, generator=generator) for _ in range(2))
     return output.to(dtype), lse, other.to(dtype), other_lse
-
-
-def exact_residual(output: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> Tensor:
-    share = torch.sigmoid(other_lse.double() - lse.double()).unsqueeze(-1)
-    return share * (other.double() - output.double())
 
 
 def test_the_bytes_of_an_int4_residual():

@@ -60,10 +60,11 @@ def test_small_problems_on_a_gpu(problem):
     kernel_checks.check_attention(fresh(problem), "cuda")
     kernel_checks.check_descriptors(fresh(problem), "cuda")
     kernel_checks.check_selection(fresh(problem), "cuda", "even")
+    kernel_checks.check_residual(fresh(problem), "cuda")
 
 
 @on_a_gpu
-@pytest.mark.parametrize("check", ["scores", "attention", "descriptors", "same_twice"])
+@pytest.mark.parametrize("check", ["scores", "attention", "descriptors", "residual", "same_twice"])
 @pytest.mark.parametrize("problem", REAL, ids=str)
 def test_real_sizes_on_a_gpu(problem, check):
     getattr(kernel_checks, f"check_{check}")(fresh(problem), "cuda")

@@ -22,10 +22,12 @@ from tests.kernel_checks import Problem
 from tests.kernel_problems import HUGE, SMALL, STRIPS, TILES, WIDE_TILES
 from tests.memory_check import checked_memory
 from xattn_video import xattention
+from xattn_video.ops import residual
 from xattn_video.ops.block_lists import mask_to_lists
 from xattn_video.ops.triton import attention_forward as attention_operator
 from xattn_video.ops.triton import block_lists as lists_kernel
 from xattn_video.ops.triton import descriptors, launch_tables
+from xattn_video.ops.triton import residual as residual_kernel
 from xattn_video.ops.triton import scores as scores_kernel
 from xattn_video.ops.triton import selection as selection_kernel
 from xattn_video.ops.triton.descriptors import describe
@@ -207,6 +209,96 @@ def test_bounds_may_be_strided():
 def test_selection_is_the_sorted_set(kind, causal):
     problem = Problem(lengths=(40, 600), batch=2, block_size=16, causal=causal, kv_lens=(600, 333))
     kernel_checks.check_selection(problem, "cpu", kind)
+
+
+# every layout, and a batch with an odd head dimension; its masks do not matter here
+@pytest.mark.parametrize("problem", [*SMALL[2:5], SMALL[7]], ids=str)
+def test_residual(problem):
+    kernel_checks.check_residual(problem, "cpu")
+
+
+@pytest.mark.parametrize("head_dim", [1, 2, 5, 88, 128, 256])
+@pytest.mark.parametrize("dtype", [torch.float32, BF16], ids=str)
+def test_residual_for_every_head_dim(head_dim, dtype):
+    kernel_checks.check_residual(Problem(lengths=(40, 1), head_dim=head_dim, dtype=dtype, layout="bshd"), "cpu")
+
+
+@pytest.mark.parametrize("kind", residual.RESIDUALS)
+@pytest.mark.parametrize("place", range(4), ids=["output", "lse", "other", "other_lse"])
+def test_a_nan_shows_in_a_residual(kind, place):
+    parts = (torch.randn(1, 2, 70, 8), torch.randn(1, 2, 70), torch.randn(1, 2, 70, 8), torch.randn(1, 2, 70))
+    parts[place][0, 1, 65] = torch.nan
+    dense, packed = residual_kernel.merge(*parts, kind)
+    for result in (dense, residual_kernel.add(torch.zeros_like(dense), packed)):
+        assert result[0, 1, 65].isnan().all()
+        assert result.isnan().any(-1).sum() == 1
+
+
+@pytest.mark.parametrize("kind", ["int4", "fp8"])
+def test_a_residual_without_a_usable_scale(kind):
+    """Too small it is zero, infinite it is NaN, as in plain torch."""
+    lse = torch.zeros(1, 1, 2)
+    other = torch.tensor([[3e-40, -1e-40, 7e-45, 0.0], [1.0, torch.inf, -torch.inf, 0.0]]).expand(1, 1, 2, 4)
+    _, packed = residual_kernel.merge(torch.zeros(1, 1, 2, 4), lse, other, lse, kind)
+    total = residual_kernel.add(torch.zeros(1, 1, 2, 4), packed)
+    assert torch.equal(total[0, 0, 0], torch.zeros(4))
+    assert total[0, 0, 1].isnan().all()
+
+
+def test_every_fp8_number_is_as_torch_has_it():
+    """All 254 numbers, and those halfway between two of them, which go to the even one."""
+    numbers = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+    numbers = numbers[numbers.isfinite()].sort().values
+    values = torch.cat((numbers, (numbers[1:] + numbers[:-1]) / 2)).view(1, 1, 169, 3)
+    # a largest magnitude of 448 is a scale of 1
+    values = torch.cat((values, torch.full((1, 1, 169, 1), 448.0)), dim=-1)
+    lse = torch.zeros(1, 1, 169)
+    _, packed = residual_kernel.merge(torch.zeros_like(values), lse, 2 * values, lse, "fp8")
+    wanted = values.to(torch.float8_e4m3fn).float()
+    assert torch.equal(packed.values.float(), wanted)
+    assert torch.equal(residual_kernel.add(torch.zeros_like(values), packed), wanted)
+
+
+def test_a_residual_is_read_and_written_once(touched):
+    """Every element of the tensors is touched once, and the log-sum-exps and scales once for each row."""
+    parts = (torch.randn(1, 2, 70, 24), torch.randn(1, 2, 70), torch.randn(1, 2, 70, 24), torch.randn(1, 2, 70))
+    rows, values = 140, 140 * 24
+    _, packed = residual_kernel.merge(*parts, "int4")
+    assert sum(touched) == 3 * values + values // 2 + 3 * rows
+    touched.clear()
+    residual_kernel.add(parts[0], packed)
+    assert sum(touched) == 2 * values + values // 2 + rows
+
+
+def test_residual_kernels_refuse_float64():
+    parts = (torch.zeros(1, 1, 2, 4, dtype=torch.float64), torch.zeros(1, 1, 2)) * 2
+    with pytest.raises(ValueError, match=r"output must be one of torch.float32.* got torch.float64"):
+        residual_kernel.merge(*parts, "int4")
+    with pytest.raises(ValueError, match=r"output must be one of torch.float32.* got torch.float64"):
+        residual_kernel.add(parts[0], residual.merge(*parts, "int4")[1])
+    with pytest.raises(ValueError, match="kind must be one of int4, fp8, full, got 'int8'"):
+        residual_kernel.merge(*(part.float() for part in parts), "int8")
+
+
+def test_residual_operators_keep_their_contract():
+    """Schema, fake and real results agree, and a compiled caller is compiled once for all factors."""
+    output = torch.randn(1, 2, 70, 40).transpose(1, 2).contiguous().transpose(1, 2)
+    lse = torch.randn(1, 2, 70)
+    factor = torch.tensor(0.5)
+    # torch cannot compare tensors of fp8, which the check does
+    for kind in ("int4", "full"):
+        torch.library.opcheck(residual_kernel._merge, (output, lse, -output, lse + 1, kind))
+        _, packed = residual_kernel.merge(output, lse, -output, lse + 1, kind)
+        torch.library.opcheck(residual_kernel._add, (output, *packed, *packed, factor))
+        torch.library.opcheck(residual_kernel._add, (output, *packed, None, None, None))
+    graphs = []
+    compiled = torch.compile(
+        residual_kernel.add, fullgraph=True, backend=lambda module, _: graphs.append(module) or module.forward
+    )
+    for later in (0.25, 1.0, 2.0):
+        arguments = (output, packed, packed._replace(values=packed.values * 2), torch.tensor(later))
+        assert torch.equal(compiled(*arguments), residual_kernel.add(*arguments))
+    assert len(graphs) == 1
 
 
 def test_a_wrong_block_shows():
