@@ -47,18 +47,21 @@ def gather(case: Case, target: str) -> static_evidence.Evidence:
 @pytest.mark.parametrize(
     ("case", "target"),
     COMPILED,
-    ids=[f"{case.kernel}-{case.dtype}-{case.head_dim}-{case.causal}-{target}" for case, target in COMPILED],
+    ids=[
+        f"{case.kernel}-{case.dtype}-{case.head_dim}-{case.kind or case.causal}-{target}" for case, target in COMPILED
+    ],
 )
 def test_shipped_configuration_is_accepted(case, target):
     evidence = gather(case, target)
     assert evidence.complaints() == [], static_evidence.format_row(evidence)
-    if case.dtype != "fp32" and target != "gfx942":
+    if case.kind is None and case.dtype != "fp32" and target != "gfx942":
         assert evidence.async_copies > 0, "the loads are neither vectorised nor pipelined: is the specialisation lost?"
 
 
 def test_every_table_entry_is_compiled():
     """Cases and targets together reach each entry of each shipped table, so none is committed unseen."""
-    compiled = {id(case.config(target)) for case, target in COMPILED}
+    residual = list(static_evidence.residual_cases())
+    compiled = {id(case.config(target)) for case, target in COMPILED if case not in residual}
     folder = resources.files(launch_tables.__package__).joinpath("configs")
     names = [file.name.removesuffix(".json") for file in folder.iterdir()]
     assert {"default", "gfx", "sm_90"} <= set(names)
@@ -71,7 +74,7 @@ def test_every_table_entry_is_compiled():
         if id(entry) not in compiled
     ]
     assert unseen == []
-    assert len(COMPILED) <= 60 + len(list(static_evidence.hopper_cases()))
+    assert len(COMPILED) <= 60 + len(list(static_evidence.hopper_cases())) + len(residual) * len(TARGETS)
 
 
 @pytest.mark.parametrize(
@@ -170,6 +173,29 @@ def test_selection_compiles_once_for_lengths_of_the_same_magnitude(target):
     assert selection_kernels(931, target) == selection_kernels(592, target)
 
 
+@pytest.mark.parametrize("case", list(static_evidence.residual_cases())[::3], ids=lambda case: case.kernel)
+def test_a_residual_of_another_video_compiles_nothing(case, monkeypatch):
+    """Nor does one of other heads: sizes and strides are no part of what a kernel is compiled for."""
+    made = set()
+    for tokens, heads in ((118_800 + 256, 24), (75_601, 40), (32_760, 12)):
+        monkeypatch.setattr(static_evidence, "TOKENS", tokens)
+        monkeypatch.setattr(static_evidence, "HEADS", heads)
+        made.add(compile_like_jit(*case.kernel_and_arguments("sm_90"), TARGETS["sm_90"]).hash)
+    assert len(made) == 1
+
+
+@pytest.mark.parametrize("kind", ["int4", "fp8", "full"])
+def test_a_residual_is_moved_in_wide_accesses(kind):
+    """bf16, D 128, a half of a row is 128 bytes: all that is as large as an output moves in 16 bytes a thread."""
+    merged = gather(Case("residual_merge", "bf16", 128, kind=kind), "sm_90").wide_accesses
+    added = gather(Case("residual_add", "bf16", 128, kind=kind), "sm_90").wide_accesses
+    # 2048 values of one half and 128 threads: two accesses for each half of a tensor of 16 bits, one for 8 bits,
+    # and one for both halves of 4 bits
+    stored = {"int4": 1, "fp8": 2, "full": 4}[kind]
+    assert merged == 3 * 4 + stored
+    assert added == 2 * 4 + stored
+
+
 def test_specialisation_is_the_launchs():
     """Pointers and strides are known to be divisible by 16 and unit integers are constants, as in a launch."""
     kernel, arguments = Case("block_sparse", "bf16", 128, tma=False).kernel_and_arguments("sm_90")
@@ -196,6 +222,20 @@ def test_specialisation_is_the_launchs():
 )
 def test_bad_evidence_is_refused(change, words):
     good = evidence_of("sm_86", Case("block_sparse", "fp16", 64), copies_in_flight=2)
+    assert good.complaints() == []
+    assert words in "; ".join(dataclasses.replace(good, **change).complaints())
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"spills": 2, "stack": 8}, "2 values are spilled, 8 B of stack"),
+        ({"wide_accesses": 0}, "no load or store of 16 bytes"),
+        ({"shared": 100 * 1024}, "shared memory 102400 B is above 101376 B"),
+    ],
+)
+def test_bad_evidence_of_a_residual_kernel_is_refused(change, words):
+    good = evidence_of("sm_86", Case("residual_add", "bf16", 128, kind="int4"), matrix_instructions=0, async_copies=0)
     assert good.complaints() == []
     assert words in "; ".join(dataclasses.replace(good, **change).complaints())
 
@@ -242,6 +282,7 @@ def evidence_of(target: str, case: Case, **changes: Any) -> static_evidence.Evid
         barriers_in_loops=[2, 3],
         softmax_barriers=0,
         register_requests=0,
+        wide_accesses=8,
         compile_seconds=1.0,
     )
     return dataclasses.replace(good, **changes)

@@ -29,7 +29,8 @@ from triton.compiler import CompiledKernel
 from triton.runtime.jit import JITFunction
 
 from xattn_video.ops.key_mask import num_blocks
-from xattn_video.ops.triton import attention, attention_choice, launch_tables
+from xattn_video.ops.residual import RESIDUALS, empty_packed
+from xattn_video.ops.triton import attention, attention_choice, launch_tables, residual
 from xattn_video.ops.triton import scores as antidiagonal_scores
 from xattn_video.ops.triton.launch_tables import LaunchConfig
 from xattn_video_eval.results import provenance
@@ -60,8 +61,15 @@ BARRIER = {"cuda": r"\bBAR\.SYNC\S* 0x[0-9a-f]+\b(?!,)", "hip": r"\bs_barrier\b"
 # Hopper's products run asynchronously: gsb0 marks the last instruction of what a later wait counts as one product.
 ASYNC_PRODUCT = r"\bHGMMA\S* (R\d+)\b.*?(, gsb0)?\s*$"
 ASYNC_WAIT = r"\bWARPGROUP\.DEPBAR\.LE gsb0, (0x[0-9a-f]+)"
-CONFIG_NAMES = ("BLOCK_R", "BLOCK_C", "BLOCK_K", "BLOCK_M", "BLOCK_N", "TMA", "STAGES", "num_warps", "num_stages")
+# of 16 bytes for each thread: global memory is read and written best by them
+WIDE_ACCESS = {
+    "cuda": r"\b(?:LDG|STG)\S*\.128\b",
+    "hip": r"^\s*(?:global|buffer)_(?:load|store)_dwordx4\b",
+}
+TILES = ("BLOCK_R", "BLOCK_C", "BLOCK_K", "BLOCK_M", "BLOCK_N", "BLOCK_S", "BLOCK_D")
+CONFIG_NAMES = (*TILES, "TMA", "STAGES", "num_warps", "num_stages")
 HOPPER = "attention_hopper"
+MERGE, ADD, EXTRAPOLATE = RESIDUAL_KERNELS = ("residual_merge", "residual_add", "residual_extrapolate")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # HunyuanVideo, 720p, 129 frames: video and text tokens, heads
 TOKENS, HEADS = 118_800 + 256, 24
@@ -69,9 +77,10 @@ TOKENS, HEADS = 118_800 + 256, 24
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One specialisation of one kernel: `kernel` is "antidiagonal_scores", "block_sparse" or "attention_hopper".
+    """One specialisation of one kernel: "antidiagonal_scores", "block_sparse", "attention_hopper" or a residual one.
 
     tma: whether keys and values are fetched through tensor descriptors; None is what the launch table says.
+    kind: how a residual kernel's residual is stored; None for the others.
     """
 
     kernel: str
@@ -81,6 +90,7 @@ class Case:
     block_size: int = 128
     stride: int = 8
     tma: bool | None = None
+    kind: str | None = None
 
     def runs_on(self, target: str) -> bool:
         """Whether GPUs of that class have what the kernel is made for."""
@@ -99,6 +109,8 @@ class Case:
     def kernel_and_arguments(self, target: str) -> tuple[JITFunction, dict[str, Any]]:
         """The kernel and what its launcher would pass for one large video on that device class."""
         dtype = DTYPES[self.dtype]
+        if self.kind is not None:
+            return self._residual_kernel_and_arguments(self.kind)
         query = _meta(1, TOKENS, HEADS, self.head_dim, dtype=dtype).transpose(1, 2)
         blocks = num_blocks(TOKENS, self.block_size)
         options: dict[str, Any] = {
@@ -125,6 +137,16 @@ class Case:
             return attention_hopper._attend_hopper_kernel, attention_hopper.hopper_arguments(*tensors, **options)[1]
         return attention._block_sparse_kernel, attention.block_sparse_arguments(*tensors, **options)[1]
 
+    def _residual_kernel_and_arguments(self, kind: str) -> tuple[JITFunction, dict[str, Any]]:
+        output = _meta(1, TOKENS, HEADS, self.head_dim, dtype=DTYPES[self.dtype]).transpose(1, 2)
+        packed = empty_packed(output, kind)
+        if self.kernel == MERGE:
+            lse = _meta(1, HEADS, TOKENS, dtype=torch.float32)
+            _, arguments = residual.merge_arguments(output, lse, output, lse, output, packed)
+            return residual._residual_merge_kernel, arguments
+        before, factor = (packed, _meta(dtype=torch.float32)) if self.kernel == EXTRAPOLATE else (None, None)
+        return residual._residual_add_kernel, residual.add_arguments(output, packed, before, factor, output)[1]
+
 
 def _meta(*shape: int, dtype: torch.dtype) -> torch.Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
@@ -143,6 +165,7 @@ class Evidence:
     barriers_in_loops: how often all threads of the program wait for each other in each of the loops, shortest first.
     softmax_barriers: those of the loop that lie between the two products, beside the exponentials.
     register_requests: instructions by which warps give registers to other warps.
+    wide_accesses: loads and stores of global memory that move 16 bytes for each thread.
     """
 
     target: str
@@ -165,12 +188,13 @@ class Evidence:
     barriers_in_loops: list[int]
     softmax_barriers: int
     register_requests: int
+    wide_accesses: int
     compile_seconds: float
 
     @property
     def stages(self) -> int:
-        """How many tiles of keys there is room for."""
-        return self.config.get("STAGES") or self.config["num_stages"]
+        """How many tiles of keys there is room for; 1 for a kernel without a loop."""
+        return self.config.get("STAGES") or self.config.get("num_stages", 1)
 
     def complaints(self) -> list[str]:
         """Why the configuration is not acceptable on its target; empty if it is."""
@@ -178,6 +202,8 @@ class Evidence:
         limit = SHARED_LIMIT[self.target] * 1024
         if self.shared > limit:
             found.append(f"shared memory {self.shared} B is above {limit} B")
+        if self.case.kind is not None:
+            return found + self._residual_complaints()
         if self.tensor_memory_columns > TENSOR_MEMORY_COLUMNS:
             found.append(f"tensor memory needs {self.tensor_memory_columns} of {TENSOR_MEMORY_COLUMNS} columns")
         # float32 is multiplied exactly, which NVIDIA's matrix units cannot do
@@ -196,6 +222,15 @@ class Evidence:
         if self.serialised_products:
             found.append(f"{self.serialised_products} matrix instructions wait for the one before them")
         return found + (self._hopper_complaints() if self.case.kernel == HOPPER else [])
+
+    def _residual_complaints(self) -> list[str]:
+        """Kernels that are bound by memory: no spilled value, and wide accesses where halves of rows allow them."""
+        found = []
+        if self.spills or self.stack:
+            found.append(f"{self.spills} values are spilled, {self.stack} B of stack")
+        if self.wide_accesses == 0 and self.case.head_dim in (64, 96, 128):
+            found.append("no load or store of 16 bytes")
+        return found
 
     def _hopper_complaints(self) -> list[str]:
         """What the warp-specialised kernel is written for.
@@ -277,6 +312,7 @@ def read_sass(sass: str, target: str) -> dict[str, Any]:
         "async_copies": len(re.findall(r"\b(?:LDGSTS|UTMALDG)\b", sass)),
         "tile_copies": len(re.findall(r"\bUTMALDG\b", sass)),
         "register_requests": len(re.findall(r"\bUSETMAXREG\b", sass)),
+        "wide_accesses": _count(WIDE_ACCESS["cuda"], [text for _, text in code]),
         **_matrix_loops(code, closes, target),
     }
 
@@ -300,6 +336,7 @@ def _read_amd(compiled: CompiledKernel, target: str) -> dict[str, Any]:
         "async_copies": 0,
         "tile_copies": 0,
         "register_requests": 0,
+        "wide_accesses": _count(WIDE_ACCESS["hip"], [text for _, text in code]),
         **_matrix_loops(code, backward, target),
     }
 
@@ -384,6 +421,16 @@ def default_cases() -> Iterator[Case]:
     for head_dim in (128, 256):
         yield Case("block_sparse", "fp32", head_dim)
     yield from hopper_cases()
+    yield from residual_cases()
+
+
+def residual_cases() -> Iterator[Case]:
+    """The kernels of residual memory: every kind of residual, and each head dimension and dtype with one of them."""
+    for kernel in RESIDUAL_KERNELS:
+        for kind in RESIDUALS:
+            yield Case(kernel, "bf16", 128, kind=kind)
+    yield Case(MERGE, "fp16", 40, kind="int4")
+    yield Case(MERGE, "fp32", 256, kind="fp8")
 
 
 def hopper_cases() -> Iterator[Case]:
@@ -407,6 +454,7 @@ def all_cases() -> Iterator[Case]:
         yield Case("block_sparse", "bf16", head_dim, block_size=64)
         yield Case("block_sparse", "bf16", head_dim, tma=True)
         yield Case("block_sparse", "bf16", head_dim, tma=False)
+    yield from residual_cases()
     yield from hopper_cases()
     if attention_choice.triton_suffices():
         yield Case(HOPPER, "bf16", 64)
@@ -414,25 +462,26 @@ def all_cases() -> Iterator[Case]:
 
 
 HEADER = (
-    f"{'target':7} {'kernel':20} {'type':4} {'D':>3} {'causal':6} {'P':>3} {'S':>2} {'tiles':>14} {'warps':>5}"
+    f"{'target':7} {'kernel':25} {'type':4} {'D':>3} {'causal':6} {'P':>3} {'S':>2} {'tiles':>14} {'warps':>5}"
     f" {'stg':>3} {'regs':>4} {'stack':>5} {'spill':>5} {'shared':>6} {'tmem':>4} {'mma':>4} {'LDL':>3}"
-    f" {'loop':>4} {'mma':>4} {'ahead':>5} {'prod':>4} {'bars':>5} {'soft':>4} {'s':>4}"
+    f" {'loop':>4} {'mma':>4} {'ahead':>5} {'prod':>4} {'bars':>5} {'soft':>4} {'wide':>4} {'s':>4}"
 )
 
 
 def format_row(evidence: Evidence) -> str:
     """One line of the table under HEADER."""
     case = evidence.case
-    tiles = "x".join(str(value) for name, value in evidence.config.items() if name.startswith("BLOCK_"))
+    name = f"{case.kernel} {case.kind or ''}"
+    tiles = "x".join(str(size) for part, size in evidence.config.items() if part.startswith("BLOCK_"))
     return (
-        f"{evidence.target:7} {case.kernel:20} {case.dtype:4} {case.head_dim:3} {case.causal!s:6} {case.block_size:3} "
+        f"{evidence.target:7} {name:25} {case.dtype:4} {case.head_dim:3} {case.causal!s:6} {case.block_size:3} "
         f"{case.stride:2} {tiles:>14} {evidence.config['num_warps']:5} {evidence.stages:3} "
         f"{evidence.registers:4} {evidence.stack:5} {evidence.spills:5} {evidence.shared:6} "
         f"{evidence.tensor_memory_columns:4} {evidence.matrix_instructions:4} {evidence.local_loads_in_loop:3} "
         f"{evidence.loop_instructions:4} {evidence.loop_matrix_instructions:4} "
         f"{'-' if evidence.copies_in_flight is None else evidence.copies_in_flight:>5} "
         f"{evidence.products_in_flight or '-':>4} {'/'.join(map(str, evidence.barriers_in_loops)):>5} "
-        f"{evidence.softmax_barriers:4} "
+        f"{evidence.softmax_barriers:4} {evidence.wide_accesses:4} "
         f"{evidence.compile_seconds:4.1f}  {'; '.join(evidence.complaints())}"
     )
 

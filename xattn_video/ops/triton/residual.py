@@ -27,8 +27,8 @@ _SIZES = ("heads", "length", *(f"stride_{name}{axis}" for name in "ocd" for axis
 _ADD_SIZES = tuple(name for name in _SIZES if not name.startswith("stride_c"))
 # Strides are passed in units of 8 elements where they can be: 16 bytes of a 16-bit type, the widest load.
 _STRIDE_UNIT = 8
-# Values of one half that a program holds: 16 for each thread of four warps.
-_TILE = 2048
+# Bytes of an output's half that a program holds: 32 for each thread of four warps. With twice as many, float32 spills.
+_TILE_BYTES = 4096
 
 _INT4_MOST, _INT4_ZERO, _FP8_MOST = tl.constexpr(INT4_MOST), tl.constexpr(INT4_ZERO), tl.constexpr(FP8_MOST)
 _SMALLEST_SCALE = tl.constexpr(SMALLEST_SCALE)
@@ -227,9 +227,9 @@ def _residual_add_kernel(
     tl.store(sum_ptr + HALF, high.to(sum_ptr.dtype.element_ty), mask=high_mask)
 
 
-def _options(head_dim: int, kind: str) -> dict[str, Any]:
+def _options(dtype: torch.dtype, head_dim: int, kind: str) -> dict[str, Any]:
     block_d = max(triton.next_power_of_2((head_dim + 1) // 2), 16)
-    tile = {"BLOCK_S": max(_TILE // block_d, 1), "BLOCK_D": block_d, "num_warps": 4}
+    tile = {"BLOCK_S": max(_TILE_BYTES // (block_d * dtype.itemsize), 1), "BLOCK_D": block_d, "num_warps": 4}
     return {"HEAD_DIM": head_dim, "KIND": kind, **tile, **COMPILE_OPTIONS}
 
 
@@ -252,7 +252,7 @@ def _strides(names: str, *tensors: torch.Tensor) -> dict[str, int]:
 
 def _grid_and_sizes(output: torch.Tensor, kind: str) -> tuple[tuple[int, int], dict[str, Any]]:
     batch, heads, length, head_dim = output.shape
-    options = _options(head_dim, kind)
+    options = _options(output.dtype, head_dim, kind)
     grid = rows_by_heads(triton.cdiv(length, options["BLOCK_S"]), batch, heads)
     return grid, {"heads": heads, "length": length, **options}
 
