@@ -45,12 +45,12 @@ def test_bench_prints_a_table_and_ends_in_json(
         assert 0 < row["density"] <= 1
         assert row["ideal_speedup"] == pytest.approx(1 / (row["density"] + 1 / 16))
         assert row["speedup"] == pytest.approx(row["best_ms"]["sdpa"] / row["best_ms"]["total"])
-        assert {"score", "select", "attend", "total", "sdpa"} == set(row["median_ms"])
+        assert {"score", "select", "attend", "refresh", "add", "total", "sdpa"} == set(row["median_ms"])
         assert row["device"]
         assert row["versions"]["torch"] == torch.__version__
         assert row["config"]["threshold"] == 0.9
     # A line in the first table, and one for each kernel and stage in the second.
-    assert sum(line.strip().startswith("video-1100") for line in lines) == 2 + 2 * 5
+    assert sum(line.strip().startswith("video-1100") for line in lines) == 2 + 2 * 7
 
     assert main([*ARGUMENTS, "--causal", "--record"]) == 0
     capsys.readouterr()
@@ -218,7 +218,7 @@ def test_a_kernel_that_is_wrong_or_raises_is_listed_and_not_timed(
     assert main(ARGUMENTS) == 0
     lines = capsys.readouterr().out.splitlines()
     (row,) = json.loads(lines[-1])["rows"]
-    assert set(row["median_ms"]) == {"sdpa", "score", "select", "attend", "total"}
+    assert set(row["median_ms"]) == {"sdpa", "score", "select", "attend", "refresh", "add", "total"}
     assert set(row["not_timed"]) == {"wrong", "nan", "raising", "missing"}
     assert row["not_timed"]["wrong"].startswith("wrong result: off float64 by 1.00e-02")
     assert row["not_timed"]["raising"] == "RuntimeError: no kernel image is available"
@@ -242,6 +242,31 @@ def test_attention_that_is_wrong_on_the_timed_problem_ends_the_bench(
     report = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert report["rows"] == []
     assert "video-1100: attend: wrong result" in report["failures"][0]
+
+
+@pytest.mark.parametrize(
+    ("stage", "words"),
+    [("merge", "a refresh is off SDPA by"), ("add_residual", "the addition of a residual in head 1 is off by")],
+)
+def test_a_residual_that_is_wrong_is_a_failure_and_not_timed(
+    stage: str, words: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Wrong in one head alone; the stages of the call are timed all the same."""
+    own = resolve("cpu", torch.device("cpu"), torch.float32)
+    right = getattr(own, stage)
+
+    def wrong(*parts: Any) -> Any:
+        result = right(*parts)
+        (result[0] if stage == "merge" else result)[:, 1] *= 1.001
+        return result
+
+    monkeypatch.setattr(command, "resolve", lambda *_: own._replace(**{stage: wrong}))
+    assert main(ARGUMENTS) == 1
+    report = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert any(words in failure for failure in report["failures"]), report["failures"]
+    (row,) = report["rows"]
+    assert "attend" in row["best_ms"]
+    assert not {"refresh", "add"} & set(row["best_ms"])
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -287,7 +312,9 @@ def test_stages_are_those_of_the_call(capsys: pytest.CaptureFixture[str], monkey
     assert main(ARGUMENTS) == 0
     (row,) = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
     # Once to know what is kept and what is right, once unmeasured, and once a round.
-    assert calls == {"select": 2 + row["rounds"], "attend": 2 + row["rounds"]}
+    times = 2 + row["rounds"]
+    # A refresh attends twice, and the residual is added to one more output.
+    assert calls == {"select": times, "attend": times + 2 * times + 1}
 
 
 def test_both_pictures_are_written_and_show_the_rows(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

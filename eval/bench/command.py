@@ -2,14 +2,15 @@
 
     gate: a small problem in float64; of the timed one threshold 1 against SDPA, scores, choice and every kernel on
     rows in float64
-      ->  rounds of (every dense kernel, score, select, attend, whole call), interleaved
+      ->  rounds of (every dense kernel, score, select, attend, whole call), interleaved; beside them a refresh of the
+      residual memory (attention over kept blocks and over the others, and their merge) and the addition of a residual
       ->  a row a shape: times, density, speed-up beside the ideal one `1 / (density + 1 / (2 * stride))`
 
 A case with a wrong result has no times but its reason, the others go on, and the exit code is 1 at the end. Ratios are
 taken inside one run. Effective TFLOP/s count the operations that the result needs, whatever a kernel does: dense
 `4 * heads * tokens^2 * head_dim` (half of it if causal), score `1 / (2 * stride)` of that, attend `density` of it,
-total the sum of both; selection multiplies nothing. The last line of stdout is JSON; `--record` also appends the rows
-to the ledger of the project, `--out` to one in a folder of the user's, and `--plot` draws them.
+total the sum of both; selection and addition multiply nothing. The last line of stdout is JSON; `--record` also appends
+the rows to the ledger of the project, `--out` to one in a folder of the user's, and `--plot` draws them.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from xattn_video.ops.backends import resolve
 from xattn_video.ops.block_lists import lists_to_mask
 from xattn_video.ops.call_blocks import call_blocks
 from xattn_video.ops.key_mask import KeyMask
+from xattn_video.ops.residual import Packed
 from xattn_video.ops.sparse import select_lists
 from xattn_video_eval.bench import goals as bench_goals
 from xattn_video_eval.bench import plots as bench_plots
@@ -46,7 +48,7 @@ from xattn_video_eval.bench.dense_kernels import (
     reason_of,
     sparse_candidates,
 )
-from xattn_video_eval.bench.gates import gate_choice, gate_small, gate_timed
+from xattn_video_eval.bench.gates import gate_choice, gate_residual, gate_small, gate_timed
 from xattn_video_eval.bench.goals import Verdict
 from xattn_video_eval.bench.settings import LEDGER_NAME, BenchSettings
 from xattn_video_eval.bench.tables import format_stages, format_table
@@ -59,6 +61,10 @@ from xattn_video_pipelines.common.files import make_writable
 LEDGER = RESULTS / LEDGER_NAME
 # `--goals` leaves out a dense kernel that takes this many times as long as the fastest.
 TOO_SLOW = 2.0
+# The kind of residual whose refresh and addition are timed: the default one.
+RESIDUAL = "int4"
+# Stages that multiply no matrices.
+NO_PRODUCTS = ("select", "add")
 
 EXAMPLE = """\
 example:
@@ -278,6 +284,18 @@ def _measure(
     if "attend" in own.refused or not dense.kernels:
         return None, wrong
 
+    rest = backend.mask_to_lists(blocks.valid & ~block_mask)
+
+    def refresh() -> tuple[Tensor, Packed]:
+        parts = [backend.block_sparse_forward(query, key, value, *part, **masking) for part in (lists, rest)]
+        return backend.merge(*parts[0], *parts[1], RESIDUAL)
+
+    output, (refreshed, packed) = attend(), refresh()
+    add = partial(backend.add_residual, output, packed)
+    wrong_residual = gate_residual(case, query, key, value, (output, refreshed, add()), packed)
+    wrong += wrong_residual
+    residual: dict[str, Callable[[], object]] = {} if wrong_residual else {"refresh": refresh, "add": add}
+    del refreshed
     call = partial(xattention, query, key, value, config, causal=case.causal)
     stages: dict[str, Callable[[], object]] = {
         **dense.kernels,
@@ -285,6 +303,7 @@ def _measure(
         "score": score,
         "select": select,
         **own.kernels,
+        **residual,
         "total": call,
     }
     seconds: dict[str, list[float]] = {name: [] for name in stages}
@@ -331,7 +350,7 @@ def summarize(
     ideal = 1 / (density + estimate)
     speedup = best[fastest] / best["total"]
     shares = dict.fromkeys(seconds, density) | dict.fromkeys(dense, 1.0)
-    shares |= {"score": estimate, "total": density + estimate}
+    shares |= {"score": estimate, "refresh": 1.0, "total": density + estimate}
     flop = 4 * case.tokens**2 * case.head_dim * case.heads / (2 if case.causal else 1)
     return {
         "density": density,
@@ -342,5 +361,5 @@ def summarize(
         "speedup_of_medians": median[fastest] / median["total"],
         "ideal_speedup": ideal,
         "reached": speedup / ideal,
-        "tflops": {name: shares[name] * flop / time / 1e9 for name, time in best.items() if name != "select"},
+        "tflops": {name: shares[name] * flop / time / 1e9 for name, time in best.items() if name not in NO_PRODUCTS},
     }

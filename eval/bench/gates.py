@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from xattn_video import XAttnConfig, block_sparse_attention, score_blocks, select_blocks, xattention
-from xattn_video.ops import KeyMask, dense_attention, reference
+from xattn_video.ops import KeyMask, dense_attention, reference, residual
 from xattn_video.ops.call_blocks import CallBlocks
+from xattn_video.ops.residual import Packed
 from xattn_video.testing import causal_text_like_qkv
 from xattn_video_eval.bench.cases import Case
 
@@ -107,6 +108,38 @@ def gate_choice(
         wrong = (block_mask[:, :, row] != wanted_mask).sum(-1).amax().item()
         if wrong > 1:
             failures.append(f"up to {wrong} wrong blocks are kept or left out of query block {block}")
+    return failures
+
+
+def gate_residual(
+    case: Case,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    outputs: tuple[Tensor, Tensor, Tensor],
+    packed: Packed,
+) -> list[str]:
+    """A refresh must give what dense attention gives, and the addition what plain torch gives in float64.
+
+    Args:
+        query, key, value: `[1, H, S, D]`.
+        outputs: `[1, H, S, D]` each: attention over the kept blocks, the refresh, and the former with the residual.
+        packed: the residual of the refresh.
+    """
+    output, refreshed, total = outputs
+    dense = dense_attention(query, key, value, KeyMask(case.causal))
+    # Three roundings: of both parts, and of their sum.
+    allowed = max(6 * torch.finfo(query.dtype).eps, 2e-6)
+    failures = []
+    # written so that NaN is wrong too
+    if not (error := _error(refreshed, dense)) <= allowed:
+        failures.append(f"a refresh is off SDPA by {error:.2e}, allowed {allowed:.2e}")
+    for head in range(case.heads):
+        own = slice(head, head + 1)
+        stored = Packed(packed.values[:, own], None if packed.scale is None else packed.scale[:, own])
+        wanted = residual.add(output[:, own].double(), stored)
+        if not (error := _error(total[:, own], wanted)) <= allowed:
+            failures.append(f"the addition of a residual in head {head} is off by {error:.2e}, allowed {allowed:.2e}")
     return failures
 
 

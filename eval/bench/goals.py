@@ -18,6 +18,8 @@ HOPPER_TFLOPS = (550, 500)
 PLAIN_TFLOPS = (430, 430)
 # Scores and selection over the fastest dense kernel, by stride.
 SELECTION_SHARE = {8: 0.08, 16: 0.04}
+# The addition of an int4 residual over the fastest dense kernel.
+ADDITION_SHARE = 0.02
 # Speed-up of the whole call over the ideal one: the goal, and what passes.
 OF_IDEAL = (0.75, 0.70)
 # Peak memory beyond inputs and output, however many tokens.
@@ -47,7 +49,7 @@ def verdicts(rows: list[dict[str, Any]]) -> list[Verdict]:
     return [
         Verdict(row["name"], row["stride"], row["density"], *said)
         for row in rows
-        for rule in (_attend, _selection, _whole_call, _memory, _beside_the_paper, _never_slower)
+        for rule in (_attend, _selection, _addition, _whole_call, _memory, _beside_the_paper, _never_slower)
         for said in rule(row)
     ]
 
@@ -99,6 +101,19 @@ def _selection(row: dict[str, Any]) -> Said:
     best = row["best_ms"]
     share = (best["score"] + best["select"]) / best[row["dense_kernel"]]
     yield f"score + select over {row['dense_kernel']}", f"{share:.1%}", f"<= {passes:.1%}", share <= passes
+
+
+def _addition(row: dict[str, Any]) -> Said:
+    """Not said of a row whose residual is wrong: it has no time."""
+    if row["tokens"] < LARGE_TOKENS or row["causal"] or "add" not in row["best_ms"]:
+        return
+    share = row["best_ms"]["add"] / row["best_ms"][row["dense_kernel"]]
+    yield (
+        f"addition of a residual over {row['dense_kernel']}",
+        f"{share:.1%}",
+        f"<= {ADDITION_SHARE:.1%}",
+        share <= ADDITION_SHARE,
+    )
 
 
 def _whole_call(row: dict[str, Any]) -> Said:
