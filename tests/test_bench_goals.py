@@ -77,6 +77,7 @@ def test_the_cases_are_the_published_sizes_at_both_strides() -> None:
         (HUNYUAN, "attend-plain", {"attend_plain": 60952 / 431}, {"attend_plain": 60952 / 429}),
         (HUNYUAN, "score + select over sdpa-cudnn", {"score": 14.9}, {"score": 15.1}),
         (WAN_16, "score + select over sdpa-cudnn", {"score": 6.9}, {"score": 7.1}),
+        (WAN, "addition of a residual over sdpa-cudnn", {"add": 3.9}, {"add": 4.1}),
         (WAN, "of the ideal", {"total": 200 * 0.4125 / 0.701}, {"total": 200 * 0.4125 / 0.699}),
         (HUNYUAN_16, "of the ideal", {"total": 200 * 0.38125 / 0.701}, {"total": 200 * 0.38125 / 0.699}),
         (HUNYUAN, "peak memory", {"extra_mib": 255.0}, {"extra_mib": 257.0}),
