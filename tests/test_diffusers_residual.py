@@ -442,3 +442,16 @@ def test_anchors_know_the_frames_of_a_model(name: str, monkeypatch: pytest.Monke
     attach(pipe, residual="off", anchors=1, warmup_steps=0)
     family.call(pipe)
     assert seen == {FRAMES[name]}
+
+
+def test_a_warm_up_of_most_steps_is_warned_of_once(pipe: WanPipeline, caplog: pytest.LogCaptureFixture) -> None:
+    attach(pipe, residual="off", warmup_steps=5)
+    for _ in range(2):
+        call(pipe, num_inference_steps=4)
+    messages = [record.getMessage() for record in caplog.records if "steps are dense" in record.getMessage()]
+    assert len(messages) == 1
+    assert "4 of 4 steps are dense" in messages[0]
+    caplog.clear()
+    attach(pipe, residual="off", warmup_steps=5, warmup=0.25)
+    call(pipe, num_inference_steps=4)
+    assert not [record for record in caplog.records if "steps are dense" in record.getMessage()]

@@ -54,10 +54,21 @@ def test_steps_may_be_named() -> None:
 
 
 @pytest.mark.parametrize(
-    ("total", "share", "dense"), [(4, 0.25, 1), (8, 0.25, 2), (6, 0.25, 2), (4, 0.01, 1), (50, 0.1, 5), (None, 0.25, 5)]
+    ("total", "share", "dense"),
+    [(4, 0.25, 1), (8, 0.25, 2), (6, 0.25, 2), (4, 0.01, 1), (50, 0.25, 5), (None, 0.25, 5)],
 )
-def test_the_warm_up_may_be_a_share_of_the_steps(total: int | None, share: float, dense: int) -> None:
+def test_the_warm_up_may_be_limited_to_a_share_of_the_steps(total: int | None, share: float, dense: int) -> None:
     assert Schedule(XAttnConfig(warmup=share), total).warmup == dense
+
+
+def test_a_warm_up_of_most_steps_is_doubted() -> None:
+    doubt = Schedule(XAttnConfig(), 8).doubt()
+    assert doubt is not None
+    assert "5 of 8 steps are dense" in doubt
+    assert "warmup=0.25" in doubt
+    assert "4 of 4 steps" in str(Schedule(XAttnConfig(), 4).doubt())
+    for config, total in ((XAttnConfig(), 10), (XAttnConfig(warmup=0.9), 8), (XAttnConfig(), None)):
+        assert Schedule(config, total).doubt() is None
 
 
 def test_the_last_steps_may_be_dense() -> None:

@@ -38,9 +38,9 @@ class XAttnConfig:
         threshold: share tau of a query block's score mass that the kept blocks must hold, in (0, 1]; a tuple
             gives one a query head. 1 keeps every valid block.
         warmup_steps: denoising steps, counted from the first one run, that stay dense.
-        warmup: the same as a share of all steps, in (0, 1); where it is given, it takes the place of `warmup_steps`.
-            At least one step is dense then. For models of 4 to 8 steps 0.25 is a good choice. It needs a pipeline,
-            whose scheduler tells the number of steps, or `processor.start_generation(steps=...)`.
+        warmup: the largest share of all steps that the warm-up may take, between 0 and 1; None sets no limit. For
+            models of 4 to 8 steps 0.25 is a good choice; at least one step stays dense. It needs a pipeline, whose
+            scheduler tells the number of steps, or `processor.start_generation(steps=...)`.
         last_steps: denoising steps at the end that stay dense; needs the number of steps, like `warmup`.
         dense_layers: layers that stay dense: indices in forward order, or fnmatch patterns on module paths.
         min_tokens: key lengths below this stay dense.

@@ -92,7 +92,7 @@ class GenerateSettings(VideoSettings):
     stride: Annotated[int, Option("antidiagonal stride, a power of two", _ATTENTION)] = 8
     warmup_steps: Annotated[int, Option("first denoising steps that stay dense", _ATTENTION)] = 5
     warmup: Annotated[
-        float | None, Option("the same as a share of all steps, for models of few steps: 0.25", _ATTENTION)
+        float | None, Option("the largest share of all steps that they may be; 0.25 for few steps", _ATTENTION)
     ] = None
     last_steps: Annotated[int, Option("last denoising steps that stay dense", _ATTENTION)] = 0
     residual: Annotated[

@@ -128,6 +128,7 @@ class Attachment:
         schedule = self._schedule
         if schedule.total != self._tracker.total:
             schedule = self._schedule = Schedule(self._config, self._tracker.total)
+            self.owner.say_once(schedule.doubt())
         reason = schedule.dense_reason(step)
         if self._config.residual != "off" and step == schedule.warmup - 1:
             # the last step of the warm-up is the first refresh

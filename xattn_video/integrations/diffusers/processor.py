@@ -10,6 +10,7 @@ Importing this module gives diffusers those methods (`install`) and the attentio
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -24,6 +25,8 @@ from .dispatch import register
 from .layers import SparseSelfAttention
 from .models import MODELS, find_self_attention
 from .steps import StepTracker, WeakLink
+
+logger = logging.getLogger(__name__)
 
 
 class XAttnProcessor:
@@ -57,6 +60,7 @@ class XAttnProcessor:
         self.stats = AttentionStats()
         self._tracker = StepTracker()
         self._models: list[WeakLink] = []
+        self._said = False
 
     def __repr__(self) -> str:
         return f"XAttnProcessor({self.config})"
@@ -166,6 +170,12 @@ class XAttnProcessor:
         for attachment in self._attachments():
             if attachment.step < step - 1:
                 attachment.forget()
+
+    def say_once(self, doubt: str | None) -> None:
+        """Warn of settings that are likely not meant, once."""
+        if doubt and not self._said:
+            self._said = True
+            logger.warning("%s", doubt)
 
     def _attachments(self) -> list[Attachment]:
         found = [attachment_of(model) for model in self._attached_models()]

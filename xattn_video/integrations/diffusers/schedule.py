@@ -34,7 +34,7 @@ class Schedule:
         self.total = total
         self.warmup = config.warmup_steps
         if config.warmup is not None and total is not None:
-            self.warmup = max(math.ceil(config.warmup * total), 1)
+            self.warmup = min(config.warmup_steps, max(math.ceil(config.warmup * total), 1))
         self.end = None if total is None or not config.last_steps else max(total - config.last_steps, self.warmup)
         self._refreshes: list[int] = []
 
@@ -44,6 +44,15 @@ class Schedule:
         if self.total is None:
             return None
         return max((self.total if self.end is None else self.end) - self.warmup, 0)
+
+    def doubt(self) -> str | None:
+        """What is likely not meant by these settings for a video of so few steps, or None."""
+        if self.total is None or self._config.warmup is not None or 2 * self.warmup <= self.total:
+            return None
+        return (
+            f"{min(self.warmup, self.total)} of {self.total} steps are dense; with few steps, warmup=0.25 keeps "
+            "the warm-up to a quarter of them"
+        )
 
     def dense_reason(self, step: int) -> str | None:
         """Why every call of this step is dense, or None."""
