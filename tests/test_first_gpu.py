@@ -153,7 +153,9 @@ def test_a_rehearsal_runs_every_step_and_nothing_is_wrong(rehearsal) -> None:
     assert all_well(rows)
     measured = {row["step"] for row in rows if "end" not in row and "skipped" not in row}
     everywhere = {"ident", "compile", "dense", "tests"}
-    assert measured == everywhere | ({"small", "hopper", "attend-plain", "scores", "whole"} if interpreted() else set())
+    assert measured == everywhere | (
+        {"small", "hopper", "attend-plain", "scores", "whole", "residual"} if interpreted() else set()
+    )
 
 
 def test_a_rehearsal_compiles_each_kernel_for_hopper(rehearsal) -> None:

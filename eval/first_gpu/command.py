@@ -1,6 +1,7 @@
 """A first look at an H100 or H200: what this package does there, in at most eight minutes.
 
-    ident -> compile -> small -> hopper -> dense, attend-hopper, attend-plain, scores, whole -> tests -> verdict
+    ident -> compile -> small -> hopper -> dense, attend-hopper, attend-plain, scores, whole, residual -> tests
+    -> verdict
 
 Each step is a process of its own with a limit of its own, the most telling ones first, so a step that fails or hangs
 costs its own time alone. Every result is a row in `rows.jsonl` as soon as it is there. It needs torch, triton, pytest
@@ -26,7 +27,7 @@ from xattn_video_eval.first_gpu.look import ROWS
 from xattn_video_eval.first_gpu.plan import TARGET
 from xattn_video_eval.first_gpu.runner import Step, run_steps
 from xattn_video_eval.first_gpu.testing import all_tests, small
-from xattn_video_eval.first_gpu.times import attend_hopper, attend_plain, dense, scores, whole
+from xattn_video_eval.first_gpu.times import attend_hopper, attend_plain, dense, residual, scores, whole
 from xattn_video_eval.first_gpu.verdict import all_well, summary
 from xattn_video_eval.results import RESULTS, append_rows
 from xattn_video_pipelines.common.environment import device_name
@@ -50,6 +51,7 @@ STEPS = (
     Step("attend-plain", 45, attend_plain, launches=True),
     Step("scores", 45, scores, launches=True),
     Step("whole", 60, whole, launches=True),
+    Step("residual", 40, residual, launches=True),
     Step("tests", SECONDS, all_tests),
 )
 # What every row says of its origin, which the screen need not repeat.

@@ -1,4 +1,5 @@
-"""The steps that time something at the size of HunyuanVideo: dense, attention, scores with selection, whole calls.
+"""The steps that time something at the size of HunyuanVideo: dense, attention, scores with selection, whole calls,
+the merge and the addition of the residual memory.
 
 Each timed result is compared with float64 on sampled rows. Effective TFLOP/s count what the result needs: all pairs for
 dense attention, those of the kept blocks for sparse attention, one product in `stride` for scores.
@@ -16,9 +17,11 @@ from torch import Tensor
 from xattn_video import XAttnConfig, score_blocks, select_blocks, xattention
 from xattn_video.config import BACKENDS
 from xattn_video.ops import reference
+from xattn_video.ops import residual as plain_residual
 from xattn_video.ops.backends import unavailable_reason
 from xattn_video.ops.block_lists import lists_to_mask, mask_to_lists
 from xattn_video.ops.key_mask import num_blocks
+from xattn_video.ops.triton.residual import add, merge
 from xattn_video.ops.triton.scores import launch_antidiagonal_scores
 from xattn_video.ops.triton.selection import select as select_on_gpu
 from xattn_video_eval.bench import (
@@ -170,6 +173,36 @@ def _whole_call(look: Look, parts: tuple[Tensor, Tensor, Tensor], config: XAttnC
     output_bytes = query.numel() * query.element_size()
     extra = None if peak is None else (peak * 1e6 - output_bytes) / 2**20
     time_call(look, call, check, None, **named, density=mask.float().mean().item(), extra_mib=extra)
+
+
+def residual(look: Look) -> None:
+    """The merge of a refresh and the addition of a residual, each kind: what they add to the time of attention."""
+    output = timed_problem(look).query
+    other = output.flip(2)
+    lse, other_lse = torch.randn(2, *output.shape[:3], device=look.device)
+    rows = _sampled(output.shape[2])
+    sampled, others = (part[:, :, rows].double() for part in (output, other))
+    exact = plain_residual.merge(sampled, lse[:, :, rows], others, other_lse[:, :, rows], "full")[0]
+    allowed = 2 * torch.finfo(output.dtype).eps
+    for kind in plain_residual.RESIDUALS:
+        packed = merge(output, lse, other, other_lse, kind)[1]
+        scale = None if packed.scale is None else packed.scale[:, :, rows]
+        added = plain_residual.add(sampled, plain_residual.Packed(packed.values[:, :, rows], scale))
+        calls: dict[str, tuple[Callable[[], Tensor], Tensor]] = {
+            "merge": (partial(_merged, output, lse, other, other_lse, kind), exact),
+            "add": (partial(add, output, packed), added),
+        }
+        for name, (call, truth) in calls.items():
+            check = partial(_rows_check, rows, truth, allowed)
+            time_call(look, call, check, None, name=f"{name}, {kind}")
+
+
+def _merged(output: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor, kind: str) -> Tensor:
+    return merge(output, lse, other, other_lse, kind)[0]
+
+
+def _rows_check(rows: list[int], truth: Tensor, allowed: float, output: Tensor) -> tuple[float, float]:
+    return relative_error(output[:, :, rows], truth), allowed
 
 
 def time_call(look: Look, call: Callable[[], object], check: Check, flop: float | None, **named: Any) -> float | None:
