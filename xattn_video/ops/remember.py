@@ -144,8 +144,9 @@ def packed_bytes(shape: Sequence[int], value_bytes: int, kind: str) -> int:
 
 
 def _cut(packed: Packed, tokens: slice) -> Packed:
-    scale = None if packed.scale is None else packed.scale[:, :, tokens]
-    return Packed(packed.values[:, :, tokens], scale)
+    # the kernels take whole tensors; of a call that is not cut these are no copies
+    scale = None if packed.scale is None else packed.scale[:, :, tokens].contiguous()
+    return Packed(packed.values[:, :, tokens].contiguous(), scale)
 
 
 def _joined_residuals(parts: list[Packed]) -> Packed:
