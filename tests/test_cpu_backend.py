@@ -106,6 +106,19 @@ def test_attention_and_log_sum_exp_are_the_references(seeds: range) -> None:
         torch.testing.assert_close(lse.double(), truth_lse, atol=1e-5, rtol=1e-5, msg=f"seed {seed}")
 
 
+@pytest.mark.parametrize("wide_products", [False, True])
+def test_fused_attention_and_two_products_are_the_references(
+    wide_products: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which of them a CPU takes depends on its vectors; both are tested on every CPU."""
+    from xattn_video.ops.cpu import tensors
+
+    monkeypatch.setattr(tensors, "_has_wide_products", lambda: wide_products)
+    test_attention_and_log_sum_exp_are_the_references(range(60))
+    for dtype in DTYPES:
+        test_error_is_at_most_that_of_eager_attention_and_rounding(dtype, "video")
+
+
 def eager(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
     """Attention by three operations in the inputs' dtype."""
     logits = (query @ key.transpose(-1, -2)) * query.shape[3] ** -0.5

@@ -1,4 +1,6 @@
-"""Attention on a CPU: for each query block, the kept keys are gathered and two matrix products do the rest.
+"""Attention on a CPU: the kept keys of each query block are gathered, and torch's own fused attention takes them.
+
+Two matrix products and a softmax take its place where `is_fused` says so.
 
 Invalid keys are cut off the gathered ones rather than masked, so whatever stands in padding is never read; masks are
 built only for causal blocks that overlap the query block's own positions. A row that keeps many blocks is done in
@@ -13,10 +15,10 @@ import torch
 from torch import Tensor
 
 from ..key_mask import num_blocks
-from .tensors import Geometry, fill, head_slabs, product
+from .tensors import Geometry, fill, head_slabs, is_fused, product
 from .workers import Scratch, for_each
 
-# Logits of one piece of a row: 4 MB in float32.
+# Logits of one piece of a row. Where they are held, they take 4 MB in float32.
 _PIECE_ELEMENTS = 1 << 20
 # Which partly visible blocks a row keeps.
 _KEEPS_STOP, _KEEPS_START, _KEEPS_OWN, _KEEPS_NEXT = 1, 2, 4, 8
@@ -64,16 +66,14 @@ def _attend_heads(
     geometry: Geometry,
 ) -> None:
     """Fill output `[H, Sq, D]` and lse `[H, Sq]` for query `[H, Sq, D]`, key and value `[Hkv, Sk, D]`."""
-    keys, values = _key_blocks(key, value, geometry.block_size, lse.dtype)
-    group, key_blocks = query.shape[0] // key.shape[0], lists[0].shape[2]
+    size, group = geometry.block_size, query.shape[0] // key.shape[0]
+    dtype = query.dtype if is_fused(query.dtype, geometry) else lse.dtype
+    keys, values = _key_blocks(key, size, dtype), _key_blocks(value, size, dtype)
 
     def attend(row: _Row, scratch: Scratch) -> None:
-        begin = row.block * geometry.block_size
-        tokens = slice(begin, begin + geometry.block_size)
-        # Numbered over all key heads.
-        numbered = row._replace(kept=row.kept + row.head // group * key_blocks)
+        tokens, kv_head = slice(row.block * size, (row.block + 1) * size), row.head // group
         targets = output[row.head, tokens], lse[row.head, tokens]
-        _attend_row(query[row.head], keys, values, targets, numbered, geometry, scratch)
+        _attend_row(query[row.head, tokens], keys[kv_head], values[kv_head], targets, row, geometry, scratch)
 
     for_each(attend, _rows(*lists, geometry))
 
@@ -87,78 +87,83 @@ def _attend_row(
     geometry: Geometry,
     scratch: Scratch,
 ) -> None:
-    """Fill `targets`, output `[n, D]` and lse `[n]` of one query block; `n` is P, or less for the last one.
+    """Fill `targets`, output `[n, D]` and lse `[n]`, for the queries `[n, D]` of one block; `n` is at most P.
 
-    keys and values are rows of whole blocks, of which the row keeps those numbered `row.kept`.
+    keys and values are rows of whole blocks, `[ceil(N/P), P * D]`.
     """
     (output, lse), kept = targets, row.kept
-    size, count = geometry.block_size, kept.shape[0]
+    count = kept.shape[0]
     if count == 0:
         output.zero_()
         lse.fill_(-torch.inf)
         return
-    queries = scratch.take("queries", (size, query.shape[1]), lse.dtype)
-    fill(queries, query, row.block * size, 0, geometry.q_len).mul_(geometry.scale)
     # The first piece is the short one: the two blocks that overlap the query's own positions belong to one piece.
-    step = max(_PIECE_ELEMENTS // size**2, 2)
+    step = max(_PIECE_ELEMENTS // geometry.block_size**2, 2)
     end = (count - 1) % step + 1
     flags = row.flags if end == count else row.flags & _KEEPS_START
-    part, total = _attend_piece(queries, keys, values, kept[:end], flags, geometry, scratch)
+    part, total = _attend_piece(query, keys, values, kept[:end], flags, geometry, scratch)
     for begin in range(end, count, step):
         flags = row.flags & ~_KEEPS_START if begin + step == count else 0
         piece = kept[begin : begin + step]
-        more, more_total = _attend_piece(queries, keys, values, piece, flags, geometry, scratch)
+        more, more_total = _attend_piece(query, keys, values, piece, flags, geometry, scratch)
         both = torch.logaddexp(total, more_total)
         # A query that saw no key in either piece keeps an output of 0.
         shift = both.masked_fill(both.isneginf(), 0)
-        part.mul_((total - shift).exp_()[:, None]).add_(more.mul_((more_total - shift).exp_()[:, None]))
+        part = part * (total - shift).exp_()[:, None] + more * (more_total - shift).exp_()[:, None]
         total = both
-    output.copy_(part[: output.shape[0]])
-    lse.copy_(total[: lse.shape[0]])
+    output.copy_(part)
+    lse.copy_(total)
 
 
 def _attend_piece(
-    queries: Tensor, keys: Tensor, values: Tensor, kept: Tensor, flags: int, geometry: Geometry, scratch: Scratch
+    query: Tensor, keys: Tensor, values: Tensor, kept: Tensor, flags: int, geometry: Geometry, scratch: Scratch
 ) -> tuple[Tensor, Tensor]:
-    """Output `[P, D]` and log-sum-exp `[P]` of scaled queries `[P, D]` over the blocks `kept`.
+    """Output `[n, D]` and log-sum-exp `[n]` of queries `[n, D]` over the blocks `kept`.
 
     `flags` are the `_KEEPS_` flags of these blocks.
     """
-    size, dtype, head_dim, count = geometry.block_size, queries.dtype, queries.shape[1], kept.shape[0]
+    size, head_dim, count = geometry.block_size, query.shape[1], kept.shape[0]
     # Where the gathered keys begin and end to be valid.
     begin = geometry.start % size if flags & _KEEPS_START else 0
     end = count * size + (geometry.stop % size - size if flags & _KEEPS_STOP else 0)
     valid = slice(begin, end)
-    shape = (count, keys.shape[1])
-    chosen = torch.index_select(keys, 0, kept, out=scratch.take("keys", shape, dtype))
-    logits = product(queries, chosen.view(-1, head_dim)[valid])
+
+    def gathered(name: str, blocks: Tensor) -> Tensor:
+        chosen = scratch.take(name, (count, size * head_dim), blocks.dtype)
+        return torch.index_select(blocks, 0, kept, out=chosen).view(-1, head_dim)[valid]
+
+    key, value = gathered("keys", keys), gathered("values", values)
+    if is_fused(query.dtype, geometry):
+        output, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            query[None, None], key[None, None], value[None, None], scale=geometry.scale
+        )
+        return output[0, 0], lse[0, 0]
+    scaled = scratch.take("queries", query.shape, key.dtype).copy_(query).mul_(geometry.scale)
+    logits = product(scaled, key)
     _hide_later_keys(logits, valid, count, flags, geometry)
     top = logits.amax(-1)
-    prob = torch.softmax(logits, dim=-1, out=scratch.take("prob", logits.shape, dtype))
+    prob = torch.softmax(logits, dim=-1, out=scratch.take("prob", logits.shape, key.dtype))
     # The largest probability is exp(0) over the sum.
     total = torch.sub(top, prob.amax(-1).log_())
     if flags & (_KEEPS_OWN | _KEEPS_NEXT):
         # A query that sees none of these keys.
         blind = top.isneginf()
         prob[blind], total[blind] = 0, -torch.inf
-    chosen = torch.index_select(values, 0, kept, out=scratch.take("values", shape, dtype))
-    return product(prob, chosen.view(-1, head_dim)[valid].t()), total
+    return product(prob, value.t()), total
 
 
-def _key_blocks(key: Tensor, value: Tensor, size: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Both `[H, N, D]` as rows of whole blocks, `[H * ceil(N/P), P * D]`, zeros after the last token."""
-    heads, length, head_dim = key.shape
-    if key.dtype == dtype and length % size == 0 and key.is_contiguous() and value.is_contiguous():
-        return key.view(-1, size * head_dim), value.view(-1, size * head_dim)
-    copies = torch.empty(2, heads, num_blocks(length, size) * size, head_dim, dtype=dtype)
+def _key_blocks(tokens: Tensor, size: int, dtype: torch.dtype) -> Tensor:
+    """`[H, N, D]` as rows of whole blocks, `[H, ceil(N/P), P * D]`, zeros after the last token."""
+    heads, length, head_dim = tokens.shape
+    if tokens.dtype == dtype and length % size == 0 and tokens.is_contiguous():
+        return tokens.view(heads, -1, size * head_dim)
+    copies = torch.empty(heads, num_blocks(length, size) * size, head_dim, dtype=dtype)
 
-    def copy(task: tuple[int, int], _: Scratch) -> None:
-        which, head = task
-        fill(copies[which, head], (key, value)[which][head], 0, 0, length)
+    def copy(head: int, _: Scratch) -> None:
+        fill(copies[head], tokens[head], 0, 0, length)
 
-    for_each(copy, [(which, head) for which in range(2) for head in range(heads)])
-    keys, values = copies.view(2, -1, size * head_dim)
-    return keys, values
+    for_each(copy, range(heads))
+    return copies.view(heads, -1, size * head_dim)
 
 
 def _rows(indices: Tensor, counts: Tensor, geometry: Geometry) -> list[_Row]:
@@ -199,7 +204,7 @@ def _hide_later_keys(logits: Tensor, keys: slice, count: int, flags: int, geomet
         return
     size = geometry.block_size
     # Query i of the block sees its own key block up to key `i + offset % size`; the next one begins at key `size`.
-    seen = torch.arange(size)[:, None] + geometry.offset % size
+    seen = torch.arange(logits.shape[0])[:, None] + geometry.offset % size
     last = count - 1
     for flag, shift in ((_KEEPS_NEXT, size), (_KEEPS_OWN, 0)):
         if flags & flag:

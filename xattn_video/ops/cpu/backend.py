@@ -1,8 +1,9 @@
 """The fast CPU path: scores in `scores.py`, attention in `attend.py`, on the threads of `workers.py`.
 
-Both compute in float32 (float64 for float64 inputs) whatever the input dtype: a product of bfloat16 tensors rounds its
-result to bfloat16, and such scores choose worse blocks. Keys and values outside the valid range are never read, so NaN
-there reaches nothing.
+Scores are computed in float32 (float64 for float64 inputs) whatever the input dtype: a product of bfloat16 tensors
+rounds its result to bfloat16, and such scores choose worse blocks. Attention holds its logits and its sums in float32
+too, but torch's fused attention rounds the probabilities of 16-bit inputs to 16 bits. Keys and values outside the valid
+range are never read, so NaN there reaches nothing.
 """
 
 from __future__ import annotations

@@ -45,6 +45,21 @@ def product(left: Tensor, right: Tensor) -> Tensor:
     return left @ right.t()
 
 
+def is_fused(dtype: torch.dtype, geometry: Geometry) -> bool:
+    """Whether torch's own fused attention is used for inputs of that dtype, and not two of `product` and a softmax.
+
+    It is not used for float64, where its result is less exact, and not for causal calls: it adds the mask to the
+    logits, so NaN in a key would reach queries that do not see this key.
+    """
+    return dtype != torch.float64 and geometry.offset is None and not _has_wide_products()
+
+
+@cache
+def _has_wide_products() -> bool:
+    """Whether `product` is faster than the products inside torch's attention, which use no AVX-512 on AMD's CPUs."""
+    return _has_onednn() and torch.backends.cpu.get_cpu_capability() == "AVX512"
+
+
 @cache
 def _has_onednn() -> bool:
     return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
