@@ -106,14 +106,17 @@ def test_attention_and_log_sum_exp_are_the_references(seeds: range) -> None:
         torch.testing.assert_close(lse.double(), truth_lse, atol=1e-5, rtol=1e-5, msg=f"seed {seed}")
 
 
-@pytest.mark.parametrize("wide_products", [False, True])
+@pytest.mark.parametrize("onednn_is_faster", [False, True])
 def test_fused_attention_and_two_products_are_the_references(
-    wide_products: bool, monkeypatch: pytest.MonkeyPatch
+    onednn_is_faster: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Which of them a CPU takes depends on its vectors; both are tested on every CPU."""
     from xattn_video.ops.cpu import tensors
 
-    monkeypatch.setattr(tensors, "_has_wide_products", lambda: wide_products)
+    if onednn_is_faster and not torch.backends.mkldnn.is_available():
+        pytest.skip("this torch has no oneDNN")
+    monkeypatch.setattr(tensors, "_onednn_is_faster", lambda: onednn_is_faster)
+    test_scores_are_the_references(range(30))
     test_attention_and_log_sum_exp_are_the_references(range(60))
     for dtype in DTYPES:
         test_error_is_at_most_that_of_eager_attention_and_rounding(dtype, "video")
@@ -330,15 +333,17 @@ def test_keys_in_every_form_give_the_references_scores(layout: str) -> None:
     assert torch.equal(key, before)
 
 
-def test_plain_product_where_onednn_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_plain_products_are_those_of_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
     from xattn_video.ops.cpu import tensors
 
+    if not torch.backends.mkldnn.is_available():
+        pytest.skip("this torch has no oneDNN")
     generator = torch.Generator().manual_seed(0)
     for rows, columns, inner in itertools.product((1, 33), (5, 128), (1, 40)):
         left = torch.randn(rows, inner, generator=generator)
         right = torch.randn(columns, inner, generator=generator)
-        with monkeypatch.context() as patch:
-            patch.setattr(tensors, "_has_onednn", lambda: False)
-            plain = tensors.product(left, right)
+        monkeypatch.setattr(tensors, "_onednn_is_faster", lambda: False)
+        plain = tensors.product(left, right)
+        monkeypatch.setattr(tensors, "_onednn_is_faster", lambda: True)
         torch.testing.assert_close(tensors.product(left, right), plain)
         torch.testing.assert_close(tensors.product(left, right.t().contiguous().t()), plain)

@@ -38,8 +38,7 @@ def geometries(query: Tensor, key: Tensor, mask: KeyMask, block_size: int, scale
 
 def product(left: Tensor, right: Tensor) -> Tensor:
     """`left @ right.T` for `[M, K]` and `[N, K]`."""
-    # oneDNN uses the widest vectors of every x86 CPU, torch.mm's library only those of Intel's.
-    if left.dtype == torch.float32 and _has_onednn():
+    if left.dtype == torch.float32 and _onednn_is_faster():
         result: Tensor = torch.ops.mkldnn._linear_pointwise(left, right, None, "none", [], "")
         return result
     return left @ right.t()
@@ -51,18 +50,18 @@ def is_fused(dtype: torch.dtype, geometry: Geometry) -> bool:
     It is not used for float64, where its result is less exact, and not for causal calls: it adds the mask to the
     logits, so NaN in a key would reach queries that do not see this key.
     """
-    return dtype != torch.float64 and geometry.offset is None and not _has_wide_products()
+    return dtype != torch.float64 and geometry.offset is None and not _onednn_is_faster()
 
 
 @cache
-def _has_wide_products() -> bool:
-    """Whether `product` is faster than the products inside torch's attention, which use no AVX-512 on AMD's CPUs."""
-    return _has_onednn() and torch.backends.cpu.get_cpu_capability() == "AVX512"
+def _onednn_is_faster() -> bool:
+    """Whether oneDNN's products are faster than those of torch.mm, which its fused attention has inside too.
 
-
-@cache
-def _has_onednn() -> bool:
-    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    oneDNN uses the widest vectors of every x86 CPU, torch.mm's library only those of Intel's. With AVX2 torch.mm is the
+    faster one.
+    """
+    has_onednn = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    return has_onednn and torch.backends.cpu.get_cpu_capability() != "AVX2"
 
 
 def head_slabs(kv_heads: int, bytes_per_head: int) -> Iterator[range]:
