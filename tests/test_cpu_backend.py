@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 import threading
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -226,6 +228,17 @@ def test_operations_inside_a_task_are_serial_and_an_error_arrives(two_threads: N
 
     with pytest.raises(KeyError):
         workers.for_each(fail, range(4))
+
+
+def test_mkl_is_serial_inside_a_task(two_threads: None) -> None:
+    """MKL counts its threads itself: a product in a task would otherwise take those of the other tasks."""
+    try:
+        threads_of_mkl = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so")).MKL_Get_Max_Threads
+    except (AttributeError, OSError):
+        pytest.skip("this torch has no MKL inside")
+    seen: list[int] = []
+    workers.for_each(lambda task, scratch: seen.append(threads_of_mkl()), range(4))
+    assert (threads_of_mkl(), seen) == (2, [1] * 4)
 
 
 @pytest.mark.parametrize("backend", ["cpu", "flex"])

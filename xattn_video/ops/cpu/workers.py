@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from math import prod
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -45,7 +46,7 @@ def for_each(function: Callable[[Task, Scratch], None], tasks: Iterable[Task]) -
     """
     tasks = list(tasks)
     threads = min(torch.get_num_threads(), len(tasks))
-    set_threads = _openmp_set_num_threads()
+    set_threads, set_mkl_threads = _openmp_set_num_threads(), _mkl_set_num_threads()
     if threads <= 1 or set_threads is None:
         scratch = Scratch()
         for task in tasks:
@@ -60,6 +61,7 @@ def for_each(function: Callable[[Task, Scratch], None], tasks: Iterable[Task]) -
         # Asking first makes torch set up this thread; later it would undo the next line. Only this thread is changed.
         torch.get_num_threads()
         set_threads(1)
+        set_mkl_threads(1)
         scratch = Scratch()
         # Grad and inference mode belong to a thread: take over the caller's.
         with torch.inference_mode(inference), torch.no_grad():
@@ -89,4 +91,19 @@ def _openmp_set_num_threads() -> Callable[[int], Any] | None:
     except (AttributeError, OSError, TypeError):
         return None
     function.argtypes, function.restype = [ctypes.c_int], None
+    return function
+
+
+@cache
+def _mkl_set_num_threads() -> Callable[[int], Any]:
+    """MKL's own function, which changes the calling thread alone. It does nothing where torch has no MKL inside.
+
+    MKL has a number of threads of its own, which `torch.set_num_threads` sets for all threads.
+    """
+    library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
+    try:
+        function = ctypes.CDLL(str(library)).MKL_Set_Num_Threads_Local
+    except (AttributeError, OSError):
+        return lambda _: None
+    function.argtypes, function.restype = [ctypes.c_int], ctypes.c_int
     return function
