@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .ops import select_blocks as select_blocks
     from .ops.xattention import CallStats as CallStats
     from .ops.xattention import xattention as xattention
+    from .thresholds import HeadThresholds as HeadThresholds
 else:
     __getattr__, __dir__, __all__ = lazy(
         __name__,
@@ -27,6 +28,7 @@ else:
             "integrations.diffusers": ["XAttnProcessor"],
             "ops": ["block_sparse_attention", "score_blocks", "select_blocks"],
             "ops.xattention": ["CallStats", "xattention"],
+            "thresholds": ["HeadThresholds"],
         },
     )
     __all__ += ["__version__"]

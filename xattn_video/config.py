@@ -6,7 +6,10 @@ import dataclasses
 import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+
+from .thresholds import HeadThresholds
 
 SELECTIONS = ("threshold", "top_k", "top_ratio")
 BACKENDS = ("auto", "reference", "cpu", "triton", "triton-hopper", "flex", "fa4")
@@ -36,7 +39,9 @@ class XAttnConfig:
             `block_size`. Scoring costs `1 / (2 * stride)` of dense attention.
         block_size: side `P` of the blocks that are kept or skipped, in tokens; a power of two.
         threshold: share tau of a query block's score mass that the kept blocks must hold, in (0, 1]; a tuple
-            gives one a query head. 1 keeps every valid block.
+            gives one a query head. 1 keeps every valid block. A path is of a file that `xattn-video calibrate` wrote,
+            with thresholds for every layer and head of one model: it is read once, here, and the setting then is its
+            `HeadThresholds`. Such thresholds go with the stride and the block size that they were measured with.
         warmup_steps: denoising steps, counted from the first one run, that stay dense.
         warmup: the largest share of all steps that the warm-up may take, between 0 and 1; None sets no limit. For
             models of 4 to 8 steps 0.25 is a good choice; at least one step stays dense. It needs a pipeline, whose
@@ -80,13 +85,13 @@ class XAttnConfig:
             otherwise. `chunks.py` says what a backend needs beside them.
 
     Raises:
-        ValueError: a setting is out of its range; the message names it.
+        ValueError: a setting is out of its range, or a file of thresholds is missing or broken; the message names it.
         TypeError: a setting has the wrong type.
     """
 
     stride: int = 8
     block_size: int = 128
-    threshold: float | tuple[float, ...] = 0.9
+    threshold: float | tuple[float, ...] | HeadThresholds | str | Path = 0.9
     warmup_steps: int = 5
     dense_layers: tuple[int | str, ...] = ()
     min_tokens: int = 1024
@@ -112,6 +117,14 @@ class XAttnConfig:
             _check_integer(name, getattr(self, name))
         check_geometry(self.stride, self.block_size)
         object.__setattr__(self, "threshold", _checked_threshold(self.threshold))
+        if isinstance(self.threshold, HeadThresholds):
+            for name in ("stride", "block_size"):
+                own, measured = getattr(self, name), getattr(self.threshold, name)
+                if own != measured:
+                    raise ValueError(
+                        f"{name} must be the one that the thresholds of {self.threshold.model} were measured with, "
+                        f"{measured}, got {own}"
+                    )
         for name in ("warmup_steps", "last_steps", "min_tokens", "dense_last", "anchors"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)}")
@@ -138,16 +151,21 @@ class XAttnConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """All settings as JSON-ready values."""
-        values = dataclasses.asdict(self)
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        if isinstance(self.threshold, HeadThresholds):
+            values["threshold"] = self.threshold.to_dict()
         return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> XAttnConfig:
-        """The inverse of `to_dict`. Raises `ValueError` for a name that is no setting."""
+        """The inverse of `to_dict`, which reads no file. Raises `ValueError` for a name that is no setting."""
         known = {field.name for field in dataclasses.fields(cls)}
         unknown = sorted(set(values) - known)
         if unknown:
             raise ValueError(f"unknown settings {', '.join(unknown)}; known are {', '.join(sorted(known))}")
+        threshold = values.get("threshold")
+        if isinstance(threshold, Mapping):
+            values = {**values, "threshold": HeadThresholds.from_dict(threshold)}
         return cls(**values)
 
     @classmethod
@@ -157,11 +175,33 @@ class XAttnConfig:
             raise ValueError(f"preset must be one of {', '.join(sorted(PRESETS))}, got {name!r}")
         return cls(**{**PRESETS[name], **changes})
 
+    @property
+    def call_threshold(self) -> float | tuple[float, ...]:
+        """`threshold` of one attention call.
+
+        Raises:
+            ValueError: it is of a file, which has other values for every layer: see `layer_threshold`.
+        """
+        if isinstance(self.threshold, (float, tuple)):
+            return self.threshold
+        raise ValueError(
+            "threshold must be a number or one value per head for a single attention call, got thresholds for every "
+            "layer of a model; attach them to that model"
+        )
+
+    def layer_threshold(self, layer: str) -> float | tuple[float, ...]:
+        """`threshold` of a model's layer by its name, which only matters where the thresholds are of a file.
+
+        Raises:
+            ValueError: the file has no such layer.
+        """
+        return self.threshold.of_layer(layer) if isinstance(self.threshold, HeadThresholds) else self.call_threshold
+
     def label(self) -> str:
         """A short name for folders and tables, such as `xattn-s8-t0.90-w5`.
 
         Settings that differ from the defaults are added, so that two configurations never share a name
-        (per-head thresholds by their mean and a digest).
+        (thresholds that differ per head or layer by their mean and a digest).
         """
         warmup = f"w{self.warmup_steps}" if self.warmup is None else f"w{_decimal(self.warmup)}"
         parts = [f"xattn-s{self.stride}", self._rule_label(), warmup]
@@ -208,9 +248,12 @@ class XAttnConfig:
             return f"k{self.top_k}"
         if self.selection == "top_ratio":
             return f"r{_decimal(self.top_ratio)}"
+        if isinstance(self.threshold, HeadThresholds):
+            return f"t{self.threshold.mean:.2f}f{self.threshold.digest}"
         if isinstance(self.threshold, tuple):
             mean = sum(self.threshold) / len(self.threshold)
             return f"t{mean:.2f}h{_digest(self.threshold)}"
+        assert isinstance(self.threshold, float)
         return f"t{_decimal(self.threshold)}"
 
 
@@ -310,7 +353,14 @@ def _check_integer(name: str, value: object) -> None:
         raise TypeError(f"{name} must be an integer, got {value!r}")
 
 
-def _checked_threshold(threshold: object) -> float | tuple[float, ...]:
+def _checked_threshold(threshold: object) -> float | tuple[float, ...] | HeadThresholds:
+    if isinstance(threshold, HeadThresholds):
+        return threshold
+    if isinstance(threshold, (str, Path)):
+        # A number in quotes is a mistake that happens, and the name of no file.
+        if _is_number(threshold):
+            raise TypeError(f"threshold must be a number, a sequence of numbers or a file, got the text {threshold!r}")
+        return HeadThresholds.load(threshold)
     values = tuple(threshold) if isinstance(threshold, (tuple, list)) else (threshold,)
     if not values:
         raise ValueError("threshold must hold at least one value, got an empty sequence")
@@ -321,6 +371,14 @@ def _checked_threshold(threshold: object) -> float | tuple[float, ...]:
             raise ValueError(f"threshold must be in (0, 1], got {value}")
     numbers = tuple(float(value) for value in values)
     return numbers if isinstance(threshold, (tuple, list)) else numbers[0]
+
+
+def _is_number(text: object) -> bool:
+    try:
+        float(str(text))
+    except ValueError:
+        return False
+    return True
 
 
 def _decimal(value: float | None) -> str:

@@ -116,7 +116,7 @@ def _settings(
             raise TypeError(f"xattention() got settings it does not know: {', '.join(unknown)}")
         config = config.replace(**overrides)
     if threshold is None:
-        return config, config.threshold
+        return config, config.call_threshold
     if isinstance(threshold, Tensor):
         return config, threshold
-    return config, config.replace(threshold=threshold).threshold
+    return config, config.replace(threshold=threshold).call_threshold

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ...config import XAttnConfig
 from ...stats import AttentionStats
+from ...thresholds import HeadThresholds
 from ..dense_layers import dense_layers
 from .dispatch import register
 from .layers import ForwardState, Shared, SparseSelfAttention, wrap
@@ -204,9 +205,12 @@ def _is_inside(thread: int, model: nn.Module) -> bool:
     return False
 
 
-def check_settings(name: str, modules: dict[str, Any], config: XAttnConfig) -> None:
+def check_settings(name: str, model: nn.Module, modules: dict[str, Any], config: XAttnConfig) -> None:
     """Raise `ValueError` for settings that do not fit the model of that name with these self-attention modules."""
     dense_layers(list(modules), config.dense_layers)
+    if isinstance(config.threshold, HeadThresholds):
+        by_layer = {f"{name}.{path}": getattr(module, "heads", None) for path, module in modules.items()}
+        config.threshold.check_model(type(model).__name__, by_layer, part=f"{name}.")
     for path, module in modules.items():
         heads = getattr(module, "heads", None)
         if isinstance(config.threshold, tuple) and heads not in (None, len(config.threshold)):

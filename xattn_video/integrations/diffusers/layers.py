@@ -118,12 +118,14 @@ class SparseSelfAttention:
         self.memory = memory
         # One tensor for all calls, where the threshold differs per head or from step to step. It is made on the CPU,
         # whatever the default device is, since a model may be attached under torch.device("meta").
-        changes = isinstance(config.threshold, tuple) or config.threshold_ramp
-        self.threshold = torch.tensor(config.threshold, dtype=torch.float64, device="cpu") if changes else None
+        shares = config.layer_threshold(counts.name)
+        changes = isinstance(shares, tuple) or config.threshold_ramp
+        self.threshold = torch.tensor(shares, dtype=torch.float64, device="cpu") if changes else None
         self._middle = self.threshold
         # By this number an operator inside of a compiled block finds the layer. It is a tensor, because torch.compile
         # would make a graph for each layer of a number in Python.
         self.number = torch.zeros((), dtype=torch.int64, device="cpu")
+        self.on_call = shared.owner.on_call
         check_parallel(self._parallel_config)
 
     def begin_forward(self, device: torch.device, shift: float) -> None:
@@ -259,11 +261,13 @@ class SparseSelfAttention:
             key.transpose(1, 2),
             value.transpose(1, 2),
             mask,
-            threshold=self.config.threshold if threshold is None else threshold,
+            threshold=self.config.call_threshold if threshold is None else threshold,
             scale=scale,
             dense_tokens=(tokens - self.text_tokens, tokens) if self.text_tokens else None,
             frame_tokens=self._frame_tokens(tokens) if self.config.anchors else None,
         )
+        if self.on_call is not None:
+            self.on_call(self.counts.name, call)
         refreshed = False
         with without_autocast(query.device):
             if self.memory is None or mask.causal:

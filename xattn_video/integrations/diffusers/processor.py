@@ -19,6 +19,7 @@ from diffusers.models.attention import AttentionMixin
 from torch import nn
 
 from ...config import XAttnConfig
+from ...ops import Call
 from ...stats import AttentionStats
 from .attach import Attachment, attachment_of, check_settings, detach
 from .dispatch import register
@@ -34,6 +35,9 @@ class XAttnProcessor:
 
     Args:
         config: settings; None is the defaults of `XAttnConfig`.
+        on_call: `on_call(layer, call)` sees each sparse call before it is computed: the layer's name, as in the
+            statistics, and the `xattn_video.ops.Call` with query, key and value `[B, H, S, D]`. `xattn-video calibrate`
+            measures with it. Not under `torch.compile`.
         **overrides: settings that replace those of config.
 
     Attributes:
@@ -53,10 +57,17 @@ class XAttnProcessor:
         >>> processor.stats.summary()["density"]
     """
 
-    def __init__(self, config: XAttnConfig | None = None, **overrides: Any) -> None:
+    def __init__(
+        self,
+        config: XAttnConfig | None = None,
+        *,
+        on_call: Callable[[str, Call], None] | None = None,
+        **overrides: Any,
+    ) -> None:
         if config is not None and not isinstance(config, XAttnConfig):
             raise TypeError(f"config must be an XAttnConfig or None, got {type(config).__name__}")
         self.config = (XAttnConfig() if config is None else config).replace(**overrides)
+        self.on_call = on_call
         self.stats = AttentionStats()
         self._tracker = StepTracker()
         self._models: list[WeakLink] = []
@@ -143,7 +154,7 @@ class XAttnProcessor:
         # all or none: look for a problem in every model before touching the first one
         found = {name: find_self_attention(model) for name, model in models.items()}
         for name, modules in found.items():
-            check_settings(name, modules, self.config)
+            check_settings(name, models[name], modules, self.config)
         for name, model in models.items():
             if attached_processor(model) is not self:
                 self._attach_model(name, model, found[name])

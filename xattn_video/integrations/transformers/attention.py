@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,8 +11,9 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from ...config import XAttnConfig
-from ...ops import MAX_HEAD_DIM, KeyMask, attend_sparse, checked_call, find_backend, without_autocast
+from ...ops import MAX_HEAD_DIM, Call, KeyMask, attend_sparse, checked_call, find_backend, without_autocast
 from ...stats import AttentionStats, LayerCounts
+from ...thresholds import HeadThresholds
 from ..dense_layers import dense_layers
 from .masks import dense_mask, is_range, range_mask, without_plain
 
@@ -28,6 +29,7 @@ _UNSUITABLE = (
 )
 
 LayerThresholds = Mapping[int, "float | Sequence[float]"]
+OnCall = Callable[[str, Call], None]
 
 
 @dataclass
@@ -37,6 +39,7 @@ class _Layer:
     config: XAttnConfig
     dense: bool = False
     counts: LayerCounts | None = None
+    on_call: OnCall | None = None
 
 
 @dataclass
@@ -56,6 +59,7 @@ def use_xattention(
     config: XAttnConfig | None = None,
     *,
     layer_thresholds: LayerThresholds | None = None,
+    on_call: OnCall | None = None,
     **overrides: Any,
 ) -> AttentionStats:
     """Make the prefill of a model's text part sparse; a second call replaces the settings of the first.
@@ -65,7 +69,9 @@ def use_xattention(
         config: settings; None is the preset `qwen2-vl` for a model with a vision tower and `language` for others.
             `warmup_steps` is of video and has no effect.
         layer_thresholds: thresholds of single layers by index (negative ones count from the end): a number, or one
-            for each query head.
+            for each query head. They come before those of a file in `config.threshold`.
+        on_call: `on_call(layer, call)` sees each sparse call before it is computed: the layer's module path, and the
+            `xattn_video.ops.Call` with query, key and value `[B, H, S, D]`. `xattn-video calibrate` measures with it.
         **overrides: settings that replace those of config.
 
     Returns:
@@ -85,6 +91,8 @@ def use_xattention(
     if config is None:
         config = XAttnConfig.preset("language" if text is model.config else "qwen2-vl")
     config = config.replace(**overrides)
+    if isinstance(config.threshold, HeadThresholds):
+        config.threshold.check_model(type(model).__name__, {path: _heads(module) for path, module in modules.items()})
     layers = _layers(modules, config, layer_thresholds or {})
     stats = AttentionStats()
     counts = stats.add_model(list(modules))
@@ -94,7 +102,7 @@ def use_xattention(
         _set_text_attention(model, before)
         raise ValueError(_UNSUITABLE.format(type(model).__name__))
     for module, layer, counted in zip(modules.values(), layers, counts.layers, strict=True):
-        layer.counts = counted
+        layer.counts, layer.on_call = counted, on_call
         setattr(module, _ATTRIBUTE, layer)
     setattr(model, _ATTRIBUTE, _Attached(stats, before))
     return stats
@@ -177,7 +185,9 @@ def xattention_forward(  # noqa: PLR0913 - transformers' signature
     if not isinstance(backend, str):
         start = attention_mask[:, 0, 0, 0] if attention_mask is not None else None
         mask = KeyMask(causal=True, kv_start=start)
-        call = checked_call(query, seen_key, seen_value, mask, threshold=layer.config.threshold, scale=scaling)
+        call = checked_call(query, seen_key, seen_value, mask, threshold=layer.config.call_threshold, scale=scaling)
+        if layer.on_call is not None and layer.counts is not None:
+            layer.on_call(layer.counts.name, call)
         with without_autocast(query.device):
             output, kept, valid = attend_sparse(backend, call, layer.config)
         if layer.counts is not None:
@@ -258,14 +268,19 @@ def _layers(modules: Mapping[str, nn.Module], config: XAttnConfig, thresholds: L
     layers = []
     for index, (path, module) in enumerate(modules.items()):
         threshold = thresholds.get(index, thresholds.get(index - len(modules)))
-        own = config if threshold is None else config.replace(threshold=threshold)
-        heads = getattr(getattr(module, "config", None), "num_attention_heads", None)
+        own = config.replace(threshold=config.layer_threshold(path) if threshold is None else threshold)
+        heads = _heads(module)
         if isinstance(own.threshold, tuple) and heads is not None and len(own.threshold) != heads:
             raise ValueError(
                 f"threshold of {path} must have one value for each of {heads} heads, got {len(own.threshold)}"
             )
         layers.append(_Layer(own, dense=index in dense))
     return layers
+
+
+def _heads(module: nn.Module) -> int | None:
+    """The number of query heads of an attention module, where its configuration tells it."""
+    return getattr(getattr(module, "config", None), "num_attention_heads", None)
 
 
 def _set_text_attention(model: PreTrainedModel, name: str) -> None:
