@@ -45,6 +45,10 @@ COMMANDS = {
         "xattn_video_eval.report.command", "one page about a run: tables, noise floor, players side by side, density"
     ),
     "sweep": Command("xattn_video_eval.sweep.command", "quality and speed over thresholds, strides and warm-up steps"),
+    "calibrate": Command(
+        "xattn_video_eval.calibrate.command",
+        "find thresholds for every layer and head of a model, offline, on a few inputs",
+    ),
     "qa": Command(
         "xattn_video_pipelines.qa.command", "ask a video-understanding model about videos, with sparse prefill"
     ),

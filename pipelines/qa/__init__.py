@@ -8,7 +8,9 @@ if TYPE_CHECKING:
     from xattn_video_pipelines.qa.answers import Answer as Answer
     from xattn_video_pipelines.qa.answers import generate_answer as generate_answer
     from xattn_video_pipelines.qa.command import answer_questions as answer_questions
+    from xattn_video_pipelines.qa.command import load_video_model as load_video_model
     from xattn_video_pipelines.qa.command import print_answer as print_answer
+    from xattn_video_pipelines.qa.command import prompts_of as prompts_of
     from xattn_video_pipelines.qa.command import summary_table as summary_table
     from xattn_video_pipelines.qa.load import load_model as load_model
     from xattn_video_pipelines.qa.load import read_answers as read_answers
@@ -26,7 +28,7 @@ else:
         __name__,
         {
             "answers": ["Answer", "generate_answer"],
-            "command": ["answer_questions", "print_answer", "summary_table"],
+            "command": ["answer_questions", "load_video_model", "print_answer", "prompts_of", "summary_table"],
             "load": ["load_model", "read_answers", "weights_of"],
             "questions": ["read_questions"],
             "qwen_positions": ["repair_positions"],

@@ -6,7 +6,7 @@ questions -> sampled frames -> answers, dense and sparse of one question after t
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from json import dumps
 from pathlib import Path
@@ -128,9 +128,38 @@ def _answer_all(
     on_answer: Callable[[Row], None] | None,
 ) -> None:
     """Answer the questions that lack an answer, each by every configuration, and add them to `rows` and the file."""
-    from tqdm.auto import tqdm
-
     from xattn_video.integrations.transformers import use_xattention
+
+    model, processor = load_video_model(settings)
+    try:
+        # Before minutes of decoding: whether the model can be sparse at all, and the settings fit it.
+        for config in configs.values():
+            if config is not None:
+                use_xattention(model, config)
+    except ValueError as error:
+        raise UserError(f"--model {settings.model}: {error}") from None
+    left = [question for question in questions if any((question.id, label) not in rows for label in configs)]
+    for question, video, inputs in prompts_of(settings, model, processor, left):
+        if question is left[0] and len(configs) > 1:
+            # Compilers and caches run once: else that would be the difference between the two.
+            for config in configs.values():
+                _generate(model, config, question, inputs, 1)
+        # All of a question's answers are written together: the comparison of two needs both.
+        made = _answer(settings, model, processor, question, video, inputs, configs)
+        if settings.out is not None:
+            jsonl.append(settings.out / ANSWERS, made)
+        for row in made:
+            rows[question.id, row["attention"]] = row
+            if on_answer:
+                on_answer(row)
+
+
+def load_video_model(settings: QaSettings) -> tuple[Any, Any]:
+    """The model that is asked, and its processor.
+
+    Raises:
+        UserError: as `load_model`, or the model takes no videos.
+    """
     from xattn_video_pipelines.qa.qwen_positions import repair_positions
 
     model, processor = load_model(
@@ -142,31 +171,24 @@ def _answer_all(
     # --max-frames and --max-pixels say what is seen; some processors would share a budget out among frames besides.
     if hasattr(processor.video_processor, "cap_pixels_per_frame"):
         processor.video_processor.cap_pixels_per_frame = False
-    try:
-        # Before minutes of decoding: whether the model can be sparse at all, and the settings fit it.
-        for config in configs.values():
-            if config is not None:
-                use_xattention(model, config)
-    except ValueError as error:
-        raise UserError(f"--model {settings.model}: {error}") from None
-    left = [question for question in questions if any((question.id, label) not in rows for label in configs)]
+    return model, processor
+
+
+def prompts_of(
+    settings: QaSettings, model: Any, processor: Any, questions: Sequence[Question]
+) -> Iterator[tuple[Question, SampledVideo, dict[str, Any]]]:
+    """Each question with its video's frames and what the model is called with; a bar on stderr tells how far it is.
+
+    Raises:
+        UserError: a video is damaged, or the processor refuses it.
+    """
+    from tqdm.auto import tqdm
+
     seen: tuple[Path, SampledVideo] | None = None
-    for question in tqdm(left, desc="questions", disable=None):
+    for question in tqdm(questions, desc="questions", disable=None):
         if seen is None or seen[0] != question.video:
             seen = question.video, sample_video(question.video, **_sampling(settings))
-        inputs = _inputs(settings, processor, question, seen[1], model)
-        if question is left[0] and len(configs) > 1:
-            # Compilers and caches run once: else that would be the difference between the two.
-            for config in configs.values():
-                _generate(model, config, question, inputs, 1)
-        # All of a question's answers are written together: the comparison of two needs both.
-        made = _answer(settings, model, processor, question, seen[1], inputs, configs)
-        if settings.out is not None:
-            jsonl.append(settings.out / ANSWERS, made)
-        for row in made:
-            rows[question.id, row["attention"]] = row
-            if on_answer:
-                on_answer(row)
+        yield question, seen[1], _inputs(settings, processor, question, seen[1], model)
 
 
 def _answer(

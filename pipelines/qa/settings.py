@@ -33,7 +33,10 @@ class PrefillSettings(Settings):
 
     attention: Annotated[Literal["dense", "xattn", "both"], Option("of prefill", _ATTENTION)] = "both"
     stride: Annotated[int, Option("antidiagonal stride, a power of two", _ATTENTION)] = 8
-    threshold: Annotated[float, Option("share of the score mass to keep, in (0, 1]", _ATTENTION)] = 0.9
+    threshold: Annotated[
+        float | Path,
+        Option("share of the score mass to keep, in (0, 1], or a file of xattn-video calibrate", _ATTENTION, "N"),
+    ] = 0.9
     block_size: Annotated[int, Option("tokens a block, a multiple of the stride", _ATTENTION)] = 128
     min_tokens: Annotated[int, Option("shorter prompts stay dense", _ATTENTION)] = 1024
     dense_last: Annotated[

@@ -2,7 +2,7 @@
 
 from xattn_video_pipelines.video.command import generate, print_video
 from xattn_video_pipelines.video.io import count_and_seconds, iter_frames, read_video, video_info, write_video
-from xattn_video_pipelines.video.make import load_pipeline, produce
+from xattn_video_pipelines.video.make import load_pipeline, observe, produce
 from xattn_video_pipelines.video.manifest import NAME as MANIFEST
 from xattn_video_pipelines.video.manifest import (
     Key,
@@ -50,6 +50,7 @@ __all__ = [
     "load_pipeline",
     "lossless_copy",
     "make_plan",
+    "observe",
     "offline_message",
     "print_video",
     "produce",

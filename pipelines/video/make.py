@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from xattn_video import XAttnConfig
+    from xattn_video.ops import Call
     from xattn_video_pipelines.video.progress import VideoProgress
 
 
@@ -95,6 +96,43 @@ def _make_videos(plan: Plan, on_video: Callable[[Job, Record], None] | None) -> 
             if on_video:
                 on_video(job, record)
     return records
+
+
+def observe(plan: Plan, on_call: Callable[[int, str, Call], None]) -> Any:
+    """Run the pending videos of a plan, all of one configuration, up to their latents; nothing is decoded or written.
+
+    Args:
+        plan: what is to be run.
+        on_call: `on_call(step, layer, call)` sees each sparse call before it is computed, as of `XAttnProcessor`; steps
+            count from 0 in each video.
+
+    Returns:
+        the pipeline that ran.
+
+    Raises:
+        UserError: the model cannot be loaded or made sparse, or the device is out of memory.
+    """
+    import torch
+
+    from xattn_video_pipelines.video.progress import VideoProgress
+
+    given, recipe = plan.given, plan.recipe
+    if not recipe.model.is_folder:
+        check_available(recipe.model)
+    pipe = load_pipeline(
+        recipe.model, recipe.settings, device=plan.device, dtype=plan.dtype, offload=given.offload, compile_blocks=False
+    )
+    with VideoProgress(len(plan.pending), lambda: None) as progress:
+        attach(pipe, plan.pending[0].config, lambda layer, call: on_call(len(progress.step_seconds), layer, call))
+        pipe.progress_bar = progress.steps
+        for job in plan.pending:
+            with progress.video(job.name):
+                try:
+                    pipe(**{**_arguments(recipe.model, recipe.settings, job), "output_type": "latent"})
+                except torch.OutOfMemoryError:
+                    advice = "--offload model (or sequential), --dtype bfloat16, fewer frames or a smaller size"
+                    raise UserError(f"{job.name}: {plan.device} is out of memory; try {advice}") from None
+    return pipe
 
 
 def _make_video(
@@ -220,11 +258,11 @@ def load_pipeline(
     return pipe
 
 
-def attach(pipe: Any, config: XAttnConfig | None) -> Any:
+def attach(pipe: Any, config: XAttnConfig | None, on_call: Callable[[str, Call], None] | None = None) -> Any:
     """Switch the pipeline to sparse attention, or with None back to its own; gives the processor or None."""
     from xattn_video import XAttnProcessor
 
-    processor = None if config is None else XAttnProcessor(config)
+    processor = None if config is None else XAttnProcessor(config, on_call=on_call)
     try:
         pipe.set_attn_processor(processor)
     except ValueError as error:

@@ -88,7 +88,10 @@ class GenerateSettings(VideoSettings):
             _ATTENTION,
         ),
     ] = "xattn"
-    threshold: Annotated[float, Option("share of the score mass to keep, in (0, 1]", _ATTENTION)] = 0.9
+    threshold: Annotated[
+        float | Path,
+        Option("share of the score mass to keep, in (0, 1], or a file of xattn-video calibrate", _ATTENTION, "N"),
+    ] = 0.9
     stride: Annotated[int, Option("antidiagonal stride, a power of two", _ATTENTION)] = 8
     warmup_steps: Annotated[int, Option("first denoising steps that stay dense", _ATTENTION)] = 5
     warmup: Annotated[
