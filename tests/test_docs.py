@@ -199,7 +199,7 @@ def test_commands_and_options_exist(file: Path) -> None:
 def test_wrong_commands_are_found(capfd: pytest.CaptureFixture[str]) -> None:
     assert missing(Command(("xattn-video", "generate"), ("--threshold", "--tau"))) == ["--tau"]
     # The start of an option is not the option.
-    assert missing(Command(("xattn-video", "generate"), ("--warmup",))) == ["--warmup"]
+    assert missing(Command(("xattn-video", "generate"), ("--block",))) == ["--block"]
     assert missing(Command(("xattn_video_eval.nothing",), ())) == ["no module xattn_video_eval.nothing"]
     assert missing(Command(("eval.needle",), ())) == ["no module eval.needle"]
     assert run_command(capfd, "paint", "--help").code == 2

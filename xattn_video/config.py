@@ -82,7 +82,7 @@ class XAttnConfig:
             faster; what that kernel cannot do raises) or `"reference"`.
         max_extra_mib: bound in MiB on what grows with the square of the length in one call: scores, lists and masks of
             blocks. A call that would take more is done in chunks of query blocks, which may round the last digit
-            otherwise. `chunks.py` says what a backend needs beside them.
+            otherwise. `ops/sparse.py` says what a backend needs beside them.
 
     Raises:
         ValueError: a setting is out of its range, or a file of thresholds is missing or broken; the message names it.
