@@ -211,6 +211,17 @@ def test_another_size_or_batch_has_its_own_residual(pipe: WanPipeline) -> None:
         assert error(two[item : item + 1], alone) < 1e-3
 
 
+def test_a_size_that_changes_within_a_video_refreshes(pipe: WanPipeline) -> None:
+    processor = attach(pipe.transformer, warmup_steps=1, refresh=(9,))
+    processor.start_generation()
+    dense_calls = []
+    for number, frames in enumerate((5, 5, 3, 3, 5)):
+        processor.step(number)
+        step(pipe.transformer, 9, *inputs(0, (1, 16, frames, 14, 18)))
+        dense_calls.append(processor.stats.summary()["dense_calls"]["refresh"] // LAYERS)
+    assert dense_calls == [1, 1, 2, 2, 3]
+
+
 def test_the_forwards_of_guidance_have_their_own_residuals(pipe: WanPipeline) -> None:
     """As two named forwards, as two unnamed ones, and as one batch: what each of them gives alone."""
     model = pipe.transformer
@@ -318,20 +329,27 @@ def test_video_to_video_counts_its_own_steps() -> None:
 
 def test_a_step_cache_that_skips_a_refresh_only_puts_it_off() -> None:
     pipe = quiet(T2V.build(0))
-    processor = attach(pipe, refresh=(1, 4))
-    pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=0.08))
-    try:
+    pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=0.16))
+
+    def run(**changes: Any) -> dict[int, float]:
+        processor = attach(pipe, **changes)
         call(pipe)
+        layers = processor.stats.summary()["density_by_layer_and_step"]
+        by_step: dict[int, float] = layers["transformer.blocks.1.attn1"]
+        return by_step
+
+    try:
+        done = run(residual="off")
+        skipped = [number for number in range(3, max(done)) if number not in done]
+        assert skipped, "the cache skipped nothing: the test shows nothing"
+        # the only refresh after the warm-up is in a step that the second block is skipped in
+        by_step = run(refresh=(skipped[0] - 2,))
     finally:
         pipe.transformer.disable_cache()
-    by_step = processor.stats.summary()["density_by_layer_and_step"]
-    second = by_step["transformer.blocks.1.attn1"]
-    assert len(second) < STEPS, "the cache skipped nothing: the test shows nothing"
-    run = sorted(second)
-    for at in (1, 2 + 1, 2 + 4):
-        # the first call of the layer at or after the step of a refresh
-        due = next((number for number in run if number >= at), None)
-        assert due is None or second[due] == 1
+    assert skipped[0] not in by_step
+    later = [number for number in sorted(by_step) if number > skipped[0]]
+    assert by_step[later[0]] == 1
+    assert all(by_step[number] < 1 for number in later[1:])
 
 
 def test_a_compiled_block_makes_no_graph_for_a_step() -> None:
