@@ -29,6 +29,7 @@ from tests.cli_tools import (
     tiny_tokenizer,
     tool,
 )
+from xattn_video import XAttnConfig
 from xattn_video_pipelines.cli import main
 from xattn_video_pipelines.common import files
 from xattn_video_pipelines.common.errors import UserError
@@ -311,6 +312,22 @@ def test_python_makes_the_videos_that_the_command_line_keeps(model, prompts, tmp
     assert generate(settings) == []
     done = xattn("generate", *settings.arguments(), "--json")
     assert {name: json.loads(done.out)[name] for name in ("made", "kept")} == {"made": 0, "kept": 2}
+
+
+def test_a_preset_and_what_replaces_its_values_make_one_configuration(model, prompts, tmp_path, xattn):
+    command = ("generate", "--model", model, "--prompts", prompts, "--out", tmp_path, "--limit", 1, *SIZE, *SPARSE)
+    done = xattn(*command, "--steps", 4, "--preset", "balanced", "--refresh-every", 2, "--no-extrapolate")
+    assert done.code == 0, done.err
+    changes = {"block_size": 16, "min_tokens": 0, "warmup_steps": 1, "refresh_every": 2, "extrapolate": False}
+    config = XAttnConfig.preset("balanced", **changes)
+    record = read_manifest(tmp_path / config.label())["0001", 0]
+    assert record["config"] == config.to_dict()
+    assert record["residual_bytes"] > 0
+    assert record["dense_reasons"]["refresh"] > 0
+    refused = xattn(*command, "--preset", "balanced", "--keep-masks", 2)
+    assert refused.code == 2
+    assert "keep_masks goes without a residual" in refused.err
+    assert "--preset" in xattn(*command, "--preset", "language").err.splitlines()[-1]
 
 
 def test_other_weights_in_the_same_folder_are_another_model(model, prompts, tmp_path, xattn):

@@ -139,8 +139,24 @@ def test_labels_tell_configurations_apart():
     assert not any(set(label) & set("/\\ :*") for label in labels)
 
 
-def test_presets_are_the_papers_settings():
+def test_presets_of_model_families_are_the_papers_settings():
     assert XAttnConfig.preset("qwen2-vl").stride == 16
     assert XAttnConfig.preset("hunyuan-video", threshold=0.95).threshold == 0.95
     with pytest.raises(ValueError, match="preset must be one of"):
         XAttnConfig.preset("sora")
+    with pytest.raises(ValueError, match="unknown settings taste"):
+        XAttnConfig.preset("wan", taste=1)
+
+
+def test_presets_for_videos_remember_and_differ_in_how_dense_they_are():
+    fast, balanced, faithful = (XAttnConfig.preset(name) for name in ("fast", "balanced", "faithful"))
+    for config in (fast, balanced, faithful):
+        assert (config.residual, config.refresh, config.extrapolate, config.anchors) == ("int4", "growing", True, 1)
+    assert fast.threshold < balanced.threshold <= faithful.threshold
+    assert fast.refresh_every > balanced.refresh_every > faithful.refresh_every
+
+
+def test_a_preset_without_its_residual_has_none_of_its_settings():
+    assert XAttnConfig.preset("balanced", residual="off") == XAttnConfig(threshold=0.3, anchors=1)
+    with pytest.raises(ValueError, match="refresh_every goes with a residual"):
+        XAttnConfig.preset("balanced", residual="off", refresh_every=0.1)

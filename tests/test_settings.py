@@ -6,11 +6,12 @@ import importlib
 import inspect
 from dataclasses import FrozenInstanceError, fields
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 import pytest
 
 from xattn_video import XAttnConfig
+from xattn_video.config import PRESETS
 from xattn_video_eval.bench import BenchSettings
 from xattn_video_eval.benchmarks.needle import NeedleSettings
 from xattn_video_eval.compare import CompareSettings
@@ -24,17 +25,26 @@ from xattn_video_pipelines.common.program import run_app
 from xattn_video_pipelines.common.settings import Settings
 from xattn_video_pipelines.demo import DemoSettings, JudgeSettings
 from xattn_video_pipelines.qa import QaSettings
-from xattn_video_pipelines.video import GenerateSettings
+from xattn_video_pipelines.video import GenerateSettings, VideoPreset
 
 VIDEOS: dict[str, Any] = {"model": "demo", "prompts": Path("prompts.txt")}
 # A command, and settings in which values of each kind differ from the defaults.
 EXAMPLES: dict[str, Settings] = {
-    "generate": GenerateSettings(**VIDEOS, seeds=(3, 1), threshold=0.5, attention="all", lossless=True, height=64),
+    "generate": GenerateSettings(
+        **VIDEOS,
+        seeds=(3, 1),
+        threshold=0.5,
+        attention="all",
+        lossless=True,
+        height=64,
+        preset="fast",
+        extrapolate=False,
+    ),
     "sweep": SweepSettings(**VIDEOS, thresholds=(0.5, 0.9), strides=(8,), lpips=False, plot=False, grid=True),
     "compare": CompareSettings(Path("a"), Path("b"), lpips_net="vgg", floor=False, workers=2),
     "report": ReportSettings(Path("run"), max_megabytes=1.5, lpips=False),
     "qa": QaSettings(video=Path("a.mp4"), question="What?", options=("a b", "c"), answer="c", fps=2.5),
-    "demo": DemoSettings(limit=2, overwrite=True),
+    "demo": DemoSettings(limit=2, overwrite=True, preset="balanced"),
     "judge": JudgeSettings((Path("a"), Path("b"))),
     "bench": BenchSettings(tokens=(512, 1024), dtype=("fp32", "bf16"), inputs="text", causal=True),
     "tune": TuneSettings(head_dim=(64, 128), kernel=("block_sparse",)),
@@ -68,6 +78,20 @@ def test_defaults_are_those_of_the_library() -> None:
     assert BenchSettings().config == XAttnConfig(min_tokens=0)
 
 
+def test_what_is_given_replaces_the_presets_value() -> None:
+    preset = XAttnConfig.preset
+    assert GenerateSettings(**VIDEOS, preset="balanced").config == preset("balanced")
+    changed = GenerateSettings(**VIDEOS, preset="fast", threshold=0.5, extrapolate=False, refresh_every=3.0, anchors=0)
+    assert changed.config == preset("fast", threshold=0.5, extrapolate=False, refresh_every=3, anchors=0)
+    assert GenerateSettings(**VIDEOS, preset="fast", residual="off").config == preset("fast", residual="off")
+    assert GenerateSettings(**VIDEOS, residual="int4", refresh_every=0.25).config.refresh_every == 0.25
+
+
+def test_the_presets_of_videos_are_the_librarys_without_those_of_other_models() -> None:
+    assert set(get_args(VideoPreset)) == PRESETS.keys() - {"qwen2-vl", "language"}
+    assert all(XAttnConfig.preset(name).stride == 8 for name in get_args(VideoPreset))
+
+
 def test_a_sweep_makes_its_videos_with_its_own_settings() -> None:
     of_videos = SweepSettings(**VIDEOS, seeds=(1,), steps=4, block_size=64, min_tokens=0).of_videos
     expected = GenerateSettings(
@@ -80,6 +104,8 @@ def test_a_sweep_makes_its_videos_with_its_own_settings() -> None:
     ("make", "message"),
     [
         (lambda: GenerateSettings(**VIDEOS, threshold=2.0), "threshold must be in"),
+        (lambda: GenerateSettings(**VIDEOS, preset="language"), "--preset must be one of fast, balanced, faithful"),
+        (lambda: GenerateSettings(**VIDEOS, preset="fast", keep_masks=2), "keep_masks goes without a residual"),
         (lambda: GenerateSettings(**VIDEOS, seeds=(1, 1)), "--seeds must differ, got 1 1"),
         (lambda: GenerateSettings(**VIDEOS, attention="half"), "--attention must be one of dense, dense-alt, xattn"),
         (lambda: SweepSettings(**VIDEOS, strides=(7,)), "stride must be a power of two, got 7"),

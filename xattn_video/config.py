@@ -21,13 +21,23 @@ _INTEGERS = (
     "max_extra_mib",
 )  # fmt: skip
 
-# The settings under which the paper reports each model family (its section 4.1).
+# What the three presets of this package for videos have in common.
+_REMEMBERING = {"residual": "int4", "refresh": "growing", "extrapolate": True, "anchors": 1}
+
+# The settings under which the paper reports each model family (its section 4.1), then this package's own for videos,
+# from the fastest to the one that stays closest to dense attention. Their values are provisional: a prototype's.
 PRESETS: dict[str, dict[str, Any]] = {
     "hunyuan-video": {"stride": 8, "threshold": 0.9, "warmup_steps": 5},
     "wan": {"stride": 8, "threshold": 0.9, "warmup_steps": 5},
     "qwen2-vl": {"stride": 16, "threshold": 0.9, "warmup_steps": 0},
     "language": {"stride": 8, "threshold": 0.9, "warmup_steps": 0},
+    "fast": {"threshold": 0.1, "refresh_every": 0.25, **_REMEMBERING},
+    "balanced": {"threshold": 0.3, "refresh_every": 0.2, **_REMEMBERING},
+    "faithful": {"threshold": 0.3, "refresh_every": 0.15, **_REMEMBERING},
 }
+
+# Settings that only have a meaning with a residual.
+_OF_RESIDUAL = {"refresh", "refresh_every", "extrapolate", "residual_mib"}
 
 
 @dataclass(frozen=True)
@@ -170,10 +180,22 @@ class XAttnConfig:
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> XAttnConfig:
-        """The paper's settings for a model family (`hunyuan-video`, `wan`, `qwen2-vl`, `language`)."""
+        """Settings under a name, with some changed.
+
+        Args:
+            name: of the paper's settings for a model family (`hunyuan-video`, `wan`, `qwen2-vl`, `language`), or
+                `fast`, `balanced` or `faithful`: settings for video models with a residual.
+            changes: settings that replace the preset's. `residual="off"` also leaves out the preset's settings of the
+                residual.
+
+        Raises:
+            ValueError: no such preset, or a change that is no setting or out of its range.
+        """
         if name not in PRESETS:
             raise ValueError(f"preset must be one of {', '.join(sorted(PRESETS))}, got {name!r}")
-        return cls(**{**PRESETS[name], **changes})
+        dropped = _OF_RESIDUAL if changes.get("residual") == "off" else set()
+        values = {setting: value for setting, value in PRESETS[name].items() if setting not in dropped}
+        return cls.from_dict({**values, **changes})
 
     @property
     def call_threshold(self) -> float | tuple[float, ...]:

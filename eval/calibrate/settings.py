@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
+from xattn_video import XAttnConfig
 from xattn_video_pipelines.common.errors import UserError
 from xattn_video_pipelines.common.settings import Option, Settings, option_name, sparse_config
 from xattn_video_pipelines.qa import QaSettings
@@ -76,7 +77,7 @@ class CalibrateSettings(Settings):
     @property
     def score_stride(self) -> int:
         """`stride`, or that of the command that will use the thresholds."""
-        return self.stride or (QaSettings.stride if self.items else GenerateSettings.stride)
+        return self.stride or (QaSettings.stride if self.items else XAttnConfig.stride)
 
     @property
     def of_videos(self) -> GenerateSettings:

@@ -3,52 +3,121 @@
 from __future__ import annotations
 
 import itertools
+import json
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from xattn_video_pipelines.common.settings import Option, sparse_config
-from xattn_video_pipelines.video import GenerateSettings, VideoSettings
+from xattn_video_pipelines.common.errors import UserError
+from xattn_video_pipelines.common.settings import Option, option_name, sparse_config
+from xattn_video_pipelines.video import GenerateSettings, VideoPreset, VideoSettings, steps_or_share
 
 if TYPE_CHECKING:
     from xattn_video import XAttnConfig
 
-_AXES = "axes; the base point is threshold 0.9, stride 8, 5 warm-up steps"
+# The option that gives an axis its values, by the setting of XAttnConfig that changes along it.
+AXES = {
+    "threshold": "thresholds", "stride": "strides", "warmup_steps": "warmup_steps", "residual": "residuals",
+    "refresh_every": "refresh_every", "anchors": "anchors", "threshold_ramp": "threshold_ramps",
+    "keep_masks": "keep_masks",
+}  # fmt: skip
+# What is swept where nothing is asked for.
+_USUAL: dict[str, tuple[Any, ...]] = {
+    "threshold": (0.5, 0.7, 0.8, 0.9, 0.95, 0.99), "stride": (4, 8, 16, 32), "warmup_steps": (0, 2, 5, 8),
+}  # fmt: skip
+_GROUP = "axes; the base point is --preset, without one threshold 0.9, stride 8, 5 warm-up steps"
+_POINTS = "further points"
 _MEASURING = "measuring"
+
+
+def _axis(setting: str, metavar: str = "N") -> Option:
+    usual = " ".join(map(str, _USUAL.get(setting, ())))
+    text = f"of XAttnConfig.{setting}" + (f"; without any axis or further point: {usual}" if usual else "")
+    return Option(text, _GROUP, metavar=metavar)
 
 
 @dataclass(frozen=True, kw_only=True)
 class SweepSettings(VideoSettings):
-    """`VideoSettings`, the values along each axis, and what is measured.
+    """`VideoSettings`, the values along each axis, further points, and what is measured.
 
-    One axis at a time is gone through, around the base point; with `grid` every combination.
+    One axis at a time is gone through, around the base point; with `grid` every combination. An axis without values
+    stays at the base point. Without any axis or further point thresholds, strides and warm-up steps are swept.
     """
 
     out: Annotated[Path, Option("folder of the videos and the tables", metavar="DIR")] = Path("sweep")
-    thresholds: Annotated[tuple[float, ...], Option("of XAttnConfig.threshold", _AXES, metavar="N")] = (
-        0.5, 0.7, 0.8, 0.9, 0.95, 0.99,
-    )  # fmt: skip
-    strides: Annotated[tuple[int, ...], Option("of XAttnConfig.stride", _AXES, metavar="N")] = (4, 8, 16, 32)
-    warmup_steps: Annotated[tuple[int, ...], Option("of XAttnConfig.warmup_steps", _AXES, metavar="N")] = (0, 2, 5, 8)
-    grid: Annotated[bool, Option("every combination, not one axis at a time", _AXES)] = False
+    thresholds: Annotated[tuple[float, ...], _axis("threshold")] = ()
+    strides: Annotated[tuple[int, ...], _axis("stride")] = ()
+    warmup_steps: Annotated[tuple[int, ...], _axis("warmup_steps")] = ()
+    residuals: Annotated[tuple[Literal["off", "int4", "fp8", "full"], ...], _axis("residual", "KIND")] = ()
+    refresh_every: Annotated[tuple[float, ...], _axis("refresh_every")] = ()
+    anchors: Annotated[tuple[int, ...], _axis("anchors")] = ()
+    threshold_ramps: Annotated[tuple[float, ...], _axis("threshold_ramp")] = ()
+    keep_masks: Annotated[tuple[int, ...], _axis("keep_masks")] = ()
+    grid: Annotated[bool, Option("every combination, not one axis at a time", _GROUP)] = False
+    presets: Annotated[tuple[VideoPreset, ...], Option("whole presets", _POINTS, metavar="NAME")] = ()
+    named: Annotated[
+        Path | None,
+        Option(
+            'JSON with settings of XAttnConfig by name, as {"plain": {"threshold": 0.8}}; "preset" may be among them',
+            _POINTS,
+            metavar="FILE",
+        ),
+    ] = None
     lpips: Annotated[bool, Option("PSNR and SSIM only", _MEASURING)] = True
     floor: Annotated[bool, Option("leave the noise floor's videos out", _MEASURING)] = True
     plot: Annotated[bool, Option("no picture; without it matplotlib is not needed", _MEASURING)] = True
 
     @property
     def configs(self) -> list[XAttnConfig]:
-        """The configurations of the sweep, each once: the base point first, then along each axis, or the grid.
+        """The configurations of the sweep, each once: the base point, then along each axis or the grid, then the named.
 
         Raises:
-            UserError: a value that `XAttnConfig` refuses.
+            UserError: a value that `XAttnConfig` refuses, or the file of named points cannot be read.
         """
-        axes = {"threshold": self.thresholds, "stride": self.strides, "warmup_steps": self.warmup_steps}
+        axes: dict[str, tuple[Any, ...]] = {name: getattr(self, option) for name, option in AXES.items()}
+        axes["refresh_every"] = tuple(steps_or_share(value) for value in self.refresh_every)
+        axes = {name: values for name, values in axes.items() if values}
+        if not axes and not self.presets and self.named is None:
+            axes = _USUAL
+        self._check_refreshed(axes)
         if self.grid:
             points = [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
         else:
             points = [{}] + [{name: value} for name, values in axes.items() for value in values]
-        fixed = {"block_size": self.block_size, "min_tokens": self.min_tokens}
-        return list(dict.fromkeys(sparse_config(**fixed, **point) for point in points))
+        return list(dict.fromkeys([*(self._config(self.preset, point) for point in points), *self.names]))
+
+    @property
+    def names(self) -> dict[XAttnConfig, str]:
+        """The names of the points that have one: presets and those of the file. Raises UserError as `configs`."""
+        presets = [name for name in (self.preset, *self.presets) if name is not None]
+        found = [(self._config(name, {}), str(name)) for name in presets]
+        for name, values in ({} if self.named is None else _read(self.named)).items():
+            try:
+                found.append((self._config(values.pop("preset", None), values), name))
+            except UserError as error:
+                raise UserError(f"--named {self.named}: {name}: {error}") from None
+        names: dict[XAttnConfig, str] = {}
+        for config, name in found:
+            same = names.setdefault(config, name)
+            if same != name:
+                names[config] = f"{same}, {name}"
+        return names
+
+    def _config(self, preset: str | None, values: dict[str, Any]) -> XAttnConfig:
+        given = {"block_size": self.block_size, "min_tokens": self.min_tokens}
+        given = {name: value for name, value in given.items() if value is not None}
+        return sparse_config(preset, **{**given, **values})
+
+    def _check_refreshed(self, axes: dict[str, tuple[Any, ...]]) -> None:
+        """Say what is missing where the axis of refreshes meets a point without a residual."""
+        if "refresh_every" not in axes:
+            return
+        base = (self._config(self.preset, {}).residual,)
+        if "off" in (axes.get("residual", base) if self.grid else base):
+            raise UserError(
+                f"{option_name('refresh_every')} needs a residual at the base point (with --grid at each point), got "
+                "residual off; --preset balanced has one"
+            )
 
     @property
     def of_videos(self) -> GenerateSettings:
@@ -59,3 +128,14 @@ class SweepSettings(VideoSettings):
     def check(self) -> None:
         super().check()
         _ = self.configs
+
+
+def _read(path: Path) -> dict[str, dict[str, Any]]:
+    """Settings by name. Raises UserError."""
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"--named {path}: cannot be read: {error}") from None
+    if not isinstance(document, dict) or not all(isinstance(values, dict) for values in document.values()):
+        raise UserError(f"--named {path}: must hold an object of objects, settings of XAttnConfig by name")
+    return document

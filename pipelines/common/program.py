@@ -223,6 +223,9 @@ def _parameter(name: str, hint: Any, default: Any, positional: bool, groups: Cal
     many = "..." if get_origin(kind) is tuple else ""
     metavar = option.metavar and f"{option.metavar}{many}"
     shown: dict[str, Any] = {"help": option.help, "metavar": metavar}
+    if kind == (bool | None):
+        # Its default may be yes or no, so both can be given.
+        shown["negative"] = f"--no-{name.replace('_', '-')}"
     if many and not positional:
         shown["converter"] = _last_given
     if option.group is not None:

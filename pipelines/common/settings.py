@@ -93,12 +93,16 @@ def option_name(field: str) -> str:
     return f"--{field.replace('_', '-')}"
 
 
-def sparse_config(**values: Any) -> XAttnConfig:
-    """`XAttnConfig(**values)`. Raises UserError where a value is out of its range or of a wrong type."""
+def sparse_config(preset: str | None = None, **values: Any) -> XAttnConfig:
+    """`XAttnConfig(**values)`, or the preset with these values in place of its own.
+
+    Raises:
+        UserError: a value is out of its range or of a wrong type, or a name is no setting or no preset.
+    """
     from xattn_video import XAttnConfig
 
     try:
-        return XAttnConfig(**values)
+        return XAttnConfig.from_dict(values) if preset is None else XAttnConfig.preset(preset, **values)
     except (ValueError, TypeError) as error:
         raise UserError(str(error)) from None
 

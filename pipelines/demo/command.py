@@ -58,7 +58,7 @@ def demo(settings: DemoSettings) -> dict[str, Any]:
     generating = GenerateSettings(
         model="demo", prompts=settings.prompts or shipped_prompts("demo.txt"), attention="both", lossless=True,
         device="cpu", out=settings.out, limit=settings.limit, steps=settings.steps, overwrite=settings.overwrite,
-        warmup_steps=settings.warmup_steps, num_frames=settings.num_frames,
+        preset=settings.preset, warmup_steps=settings.warmup_steps, num_frames=settings.num_frames,
     )  # fmt: skip
     _announce("generate", generating)
     module_of("generate").command(generating)

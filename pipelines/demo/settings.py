@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated
 
 from xattn_video_pipelines.common.settings import Option, Settings
+from xattn_video_pipelines.video import PresetOption
 
 JUDGED_JSON = "judged.json"
 
@@ -26,6 +27,9 @@ class DemoSettings(Settings):
     prompts: Annotated[Path | None, Option("default: the demo's own four prompts", metavar="FILE")] = None
     limit: Annotated[int | None, Option("the first N prompts", metavar="N")] = None
     steps: Annotated[int | None, Option("denoising steps; default: the model's 20")] = None
-    warmup_steps: Annotated[int, Option("first steps that stay dense")] = 5
+    preset: PresetOption = None
+    warmup_steps: Annotated[
+        int | None, Option("first steps that stay dense; default: the preset's, 5 without one", "attention")
+    ] = None
     num_frames: Annotated[int | None, Option("default: the model's 33")] = None
     overwrite: Annotated[bool, Option("make finished videos again")] = False

@@ -25,7 +25,13 @@ from xattn_video_pipelines.video.models import (
 )
 from xattn_video_pipelines.video.plan import Job, Plan, make_plan
 from xattn_video_pipelines.video.prompts import MAX_SEED, evenly_spaced
-from xattn_video_pipelines.video.settings import GenerateSettings, VideoSettings
+from xattn_video_pipelines.video.settings import (
+    GenerateSettings,
+    PresetOption,
+    VideoPreset,
+    VideoSettings,
+    steps_or_share,
+)
 
 __all__ = [
     "MANIFEST",
@@ -35,8 +41,10 @@ __all__ = [
     "Key",
     "Model",
     "Plan",
+    "PresetOption",
     "Record",
     "ResolvedSettings",
+    "VideoPreset",
     "VideoSettings",
     "check_available",
     "check_exists",
@@ -57,6 +65,7 @@ __all__ = [
     "read_manifest",
     "read_video",
     "sampled_digest",
+    "steps_or_share",
     "video_file",
     "video_info",
     "video_name",

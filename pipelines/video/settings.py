@@ -18,6 +18,12 @@ ATTENTION_SETTINGS = (
     "threshold", "stride", "block_size", "warmup_steps", "warmup", "last_steps", "min_tokens", "residual",
     "refresh_every", "extrapolate", "anchors", "threshold_ramp", "keep_masks",
 )  # fmt: skip
+# The presets that are of video models.
+VideoPreset = Literal["fast", "balanced", "faithful", "hunyuan-video", "wan"]
+PresetOption = Annotated[
+    VideoPreset | None,
+    Option("settings of attention under one name; an option that is given replaces the preset's value", "attention"),
+]
 _ATTENTION = "attention"
 _VIDEO = "video (defaults: the model's own)"
 _WHICH = "which videos"
@@ -28,17 +34,24 @@ _MACHINE = "machine"
 class VideoSettings(Settings):
     """Which videos are made, of what size, by which model and where.
 
-    Sizes are in pixels. None leaves a value to the model. `seeds` gives every prompt a video for each of them; empty,
-    a prompt has its own seed, or else 0. `sample` takes so many prompts, evenly spaced over the file; `limit` then
-    takes the first ones of those.
+    Sizes are in pixels. None leaves a value to the model, or a setting of attention to the `preset`. `seeds` gives
+    every prompt a video for each of them; empty, a prompt has its own seed, or else 0. `sample` takes so many prompts,
+    evenly spaced over the file; `limit` then takes the first ones of those.
     """
 
     model: Annotated[str, Option(f"{', '.join(KNOWN_MODELS)}; or a local folder; or a Hub id")]
     prompts: Annotated[Path, Option(".txt or .jsonl", metavar="FILE")]
     out: Annotated[Path, Option("folder of the videos", metavar="DIR")] = Path("out")
 
-    block_size: Annotated[int, Option("tokens a block, a multiple of the stride", _ATTENTION)] = 128
-    min_tokens: Annotated[int, Option("calls with fewer tokens stay dense", _ATTENTION)] = 1024
+    preset: PresetOption = None
+    block_size: Annotated[
+        int | None,
+        Option("tokens a block, a multiple of the stride; default: the preset's, 128 without one", _ATTENTION),
+    ] = None
+    min_tokens: Annotated[
+        int | None,
+        Option("calls with fewer tokens stay dense; default: the preset's, 1024 without one", _ATTENTION),
+    ] = None
 
     steps: Annotated[int | None, Option("denoising steps", _VIDEO)] = None
     guidance_scale: Annotated[float | None, Option("how closely the prompt is followed", _VIDEO)] = None
@@ -77,7 +90,8 @@ class GenerateSettings(VideoSettings):
     """`VideoSettings`, and with which attention the videos are made.
 
     `dense-alt` is dense attention in another order of summation, the noise floor of every comparison. `both` is dense
-    and xattn, `all` is the three. The other settings of attention are those of `XAttnConfig`.
+    and xattn, `all` is the three. The other settings of attention are those of `XAttnConfig`; None takes the value of
+    the `preset`, or without one the default of `XAttnConfig`.
     """
 
     attention: Annotated[
@@ -89,29 +103,73 @@ class GenerateSettings(VideoSettings):
         ),
     ] = "xattn"
     threshold: Annotated[
-        float | Path,
-        Option("share of the score mass to keep, in (0, 1], or a file of xattn-video calibrate", _ATTENTION, "N"),
-    ] = 0.9
-    stride: Annotated[int, Option("antidiagonal stride, a power of two", _ATTENTION)] = 8
-    warmup_steps: Annotated[int, Option("first denoising steps that stay dense", _ATTENTION)] = 5
+        float | Path | None,
+        Option(
+            "share of the score mass to keep, in (0, 1], or a file of xattn-video calibrate; default: the preset's, "
+            "0.9 without one",
+            _ATTENTION,
+            "N",
+        ),
+    ] = None
+    stride: Annotated[
+        int | None,
+        Option("antidiagonal stride, a power of two; default: the preset's, 8 without one", _ATTENTION),
+    ] = None
+    warmup_steps: Annotated[
+        int | None,
+        Option("first denoising steps that stay dense; default: the preset's, 5 without one", _ATTENTION),
+    ] = None
     warmup: Annotated[
         float | None, Option("the largest share of all steps that they may be; 0.25 for few steps", _ATTENTION)
     ] = None
-    last_steps: Annotated[int, Option("last denoising steps that stay dense", _ATTENTION)] = 0
+    last_steps: Annotated[
+        int | None,
+        Option("last denoising steps that stay dense; default: the preset's, 0 without one", _ATTENTION),
+    ] = None
     residual: Annotated[
-        Literal["off", "int4", "fp8", "full"],
-        Option("remember what the kept blocks miss and add it back; int4 takes least memory", _ATTENTION),
-    ] = "off"
+        Literal["off", "int4", "fp8", "full"] | None,
+        Option(
+            "remember what the kept blocks miss and add it back; int4 takes least memory; default: the preset's, off "
+            "without one",
+            _ATTENTION,
+        ),
+    ] = None
     refresh_every: Annotated[
         float | None,
-        Option("steps (or share of all) between refreshes of the residual; default: gaps that grow", _ATTENTION),
+        Option(
+            "steps (or share of all) between refreshes of the residual, at most; default: the preset's, "
+            "without one gaps that grow",
+            _ATTENTION,
+        ),
     ] = None
-    extrapolate: Annotated[bool, Option("continue the residual's change; takes its memory twice", _ATTENTION)] = False
+    extrapolate: Annotated[
+        bool | None,
+        Option(
+            "continue the residual's change, which takes its memory twice; default: the preset's, no without one",
+            _ATTENTION,
+        ),
+    ] = None
     anchors: Annotated[
-        int, Option("always keep so many neighbours of a block, in the sequence and in time", _ATTENTION, metavar="N")
-    ] = 0
-    threshold_ramp: Annotated[float, Option("how far the threshold falls over the sparse steps", _ATTENTION)] = 0.0
-    keep_masks: Annotated[int, Option("sparse steps that share one choice of blocks", _ATTENTION, metavar="N")] = 1
+        int | None,
+        Option(
+            "always keep so many neighbours of a block, in the sequence and in time; default: the preset's, 0 without "
+            "one",
+            _ATTENTION,
+            metavar="N",
+        ),
+    ] = None
+    threshold_ramp: Annotated[
+        float | None,
+        Option("how far the threshold falls over the sparse steps; default: the preset's, 0 without one", _ATTENTION),
+    ] = None
+    keep_masks: Annotated[
+        int | None,
+        Option(
+            "sparse steps that share one choice of blocks; default: the preset's, 1 without one",
+            _ATTENTION,
+            metavar="N",
+        ),
+    ] = None
     lossless: Annotated[bool, Option("also write an FFV1 .mkv copy, for measuring", _VIDEO)] = False
     overwrite: Annotated[bool, Option("make finished videos again", _WHICH)] = False
     compile: Annotated[
@@ -120,15 +178,23 @@ class GenerateSettings(VideoSettings):
 
     @property
     def config(self) -> XAttnConfig:
-        """The settings of sparse attention. Raises UserError for a value that is out of its range."""
-        values = {name: getattr(self, name) for name in ATTENTION_SETTINGS}
-        every = self.refresh_every
-        if every is not None and every >= 1 and every == int(every):
-            values["refresh_every"] = int(every)
-        return sparse_config(**values)
+        """The settings of sparse attention: the preset's, or the defaults of `XAttnConfig`, with what is given.
+
+        Raises:
+            UserError: a value is out of its range.
+        """
+        given = {name: value for name in ATTENTION_SETTINGS if (value := getattr(self, name)) is not None}
+        if "refresh_every" in given:
+            given["refresh_every"] = steps_or_share(given["refresh_every"])
+        return sparse_config(self.preset, **given)
 
     def check(self) -> None:
         super().check()
         _ = self.config
         if self.compile and self.attention in ("dense-alt", "all"):
             raise UserError(f"--attention {self.attention} makes dense-alt videos, which do not go with --compile")
+
+
+def steps_or_share(value: float) -> int | float:
+    """A number of steps as an integer, which is how `XAttnConfig` tells it from a share of all steps."""
+    return int(value) if value >= 1 and value == int(value) else value
