@@ -55,6 +55,71 @@ def test_the_grid_has_every_combination():
     assert points == {(t, s, w) for t in (0.5, 0.9) for s in (4, 8, 16) for w in (0, 5)}
 
 
+def test_an_axis_that_is_asked_for_is_swept_alone_around_the_preset():
+    base = XAttnConfig.preset("balanced")
+    found = settings(preset="balanced", residuals=("off", "int4", "fp8"), refresh_every=(2.0, 0.25), anchors=(0,))
+    assert found.configs == [
+        base,
+        XAttnConfig.preset("balanced", residual="off"),
+        base.replace(residual="fp8"),
+        base.replace(refresh_every=2),
+        base.replace(refresh_every=0.25),
+        base.replace(anchors=0),
+    ]
+    assert found.names == {base: "balanced"}
+    others = settings(threshold_ramps=(0.3,), keep_masks=(1, 4), min_tokens=0).configs
+    plain = XAttnConfig(min_tokens=0)
+    assert others == [plain, plain.replace(threshold_ramp=0.3), plain.replace(keep_masks=4)]
+    grid = settings(grid=True, residuals=("off", "int4"), anchors=(0, 1)).configs
+    assert {(config.residual, config.anchors) for config in grid} == {(r, a) for r in ("off", "int4") for a in (0, 1)}
+
+
+def test_presets_and_named_points_come_after_the_base_point(tmp_path):
+    file = tmp_path / "points.json"
+    named = {
+        "reuse": {"threshold": 0.02, "residual": "int4", "refresh": [0, 1, 2]},
+        "fp8": {"preset": "balanced", "residual": "fp8"},
+    }
+    file.write_text(json.dumps(named), encoding="utf-8")
+    found = settings(presets=("fast", "wan"), points=file, block_size=64)
+    fast, fp8 = (XAttnConfig.preset(name, block_size=64) for name in ("fast", "balanced"))
+    reuse = XAttnConfig(threshold=0.02, residual="int4", refresh=(0, 1, 2), block_size=64)
+    assert found.configs == [XAttnConfig(block_size=64), fast, reuse, fp8.replace(residual="fp8")]
+    # The paper's settings for Wan are the defaults.
+    assert list(found.names.values()) == ["fast", "wan", "reuse", "fp8"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "cannot be read"),
+        ("[1]", "must hold an object of objects"),
+        ('{"a": {"taste": 1}}', "a: unknown settings taste"),
+        ('{"a": {"preset": "sora"}}', "a: preset must be one of"),
+        ('{"a": {"threshold": 2}}', "a: threshold must be in"),
+    ],
+)
+def test_a_file_of_named_points_that_says_nothing_is_refused(tmp_path, text, message):
+    file = tmp_path / "points.json"
+    file.write_text(text, encoding="utf-8")
+    with pytest.raises(UserError, match=f"--points .*points.json: {message}"):
+        settings(points=file)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"refresh_every": (4.0,)},
+        {"refresh_every": (4.0,), "residuals": ("int4",)},
+        {"refresh_every": (4.0,), "residuals": ("off", "int4"), "grid": True, "preset": "balanced"},
+    ],
+)
+def test_refreshes_without_a_residual_are_refused(given):
+    with pytest.raises(UserError, match=r"--refresh-every needs a residual .* got residual off"):
+        settings(**given)
+    assert settings(refresh_every=(4.0,), residuals=("int4", "fp8"), grid=True).configs
+
+
 def test_a_value_without_a_meaning_is_refused():
     with pytest.raises(UserError, match="stride"):
         settings(strides=(7,))
@@ -97,6 +162,47 @@ def test_a_sweep_makes_measures_draws_and_goes_on(model, tmp_path, xattn, monkey
     assert "0 of 5 videos to make" in again.err
     assert len(loads) == 1
     assert json.loads(again.out.splitlines()[-1])["rows"] == rows
+
+
+def test_rows_tell_the_residual_its_memory_and_the_worst_video(model, tmp_path, xattn):
+    prompts, out, file = tmp_path / "prompts.txt", tmp_path / "out", tmp_path / "points.json"
+    prompts.write_text("a cat\na dog\n", encoding="utf-8")
+    file.write_text('{"reuse": {"threshold": 0.02, "residual": "fp8", "refresh": [0, 1, 3]}}', encoding="utf-8")
+    done = xattn(
+        "sweep", "--model", model, "--prompts", prompts, "--out", out, *TINY, "--steps", 10, "--no-lpips", "--no-floor",
+        "--preset", "balanced", "--residuals", "off", "int4", "--points", file, "--json",
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    rows = json.loads(done.out.splitlines()[-1])["rows"]
+    dense, base, off, reuse = rows
+    assert [row["name"] for row in rows] == [None, "balanced", None, "reuse"]
+    assert [row["residual"] for row in rows] == [None, "int4", "off", "fp8"]
+    assert [row["refresh"] for row in rows] == [None, "growing", None, [0, 1, 3]]
+    assert [row["anchors"] for row in rows] == [None, 1, 1, 0]
+    # What nothing changes is no column.
+    assert not {"keep_masks", "threshold_ramp", "last_steps", "warmup"} & base.keys()
+    for row in (base, off, reuse):
+        summary = json.loads((out / row["attention"] / "summary.json").read_text(encoding="utf-8"))
+        each = sorted(video["psnr"] for video in summary["videos"])
+        assert each[0] < each[1]
+        # Two videos: the bootstrap's means reach both of them.
+        assert (row["psnr_worst"], row["psnr_low"], row["psnr_high"]) == pytest.approx((each[0], *each))
+        assert row["flicker"] == summary["flicker"] > 0
+    held = [record["residual_bytes"] for record in read_manifest(out / base["attention"]).values()]
+    assert base["residual_mib"] == max(held) / 2**20 > 0
+    assert dense["residual_mib"] is off["residual_mib"] is None
+    assert base["calls_without_residual"] == 0
+    # Refreshes count as dense calls.
+    records = read_manifest(out / base["attention"])
+    assert all(record["dense_reasons"]["refresh"] for record in records.values())
+    assert base["density"] == pytest.approx(sum(record["mean_density"] for record in records.values()) / 2)
+    printed = next(line for line in done.err.splitlines() if line.startswith("videos of"))
+    for head in ("name", "residual", "refresh", "anchors", "worst dB", "flicker", "residual MiB"):
+        assert head in printed
+    assert "LPIPS" not in printed
+    with open(out / "sweep.csv", encoding="utf-8", newline="") as table:
+        assert [row["name"] for row in csv.DictReader(table)] == ["", "balanced", "", "reuse"]
+    assert (out / "sweep.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_dense_and_sparse_videos_of_a_prompt_are_made_one_after_another(model, tmp_path, xattn):
@@ -142,6 +248,9 @@ def test_a_dry_run_makes_nothing(model, tmp_path, xattn):
         (("--warmup-steps", -1), "warmup_steps"),
         (("--limit", 0), "--limit must be 1 or more"),
         (("--dtype", "int8"), "int8"),
+        (("--refresh-every", 0.2), "--refresh-every needs a residual"),
+        (("--presets", "sora"), "sora"),
+        (("--preset", "fast", "--keep-masks", 4), "keep_masks goes without a residual"),
     ],
 )
 def test_bad_input_is_one_line(model, tmp_path, xattn, given, message):
@@ -162,3 +271,14 @@ def test_the_lines_of_a_grid_go_through_the_base_point() -> None:
     assert {(row["stride"], row["warmup_steps"]) for row in lines["threshold"]} == {(8, 5)}
     without = [row for row in rows if row["threshold"] != 0.9]
     assert sweep_plot._lines(without)["stride"][0] == without[0]
+
+
+def test_a_point_without_a_residual_is_on_the_residuals_line_alone() -> None:
+    base = {"threshold": 0.3, "stride": 8, "warmup_steps": 5, "residual": "int4", "refresh_every": 0.2}
+    base |= {"anchors": 1, "refresh": "growing", "extrapolate": True, "name": "balanced"}
+    off = base | {"residual": "off", "refresh_every": None, "refresh": None, "extrapolate": False, "name": None}
+    changes = ({"residual": "fp8"}, {"refresh_every": 2}, {"anchors": 0}, {"threshold": 0.9, "name": "a point"})
+    fp8, often, bare, named = (base | {"name": None} | change for change in changes)
+    lines = sweep_plot._lines([base, fp8, off, often, bare, named])
+    assert lines == {"residual": [off, base, fp8], "refresh_every": [base, often], "anchors": [bare, base]}
+    assert sweep_plot._lines([base, named]) == {}

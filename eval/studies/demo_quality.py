@@ -19,7 +19,7 @@ import numpy as np
 
 from xattn_video import XAttnConfig
 from xattn_video_eval.compare import CompareSettings, compare
-from xattn_video_eval.results import RESULTS, append_rows, provenance
+from xattn_video_eval.results import RESULTS, append_rows, mean_interval, provenance
 from xattn_video_pipelines.cli import module_of
 from xattn_video_pipelines.common import jsonl
 from xattn_video_pipelines.common.demo_data import shipped_prompts
@@ -38,7 +38,6 @@ example:
 
 LEDGER = RESULTS / "demo_quality.jsonl"
 ATTRIBUTES = ("colour", "shape", "motion", "background", "all")
-RESAMPLES = 10_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,9 +82,8 @@ def paired_difference(dense: Sequence[float], sparse: Sequence[float], *, seed: 
     if len(dense) != len(sparse) or not dense:
         raise ValueError(f"dense and sparse must be of one length above 0, got {len(dense)} and {len(sparse)}")
     differences = np.array(sparse, np.float64) - np.array(dense, np.float64)
-    draws = np.random.default_rng(seed).integers(len(differences), size=(RESAMPLES, len(differences)))
-    low, high = np.percentile(differences[draws].mean(axis=1), (2.5, 97.5))
-    return {"difference": float(differences.mean()), "low": float(low), "high": float(high)}
+    low, high = mean_interval(differences.tolist(), seed=seed)
+    return {"difference": float(differences.mean()), "low": low, "high": high}
 
 
 def _prompt_records(count: int) -> list[dict[str, Any]]:

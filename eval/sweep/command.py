@@ -1,8 +1,9 @@
-"""Where to set threshold, stride and warm-up: one run over all of them, from one loaded model, against one dense set.
+"""Where to set threshold, stride, residual and the rest: one run over all, from one model, against one dense set.
 
     axes -> settings -> dense, noise floor and sparse videos -> compare, judge -> sweep.csv, sweep.json, sweep.png
 
-One axis at a time around a base point, or a grid. The dense videos are made once; a run that was stopped goes on.
+One axis at a time around a base point, or a grid, and whole presets. The dense videos are made once; a run that was
+stopped goes on.
 """
 
 from __future__ import annotations
@@ -17,12 +18,12 @@ from json import dumps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from xattn_video import XAttnConfig
+from xattn_video import HeadThresholds, XAttnConfig
 from xattn_video.extras import install_command
 from xattn_video_eval.compare import CompareSettings, compare
-from xattn_video_eval.results import provenance
+from xattn_video_eval.results import mean_interval, provenance
 from xattn_video_eval.sweep.plot import plot
-from xattn_video_eval.sweep.settings import SweepSettings
+from xattn_video_eval.sweep.settings import AXES, SweepSettings
 from xattn_video_pipelines.common.errors import UserError
 from xattn_video_pipelines.common.files import write_texts
 from xattn_video_pipelines.common.program import for_people
@@ -37,11 +38,26 @@ if TYPE_CHECKING:
 EXAMPLE = """\
 example:
   xattn-video sweep --model demo --prompts prompts/demo.txt --out sweep --no-lpips
-  xattn-video sweep --model wan2.1-1.3b --prompts prompts.txt --strides 8 16 --warmup-steps 5 --dry-run
+  xattn-video sweep --model demo --prompts prompts/demo.txt --out presets --presets fast balanced faithful
+  xattn-video sweep --model wan2.1-1.3b --prompts prompts.txt --preset balanced --thresholds 0.1 0.3 0.5 --dry-run
 """
 
-_AXES = ("threshold", "stride", "warmup_steps")
-_VALUES = ("density", "psnr", "ssim", "lpips", "dense_seconds", "sparse_seconds", "speedup")
+# A row has these settings; those after the first three only where a configuration of the sweep has another value than
+# the default.
+_SETTINGS = (*AXES, "refresh", "extrapolate", "warmup", "last_steps")
+_ALWAYS = ("threshold", "stride", "warmup_steps")
+# Heads and formats of the printed table, by the name in a row.
+_COLUMNS = {
+    "name": ("name", ""), "threshold": ("threshold", "g"), "stride": ("stride", "d"), "warmup_steps": ("warm-up", "d"),
+    "warmup": ("at most", "g"), "last_steps": ("dense last", "d"), "residual": ("residual", ""),
+    "refresh": ("refresh", ""), "refresh_every": ("every", "g"), "extrapolate": ("extrapolated", ""),
+    "anchors": ("anchors", "d"), "threshold_ramp": ("ramp", "g"), "keep_masks": ("masks kept", "d"),
+    "density": ("density", ".3f"), "psnr": ("PSNR dB", ".2f"), "psnr_worst": ("worst dB", ".2f"),
+    "ssim": ("SSIM", ".4f"), "lpips": ("LPIPS", ".4f"), "flicker": ("flicker", ".4f"),
+    "as_asked": ("as asked", ".3f"), "residual_mib": ("residual MiB", ".1f"), "sparse_seconds": ("s", ".1f"),
+    "speedup": ("speed-up", ".2f"),
+}  # fmt: skip
+_COMPARED = ("density", "psnr", "ssim", "lpips", "flicker", "dense_seconds", "sparse_seconds", "speedup")
 
 
 def command(
@@ -74,7 +90,10 @@ def sweep(settings: SweepSettings, on_video: Callable[[Job, Record], None] | Non
 
     Returns:
         A row for each configuration: its settings, its density and speed-up, and how close its videos are to dense
-        ones. The first row is dense attention itself.
+        ones: means over videos, `psnr_worst` of the worst video, and `psnr_low` and `psnr_high`, the 95 % bootstrap
+        interval of the mean. `density` is of all calls: a dense call counts as 1, a refresh of the residual too.
+        `residual_mib` is the most memory that residuals took, `calls_without_residual` the sparse calls of all videos
+        that had none because it did not fit. The first row is dense attention itself.
 
     Raises:
         UserError: as `generate` and `compare`, or matplotlib is missing.
@@ -82,7 +101,7 @@ def sweep(settings: SweepSettings, on_video: Callable[[Job, Record], None] | Non
     plan, labels = _plan(settings)
     if settings.plot:
         _check_matplotlib()
-    configs = len(settings.configs)
+    configs, names = len(settings.configs), settings.names
     print(forecast(plan, configs, len(plan.pending)), file=sys.stderr)
     made = 0
 
@@ -96,7 +115,16 @@ def sweep(settings: SweepSettings, on_video: Callable[[Job, Record], None] | Non
             print(f"\n{forecast(plan, configs, len(plan.pending) - made)}", file=sys.stderr)
 
     produce(plan, on_video=tell)
-    rows = [_row(settings, plan, label, config) for label, config in labels]
+    columns = _columns([config for _, config in labels if config is not None])
+    rows = [
+        {
+            "attention": label,
+            **({"name": None if config is None else names.get(config)} if names else {}),
+            **{name: _value(config, name) for name in columns},
+            **_measured(settings, plan, label),
+        }
+        for label, config in labels
+    ]
     _write(settings.out, rows, _environment(plan))
     if settings.plot:
         plot(rows, settings.out / "sweep.png")
@@ -136,35 +164,69 @@ def forecast(plan: Plan, configs: int, left: int) -> str:
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """The rows as printed: what was set, what it cost, what it kept."""
-    formats = {
-        "threshold": "g", "stride": "d", "warmup_steps": "d", "density": ".3f", "psnr": ".2f", "ssim": ".4f",
-        "lpips": ".4f", "as_asked": ".3f", "sparse_seconds": ".1f", "speedup": ".2f",
-    }  # fmt: skip
-    measured = ("density", "PSNR dB", "SSIM", "LPIPS", "as asked", "s", "speed-up")
-    lines: list[tuple[str, ...]] = [("videos of", "threshold", "stride", "warm-up", *measured)]
-    for row in rows:
-        cells = ("-" if row[name] is None else format(row[name], spec) for name, spec in formats.items())
-        lines.append((row["attention"], *cells))
+    """The rows as printed: what was set, what it cost, what it kept. A column without any value is left out."""
+    shown = [name for name in _COLUMNS if any(row.get(name) is not None for row in rows)]
+    lines: list[tuple[str, ...]] = [("videos of", *(_COLUMNS[name][0] for name in shown))]
+    lines += [(row["attention"], *(_cell(row[name], _COLUMNS[name][1]) for name in shown)) for row in rows]
     return aligned(lines, left=1)
 
 
-def _row(settings: SweepSettings, plan: Plan, label: str, config: XAttnConfig | None) -> dict[str, Any]:
-    """One configuration's values: means over its videos, and how many show what was asked (None: nothing asked)."""
+def _cell(value: Any, form: str) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, list):
+        # The steps of a refresh, or a threshold per head.
+        return " ".join(map(str, value))
+    return value if isinstance(value, str) else format(value, form)
+
+
+def _columns(configs: Sequence[XAttnConfig]) -> list[str]:
+    """The settings that the rows tell."""
+    usual = XAttnConfig()
+    return [
+        name
+        for name in _SETTINGS
+        if name in _ALWAYS or any(getattr(config, name) != getattr(usual, name) for config in configs)
+    ]
+
+
+def _value(config: XAttnConfig | None, name: str) -> Any:
+    """A setting as a row holds it; None where it has no meaning."""
+    if config is None or (name == "refresh" and config.residual == "off"):
+        return None
+    value = config.refresh_rule if name == "refresh" else getattr(config, name)
+    if isinstance(value, HeadThresholds):
+        return f"of {value.model}"
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _measured(settings: SweepSettings, plan: Plan, label: str) -> dict[str, Any]:
+    """What one configuration's videos cost and kept, and how many show what was asked (None: nothing asked)."""
     folder, dense = settings.out / label, settings.out / "dense"
     keys = list(dict.fromkeys((job.prompt.id, job.seed) for job in plan.jobs))
-    axes = {name: None if config is None else getattr(config, name) for name in _AXES}
+    manifest = read_manifest(folder)
+    records = [manifest[key] for key in keys]
     if label == "dense":
-        records = [read_manifest(folder)[key] for key in keys]
         seconds = sum(record["seconds"] for record in records) / len(records)
-        values: dict[str, Any] = dict.fromkeys(_VALUES) | {
+        values: dict[str, Any] = dict.fromkeys((*_COMPARED, "psnr_worst", "psnr_low", "psnr_high")) | {
             "density": 1.0, "dense_seconds": seconds, "sparse_seconds": seconds, "speedup": 1.0,
         }  # fmt: skip
     else:
         compared = compare(CompareSettings(dense, folder, lpips=settings.lpips, floor=False), keys=keys)
-        values = {name: compared[name] for name in _VALUES}
-    as_asked = judge_folder(folder, keys=keys)["totals"]["right"]["all"]["share"] if _judgeable(plan) else None
-    return {"attention": label, **axes, "videos": len(keys), **values, "as_asked": as_asked}
+        each = [video["psnr"] for video in compared["videos"]]
+        low, high = mean_interval(each)
+        values = {name: compared[name] for name in _COMPARED}
+        values |= {"psnr_worst": min(each), "psnr_low": low, "psnr_high": high}
+    residual = max(record.get("residual_bytes") or 0 for record in records)
+    return {
+        "videos": len(keys),
+        **values,
+        "as_asked": judge_folder(folder, keys=keys)["totals"]["right"]["all"]["share"] if _judgeable(plan) else None,
+        "residual_mib": residual / 2**20 or None,
+        "calls_without_residual": sum(record.get("calls_without_residual") or 0 for record in records),
+    }
 
 
 def _judgeable(plan: Plan) -> bool:

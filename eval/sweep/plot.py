@@ -7,18 +7,35 @@ from pathlib import Path
 from typing import Any
 
 from xattn_video import XAttnConfig
+from xattn_video.config import RESIDUALS
 from xattn_video_pipelines.common.files import whole_files
 
-_LABELS = {"psnr": "PSNR against dense, dB", "ssim": "SSIM against dense", "as_asked": "as asked, share of videos"}
-# Of each axis: the marker and line, and where a point's name stands, in points from it.
-_STYLES = {"threshold": ("o-", (4, 4)), "stride": ("s--", (4, -11)), "warmup_steps": ("^-.", (-12, 5))}
-_AXES = {"threshold": "threshold", "stride": "stride", "warmup_steps": "warm-up steps"}
+_LABELS = {
+    "psnr": "PSNR against dense, dB, mean",
+    "psnr_worst": "PSNR against dense, dB, worst video",
+    "ssim": "SSIM against dense",
+    "as_asked": "as asked, share of videos",
+}
+# Of each axis: its name, the marker and line, and where a point's name stands, in points from it.
+_STYLES = {
+    "threshold": ("threshold", "o-", (4, 4)),
+    "stride": ("stride", "s--", (4, -11)),
+    "warmup_steps": ("warm-up steps", "^-.", (-12, 5)),
+    "residual": ("residual", "D:", (4, 4)),
+    "refresh_every": ("refresh at most every", "v-", (4, -11)),
+    "anchors": ("anchors", "P--", (-12, 5)),
+    "threshold_ramp": ("threshold ramp", "X-.", (4, -11)),
+    "keep_masks": ("masks kept for steps", "h:", (-12, 5)),
+}
+# Without a residual these have no meaning, so a point without one is on every line that leaves them alone.
+_OF_RESIDUAL = ("refresh_every", "refresh", "extrapolate")
 
 
 def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """A panel a quality, above against density, below against speed-up; a line an axis, its points named.
+    """A panel per quality, above against density, below against speed-up; a line per axis, its points named.
 
-    Qualities that no row has are left out; the noise floor and dense are dashed lines.
+    Presets and other points with a name are stars with that name. Qualities that no row has are left out; the noise
+    floor and dense are dashed lines.
 
     Args:
         rows: as `sweep.json` holds them.
@@ -27,28 +44,26 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
     from matplotlib.figure import Figure
 
     sparse = [row for row in rows if row["threshold"] is not None]
-    qualities = [name for name in _LABELS if any(row[name] is not None for row in sparse)]
+    qualities = [name for name in _LABELS if any(row.get(name) is not None for row in sparse)]
     figure = Figure(figsize=(4.6 * len(qualities), 7), layout="constrained")
     grid = figure.subplots(2, len(qualities), squeeze=False)
     for panels, cost in zip(grid, ("density", "speedup"), strict=True):
         for axes, quality in zip(panels, qualities, strict=True):
             for name, points in _lines(sparse).items():
-                points = sorted((row for row in points if row[cost] is not None), key=lambda row: row[name])
-                style, place = _STYLES[name]
+                points = [row for row in points if row[cost] is not None]
+                label, style, place = _STYLES[name]
                 costs, qualities_of = [row[cost] for row in points], [row[quality] for row in points]
-                (line,) = axes.plot(costs, qualities_of, style, label=_AXES[name], markersize=5, linewidth=1.2)
+                (line,) = axes.plot(costs, qualities_of, style, label=label, markersize=5, linewidth=1.2)
                 for row in points:
-                    axes.annotate(
-                        f"{row[name]:g}",
-                        (row[cost], row[quality]),
-                        xytext=place,
-                        textcoords="offset points",
-                        fontsize="small",
-                        color=line.get_color(),
-                    )
+                    text = row[name] if isinstance(row[name], str) else f"{row[name]:g}"
+                    _write(axes, text, (row[cost], row[quality]), place, line.get_color())
+            for row in sparse:
+                if row.get("name") and row[cost] is not None:
+                    axes.plot(row[cost], row[quality], "*", color="black", markersize=9)
+                    _write(axes, row["name"], (row[cost], row[quality]), (6, 6), "black")
             axes.margins(0.12)
             for row in rows:
-                if row["threshold"] is None and row[quality] is not None:
+                if row["threshold"] is None and row.get(quality) is not None:
                     style = ":" if row["attention"] == "dense" else "--"
                     title = "dense" if row["attention"] == "dense" else "noise floor"
                     axes.axhline(row[quality], color="grey", linestyle=style, label=title)
@@ -59,15 +74,42 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
         figure.savefig(partial, dpi=110)
 
 
-def _lines(rows: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    """For each axis that is swept, the rows that differ from the base point in that axis alone.
+def _write(axes: Any, text: str, point: tuple[float, float], place: tuple[int, int], colour: str) -> None:
+    """A point's name beside it."""
+    axes.annotate(text, point, xytext=place, textcoords="offset points", fontsize="small", color=colour)
 
-    The base point is the package's defaults, or where a grid leaves them out, the first row.
+
+def _lines(rows: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """For each axis that is swept, the rows that differ from the base point in that axis alone, in the axis's order.
+
+    The base point is the package's defaults, or where no row without a name has them, the first row. A line of named
+    points alone is left out: they have marks of their own.
     """
-    defaults = XAttnConfig()
-    base = next((row for row in rows if all(row[name] == getattr(defaults, name) for name in _AXES)), rows[0])
-    lines = {
-        name: [row for row in rows if all(row[other] == base[other] for other in _AXES if other != name)]
-        for name in _AXES
-    }
-    return {name: points for name, points in lines.items() if len(points) > 1} or {"threshold": [base]}
+    defaults, names = XAttnConfig(), [name for name in _STYLES if name in rows[0]]
+    settings = [name for name in (*names, "refresh", "extrapolate", "warmup", "last_steps") if name in rows[0]]
+    plain = (
+        row
+        for row in rows
+        if row.get("name") is None
+        and all(row[name] == getattr(defaults, name) for name in settings if name not in _OF_RESIDUAL)
+    )
+    base = next(plain, rows[0])
+
+    def beside(row: dict[str, Any], axis: str) -> bool:
+        ignored = _OF_RESIDUAL if axis == "residual" and row["residual"] == "off" else ()
+        return all(row[name] == base[name] for name in settings if name != axis and name not in ignored)
+
+    lines = {}
+    for axis in names:
+        # Thresholds that differ between heads have no place on the line.
+        points = [row for row in rows if (axis != "threshold" or isinstance(row[axis], float)) and beside(row, axis)]
+        if any(row is not base and row.get("name") is None for row in points):
+            lines[axis] = sorted(points, key=lambda row: _place(axis, row[axis]))
+    return lines or ({} if any(row.get("name") for row in rows) else {"threshold": [base]})
+
+
+def _place(axis: str, value: Any) -> float:
+    """Where a value stands on its axis; without refreshes (None) comes first."""
+    if axis == "residual":
+        return RESIDUALS.index(value)
+    return 0.0 if value is None else value

@@ -55,7 +55,7 @@ class SweepSettings(VideoSettings):
     keep_masks: Annotated[tuple[int, ...], _axis("keep_masks")] = ()
     grid: Annotated[bool, Option("every combination, not one axis at a time", _GROUP)] = False
     presets: Annotated[tuple[VideoPreset, ...], Option("whole presets", _POINTS, metavar="NAME")] = ()
-    named: Annotated[
+    points: Annotated[
         Path | None,
         Option(
             'JSON with settings of XAttnConfig by name, as {"plain": {"threshold": 0.8}}; "preset" may be among them',
@@ -72,12 +72,12 @@ class SweepSettings(VideoSettings):
         """The configurations of the sweep, each once: the base point, then along each axis or the grid, then the named.
 
         Raises:
-            UserError: a value that `XAttnConfig` refuses, or the file of named points cannot be read.
+            UserError: a value that `XAttnConfig` refuses, or the file of further points cannot be read.
         """
         axes: dict[str, tuple[Any, ...]] = {name: getattr(self, option) for name, option in AXES.items()}
         axes["refresh_every"] = tuple(steps_or_share(value) for value in self.refresh_every)
         axes = {name: values for name, values in axes.items() if values}
-        if not axes and not self.presets and self.named is None:
+        if not axes and not self.presets and self.points is None:
             axes = _USUAL
         self._check_refreshed(axes)
         if self.grid:
@@ -91,11 +91,11 @@ class SweepSettings(VideoSettings):
         """The names of the points that have one: presets and those of the file. Raises UserError as `configs`."""
         presets = [name for name in (self.preset, *self.presets) if name is not None]
         found = [(self._config(name, {}), str(name)) for name in presets]
-        for name, values in ({} if self.named is None else _read(self.named)).items():
+        for name, values in ({} if self.points is None else _read(self.points)).items():
             try:
                 found.append((self._config(values.pop("preset", None), values), name))
             except UserError as error:
-                raise UserError(f"--named {self.named}: {name}: {error}") from None
+                raise UserError(f"--points {self.points}: {name}: {error}") from None
         names: dict[XAttnConfig, str] = {}
         for config, name in found:
             same = names.setdefault(config, name)
@@ -135,7 +135,7 @@ def _read(path: Path) -> dict[str, dict[str, Any]]:
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"--named {path}: cannot be read: {error}") from None
+        raise UserError(f"--points {path}: cannot be read: {error}") from None
     if not isinstance(document, dict) or not all(isinstance(values, dict) for values in document.values()):
-        raise UserError(f"--named {path}: must hold an object of objects, settings of XAttnConfig by name")
+        raise UserError(f"--points {path}: must hold an object of objects, settings of XAttnConfig by name")
     return document
