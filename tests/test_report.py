@@ -15,6 +15,7 @@ from markupsafe import escape
 
 from tests.browser_tools import browser_page, find_chromium
 from tests.cli_tools import SPARSE_LABEL, Run, run_command, save_tiny_wan, tool
+from xattn_video import XAttnConfig
 from xattn_video_eval.compare.command import compare
 from xattn_video_eval.compare.settings import CompareSettings
 from xattn_video_eval.report import charts
@@ -23,6 +24,7 @@ from xattn_video_eval.report.charts import Point, heat_picture, scatter
 from xattn_video_eval.report.command import write_report
 from xattn_video_eval.report.paper_tables import load_paper_tables
 from xattn_video_eval.report.settings import ReportSettings
+from xattn_video_eval.report.wording import in_words
 from xattn_video_pipelines.common.errors import UserError
 from xattn_video_pipelines.video.manifest import read_manifest
 
@@ -124,12 +126,16 @@ def test_rows_are_the_summaries(run, xattn):
     for label in (SPARSE_LABEL, SECOND):
         summary = json.loads((run / label / "summary.json").read_text())
         row = page.row(label)
-        columns = ("pairs", "density", "psnr", None, "ssim", "lpips", "flicker", "border_excess_db", "dense_seconds")
-        for name, (text, title) in zip((*columns, "sparse_seconds", "speedup"), row[1:], strict=True):
+        columns = ("pairs", "density", "psnr", None, None, "ssim", "lpips", "flicker", "border_excess_db")
+        columns += ("dense_seconds", "sparse_seconds", "speedup")
+        for name, (text, title) in zip(columns, row[1:], strict=True):
             if name is not None:
                 assert title == ("" if summary[name] is None else repr(summary[name])), name
                 assert text == "-" or float(text) == pytest.approx(summary[name], abs=0.06)
-        assert float(row[4][1]) == pytest.approx(floor["psnr"] - summary["psnr"])
+        worst = min(video["psnr"] for video in summary["videos"])
+        assert worst < summary["psnr"]
+        assert row[4][1] == repr(worst)
+        assert float(row[5][1]) == pytest.approx(floor["psnr"] - summary["psnr"])
     assert page.row("dense (reference)")[2] == ("1.000", "1.0")
     assert page.row("dense-alt (noise floor)")[3][1] == repr(floor["psnr"])
     # How long the floor took is nobody's speed.
@@ -140,7 +146,7 @@ def test_published_rows_are_marked_as_theirs(run):
     page = read(write_report(ReportSettings(run), progress=False))
     for entry in load_paper_tables()["tables"]["video_generation_wan21_14b"]["values"]:
         row = page.row(f"theirs: Wan2.1-14B, threshold {entry['threshold']:g}")
-        assert [float(row[column][0]) for column in (2, 3, 5, 6, 11)] == pytest.approx(
+        assert [float(row[column][0]) for column in (2, 3, 6, 7, 12)] == pytest.approx(
             [entry["density_percent"] / 100, entry["psnr"], entry["ssim"], entry["lpips"], entry["speedup"]]
         )
     assert "another model" in page.text
@@ -261,6 +267,66 @@ def test_a_manifest_without_layers_is_said_to_have_steps_only(run):
     assert "Steps only: these manifests do not tell layers apart" in page.text
     assert "by denoising step" in page.text
     assert "Density by layer" not in page.text
+
+
+def test_the_settings_of_each_configuration_are_said_in_words(run):
+    page = read(write_report(ReportSettings(run), progress=False))
+    for label, threshold in ((SPARSE_LABEL, "0.9"), (SECOND, "0.3")):
+        assert f"{label}threshold {threshold}, stride 8, blocks of 16 tokensdense: the first 1 step" in page.text
+    assert "residual" not in page.text
+    # A manifest from before these settings, and one from before any was noted.
+    path = run / SPARSE_LABEL / "manifest.jsonl"
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    for record in records:
+        record["config"] = {name: record["config"][name] for name in ("stride", "threshold", "warmup_steps")}
+        del record["residual_bytes"], record["calls_without_residual"]
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    assert (
+        "threshold 0.9, stride 8, blocks of 128 tokens"
+        in write_report(ReportSettings(run, lpips=False), progress=False).read_text()
+    )
+    path.write_text("".join(json.dumps(record | {"config": None}) + "\n" for record in records))
+    assert (
+        "threshold 0.9, stride 8, blocks"
+        not in write_report(ReportSettings(run, lpips=False), progress=False).read_text()
+    )
+
+
+def test_a_residual_is_told_with_its_memory_and_the_calls_that_had_none(run):
+    path = run / SECOND / "manifest.jsonl"
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    config = XAttnConfig.preset("balanced", threshold_ramp=0.3, last_steps=2, warmup=0.25).to_dict()
+    for record, size, without in zip(records, (3 * 2**20, 2**19), (0, 7), strict=True):
+        record |= {"config": config, "residual_bytes": size, "calls_without_residual": without}
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    page = read(write_report(ReportSettings(run, lpips=False), progress=False))
+    rows = [row for row in page.rows if row and row[0][0] == SECOND and len(row) == 3 and row[1][0] == "3.0"]
+    assert [[text for text, _ in row] for row in rows] == [[SECOND, "3.0", "7"]]
+    for line in (
+        "dense: the first 5 steps, at most 25 % of all, and the last 2 steps",
+        "the threshold falls by 0.3 over the sparse steps",
+        "always kept: 1 neighbour of each block",
+        "what the kept blocks miss is remembered (int4) and added back",
+        "refreshes: gaps grow to 20 % of all steps, and their change is continued in between",
+    ):
+        assert line in page.text
+
+
+@pytest.mark.parametrize(
+    ("config", "line"),
+    [
+        (XAttnConfig(threshold=(0.5, 0.9)), "threshold 0.5 to 0.9, one per head, stride 8, blocks of 128 tokens"),
+        (XAttnConfig(selection="top_k", top_k=1), "1 key block per query block, stride 8, blocks of 128 tokens"),
+        (XAttnConfig(selection="top_ratio", top_ratio=0.25), "25 % of the key blocks, stride 8, blocks of 128 tokens"),
+        (XAttnConfig(keep_masks=4), "one choice of blocks for 4 sparse steps"),
+        (XAttnConfig(threshold_ramp=-0.1), "the threshold rises by 0.1 over the sparse steps"),
+        (XAttnConfig(residual="fp8"), "refreshes: gaps grow to 20 % of all steps"),
+        (XAttnConfig(residual="fp8", refresh_every=3), "refreshes: one layer after another, each every 3 steps"),
+        (XAttnConfig(residual="full", refresh=(0, 2)), "refreshes: at the sparse steps 0, 2, counted from 0"),
+    ],
+)
+def test_settings_have_words(config, line):
+    assert line in in_words(config.to_dict())
 
 
 def test_worst_cases_come_first_by_rank_and_the_floor_last(run):

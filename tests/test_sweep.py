@@ -282,3 +282,6 @@ def test_a_point_without_a_residual_is_on_the_residuals_line_alone() -> None:
     lines = sweep_plot._lines([base, fp8, off, often, bare, named])
     assert lines == {"residual": [off, base, fp8], "refresh_every": [base, often], "anchors": [bare, base]}
     assert sweep_plot._lines([base, named]) == {}
+    # Without a name the base point would have no mark of its own.
+    plain = base | {"name": None}
+    assert sweep_plot._lines([plain, named]) == {"threshold": [plain]}

@@ -15,6 +15,7 @@ from typing import Any
 
 from xattn_video_eval.compare import FLOOR, SUMMARY_JSON, CompareSettings, compare
 from xattn_video_eval.report.settings import ReportSettings
+from xattn_video_eval.report.wording import in_words
 from xattn_video_pipelines.common.errors import UserError
 from xattn_video_pipelines.video import MANIFEST, Key, Record, finished_videos, video_name
 
@@ -136,7 +137,10 @@ def told(records: Iterable[Record], name: str) -> list[str]:
 
 
 def settings(run: Run) -> list[tuple[str, list[str]]]:
-    """What all videos were made with: a name and its values, more than one where the videos differ."""
+    """What all videos were made with: a name and its values, more than one where the videos differ.
+
+    Last, for each sparse folder, its settings of attention in words.
+    """
     records = [*run.dense.values(), *(record for one in run.compared for record in one.records.values())]
     sizes = dict.fromkeys(
         f"{record['width']} x {record['height']}, {record['num_frames']} frames at {_text(record.get('fps'))} a second"
@@ -161,7 +165,14 @@ def settings(run: Run) -> list[tuple[str, list[str]]]:
         ("commit", told(records, "commit")),
         ("made", _span(told(records, "finished"))),
     ]
+    # What differs between the configurations, in words; old manifests may lack it.
+    named += [(one.label, in_words(config)) for one in run.sparse if (config := _config(one))]
     return [(name, values) for name, values in named if values]
+
+
+def _config(one: Compared) -> dict[str, Any] | None:
+    """The settings of sparse attention, which are the same in all records of a folder."""
+    return next((record["config"] for record in one.records.values() if record.get("config")), None)
 
 
 def mean_density_by_step(records: Mapping[Key, Record]) -> list[float]:

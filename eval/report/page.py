@@ -24,6 +24,7 @@ _COLUMNS = (
     ("pairs", "videos", "d"),
     ("density", "density", ".3f"),
     ("psnr", "PSNR dB", ".2f"),
+    ("psnr_worst", "worst PSNR dB", ".2f"),
     ("below_floor", "below floor dB", ".2f"),
     ("ssim", "SSIM", ".4f"),
     ("lpips", "LPIPS", ".4f"),
@@ -62,6 +63,7 @@ def build_page(run: Run, cases: Sequence[Case], embedded: Embedded) -> str:
         density=_density(run),
         reasons=_reasons(run),
         speed=_speed(run),
+        residuals=_residuals(run),
         meanings=_meanings(run),
         remarks=_remarks(run),
         player_cases=player_cases(run, embedded),
@@ -73,9 +75,12 @@ def _configurations(run: Run) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = [_row("dense (reference)", {"pairs": len(run.dense), "density": 1.0})]
     if run.floor:
         # How long the floor took tells nothing about speed.
-        values = {**run.floor.summary, **dict.fromkeys(_SPEED)}
+        values = {**run.floor.summary, "psnr_worst": _worst(run.floor), **dict.fromkeys(_SPEED)}
         rows.append(_row(f"{run.floor.label} (noise floor)", values, "floor"))
-    return rows + [_row(one.label, {**one.summary, "below_floor": _below_floor(run, one)}) for one in run.sparse]
+    for one in run.sparse:
+        own = {"psnr_worst": _worst(one), "below_floor": _below_floor(run, one)}
+        rows.append(_row(one.label, {**one.summary, **own}))
+    return rows
 
 
 def _row(name: str, values: dict[str, Any], kind: str = "") -> dict[str, Any]:
@@ -94,6 +99,11 @@ def _paper() -> dict[str, Any]:
         for entry in table["values"]
     ]
     return {"name": paper["paper"], "table": table, "rows": rows}
+
+
+def _worst(one: Compared) -> float:
+    """The PSNR of the video that is least like its dense one."""
+    return float(min(row["psnr"] for row in one.rows.values()))
 
 
 def _below_floor(run: Run, one: Compared) -> float | None:
@@ -172,6 +182,17 @@ def _speed(run: Run) -> list[dict[str, Any]]:
         }
         for label, records in folders
     ]
+
+
+def _residuals(run: Run) -> list[dict[str, Any]]:
+    """For each folder that remembered something: the most memory of it in MiB, and sparse calls without it."""
+    rows = []
+    for one in run.sparse:
+        most = max((record.get("residual_bytes") or 0 for record in one.records.values()), default=0)
+        without = sum(record.get("calls_without_residual") or 0 for record in one.records.values())
+        if most or without:
+            rows.append({"label": one.label, "mib": most / 2**20, "without": without})
+    return rows
 
 
 def _mean(records: Iterable[Record], name: str) -> float | None:

@@ -105,7 +105,7 @@ def _lines(rows: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
         points = [row for row in rows if (axis != "threshold" or isinstance(row[axis], float)) and beside(row, axis)]
         if any(row is not base and row.get("name") is None for row in points):
             lines[axis] = sorted(points, key=lambda row: _place(axis, row[axis]))
-    return lines or ({} if any(row.get("name") for row in rows) else {"threshold": [base]})
+    return lines or ({} if base.get("name") else {"threshold": [base]})
 
 
 def _place(axis: str, value: Any) -> float:
