@@ -152,11 +152,12 @@ def test_presets_for_videos_remember_and_differ_in_how_dense_they_are():
     fast, balanced, faithful = (XAttnConfig.preset(name) for name in ("fast", "balanced", "faithful"))
     for config in (fast, balanced, faithful):
         assert (config.residual, config.refresh, config.extrapolate, config.anchors) == ("int4", "growing", True, 1)
-    assert fast.threshold < balanced.threshold <= faithful.threshold
     assert fast.refresh_every > balanced.refresh_every > faithful.refresh_every
 
 
 def test_a_preset_without_its_residual_has_none_of_its_settings():
-    assert XAttnConfig.preset("balanced", residual="off") == XAttnConfig(threshold=0.3, anchors=1)
+    assert XAttnConfig.preset("balanced", residual="off") == XAttnConfig(
+        threshold=0.2, anchors=1, warmup_steps=4, warmup=0.25
+    )
     with pytest.raises(ValueError, match="refresh_every goes with a residual"):
         XAttnConfig.preset("balanced", residual="off", refresh_every=0.1)

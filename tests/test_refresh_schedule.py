@@ -17,14 +17,16 @@ def refreshes(total: int | None, steps: int, layer: int = 0, **settings: Any) ->
 
 
 def test_gaps_grow_from_the_warm_up_on_up_to_the_largest_one() -> None:
-    """Sparse steps 0 1 2 4 7 11 15, as in the table of ALGORITHM.md; 5 dense steps come before them."""
-    assert refreshes(20, 20) == [4, 5, 6, 7, 9, 12, 16]
-    assert refreshes(None, 20) == [4, 5, 6, 7, 9, 12, 16]
-    assert refreshes(20, 24, refresh_every=2, refresh="growing") == [4, 5, 6, 7, 8, 10, 12, 14, 16, 18, 20, 22]
+    """Sparse steps 0 1 3 6 10 14; 5 dense steps come before them."""
+    assert refreshes(20, 20) == [4, 5, 6, 8, 11, 15, 19]
+    assert refreshes(None, 20) == [4, 5, 6, 8, 11, 15, 19]
+    assert refreshes(20, 24, refresh_every=2, refresh="growing") == [4, 5, 6, 7, 9, 11, 13, 15, 17, 19, 21, 23]
+    assert refreshes(20, 20, refresh_every=3, refresh="growing") == [4, 5, 6, 8, 10, 13, 16, 19]
+    assert refreshes(20, 20, refresh_every=5, refresh="growing") == [4, 5, 6, 8, 12, 17]
 
 
 def test_gaps_are_longer_where_a_video_has_more_steps() -> None:
-    assert refreshes(50, 50) == [4, 5, 8, 11, 16, 24, 34, 44]
+    assert refreshes(50, 50) == [4, 5, 7, 12, 20, 30, 40]
     assert refreshes(50, 50, refresh_every=0.2, refresh="growing") == refreshes(50, 50)
     assert refreshes(20, 20, refresh_every=0.25, refresh="growing") == refreshes(
         20, 20, refresh_every=5, refresh="growing"

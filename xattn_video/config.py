@@ -22,18 +22,21 @@ _INTEGERS = (
 )  # fmt: skip
 
 # What the three presets of this package for videos have in common.
-_REMEMBERING = {"residual": "int4", "refresh": "growing", "extrapolate": True, "anchors": 1}
+_REMEMBERING = {
+    "threshold": 0.2, "warmup_steps": 4, "warmup": 0.25, "anchors": 1,
+    "residual": "int4", "refresh": "growing", "extrapolate": True,
+}  # fmt: skip
 
 # The settings under which the paper reports each model family (its section 4.1), then this package's own for videos,
-# from the fastest to the one that stays closest to dense attention. Their values are provisional: a prototype's.
+# from the fastest to the one that stays closest to dense attention. docs/quality.md has what they gave.
 PRESETS: dict[str, dict[str, Any]] = {
     "hunyuan-video": {"stride": 8, "threshold": 0.9, "warmup_steps": 5},
     "wan": {"stride": 8, "threshold": 0.9, "warmup_steps": 5},
     "qwen2-vl": {"stride": 16, "threshold": 0.9, "warmup_steps": 0},
     "language": {"stride": 8, "threshold": 0.9, "warmup_steps": 0},
-    "fast": {"threshold": 0.1, "refresh_every": 0.25, **_REMEMBERING},
-    "balanced": {"threshold": 0.3, "refresh_every": 0.2, **_REMEMBERING},
-    "faithful": {"threshold": 0.3, "refresh_every": 0.15, **_REMEMBERING},
+    "fast": {**_REMEMBERING, "refresh_every": 0.25},
+    "balanced": {**_REMEMBERING, "refresh_every": 0.15},
+    "faithful": {**_REMEMBERING, "refresh_every": 0.1},
 }
 
 # Settings that only have a meaning with a residual.
@@ -73,7 +76,7 @@ class XAttnConfig:
             stored: `"int4"` (half a byte per number), `"fp8"`, or `"full"` (as the model computes). What is missed is
             found in dense steps, the refreshes: the last step of the warm-up is the first one. The choice of blocks is
             then kept for the whole video. A refresh costs as much as dense attention. Video models only.
-        refresh: which sparse steps refresh: `"growing"` (gaps of 1, 1, 2, 3, 4 steps and then always 4, where
+        refresh: which sparse steps refresh: `"growing"` (gaps of 1, 2, 3 and then always 4 steps, where
             `refresh_every` is 4), `"fixed"` (each layer every `refresh_every` steps, layer after layer), or the sparse
             steps themselves as numbers from 0. None is `"fixed"` where `refresh_every` is given, else `"growing"`.
         refresh_every: the largest gap between two refreshes: a number of steps, or below 1 a share of all steps. None

@@ -12,7 +12,7 @@ from ...config import XAttnConfig
 GAP_SHARE = 0.2
 USUAL_STEPS = 20
 # Gaps grow over the first refreshes to their full size.
-_GROWTH = (0.25, 0.25, 0.5, 0.75)
+_GROWTH = (0.25, 0.5, 0.75)
 _LOWEST_THRESHOLD, _HIGHEST_THRESHOLD = 0.01, 0.999
 
 
@@ -102,7 +102,7 @@ class Schedule:
         gap = self._largest_gap()
         while not known or known[-1] <= until:
             grown = _GROWTH[len(known) - 1] if 0 < len(known) <= len(_GROWTH) else 1.0
-            known.append(known[-1] + max(math.ceil(gap * grown), 1) if known else 0)
+            known.append(known[-1] + max(round(gap * grown), 1) if known else 0)
         return known
 
     def _largest_gap(self) -> int:
