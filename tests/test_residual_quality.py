@@ -51,7 +51,10 @@ def test_the_shipped_configurations_are_presets_pure_reuse_and_plain_selection(t
     assert [found[name] for name in ("fast", "balanced", "faithful")] == [
         XAttnConfig.preset(name) for name in ("fast", "balanced", "faithful")
     ]
-    assert found["pure reuse"].refresh == (0, 1, 2, 3, 5, 8, 11)
+    for name in ("pure reuse as fast", "pure reuse as balanced"):
+        # one block a row: all else is reused
+        assert found[name].threshold == 0.02
+        assert found[name].residual == "int4"
     plain = {name: config for name, config in found.items() if name.startswith("plain")}
     # The base point of a sweep is made anyway, so it has a name too.
     assert plain == {f"plain {threshold}": XAttnConfig(threshold=threshold) for threshold in (0.7, 0.8, 0.9)}
