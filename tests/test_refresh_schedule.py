@@ -20,9 +20,16 @@ def test_gaps_grow_from_the_warm_up_on_up_to_the_largest_one() -> None:
     """Sparse steps 0 1 3 6 10 14; 5 dense steps come before them."""
     assert refreshes(20, 20) == [4, 5, 6, 8, 11, 15, 19]
     assert refreshes(None, 20) == [4, 5, 6, 8, 11, 15, 19]
-    assert refreshes(20, 24, refresh_every=2, refresh="growing") == [4, 5, 6, 7, 9, 11, 13, 15, 17, 19, 21, 23]
     assert refreshes(20, 20, refresh_every=3, refresh="growing") == [4, 5, 6, 8, 10, 13, 16, 19]
     assert refreshes(20, 20, refresh_every=5, refresh="growing") == [4, 5, 6, 8, 12, 17]
+
+
+def test_short_gaps_do_not_grow() -> None:
+    """In a video of 8 steps most would be refreshes; and a share of the steps never means all of them."""
+    assert refreshes(20, 20, refresh_every=2, refresh="growing") == [4, 6, 8, 10, 12, 14, 16, 18]
+    for share in (0.25, 0.15, 0.1):
+        assert refreshes(8, 8, warmup=0.25, refresh_every=share, refresh="growing") == [1, 3, 5, 7]
+        assert refreshes(4, 4, warmup=0.25, refresh_every=share, refresh="growing") == [0, 2]
 
 
 def test_gaps_are_longer_where_a_video_has_more_steps() -> None:

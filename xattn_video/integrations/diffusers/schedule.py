@@ -13,6 +13,8 @@ GAP_SHARE = 0.2
 USUAL_STEPS = 20
 # Gaps grow over the first refreshes to their full size.
 _GROWTH = (0.25, 0.5, 0.75)
+# Below so many steps a gap has no room to grow: most of a video of few steps would be refreshes.
+_GROWING = 3
 _LOWEST_THRESHOLD, _HIGHEST_THRESHOLD = 0.01, 0.999
 
 
@@ -100,14 +102,17 @@ class Schedule:
             return list(rule)
         known = self._refreshes
         gap = self._largest_gap()
-        while not known or known[-1] <= until:
-            grown = _GROWTH[len(known) - 1] if 0 < len(known) <= len(_GROWTH) else 1.0
-            known.append(known[-1] + max(round(gap * grown), 1) if known else 0)
+        if not known:
+            # the last step of the warm-up was the first refresh
+            known.append(0 if gap >= _GROWING else gap - 1)
+        while known[-1] <= until:
+            grown = _GROWTH[len(known) - 1] if gap >= _GROWING and len(known) <= len(_GROWTH) else 1.0
+            known.append(known[-1] + max(round(gap * grown), 1))
         return known
 
     def _largest_gap(self) -> int:
         every = self._config.refresh_every or GAP_SHARE
-        return max(round(every * (self.total or USUAL_STEPS)), 1) if every < 1 else int(every)
+        return max(round(every * (self.total or USUAL_STEPS)), 2) if every < 1 else int(every)
 
 
 def shifted(threshold: Tensor, shift: float) -> Tensor:
