@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -104,8 +105,7 @@ class ResidualUse:
     """Memory that the residuals of one processor's layers hold.
 
     Attributes:
-        held: bytes that are set aside now.
-        peak: the most since the statistics began.
+        peak: the most bytes since the statistics began.
         without: sparse calls that had no residual because it did not fit.
     """
 
@@ -113,37 +113,58 @@ class ResidualUse:
     MARGIN = 0.04
 
     def __init__(self) -> None:
-        self.held = self.peak = self.without = 0
+        # by the memory of a layer, held weakly: a model that is dropped frees its residuals and tells nobody
+        self._held: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
+        self.peak = self.without = 0
+        # the most bytes since torch's own peak began, and that peak of each device as it was last
+        self._most = 0
+        self._peaks: dict[torch.device, int] = {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ResidualUse:
         # what is held belongs to the original
         copied = memo[id(self)] = ResidualUse()
         return copied
 
-    def take(self, size: int, device: torch.device, most_mib: int | None) -> bool:
-        """Set `size` bytes aside, if they fit under the bound in MiB and into what the device has left."""
-        if most_mib is not None and self.held + size > most_mib << 20:
+    @property
+    def held(self) -> int:
+        """Bytes that are set aside now."""
+        return sum(self._held.values())
+
+    def held_by(self, holder: Any) -> int:
+        """Bytes that are set aside for this one."""
+        return self._held.get(holder, 0)
+
+    def take(self, holder: Any, size: int, device: torch.device, most_mib: int | None) -> bool:
+        """Set `size` more bytes aside, if they fit under the bound in MiB and into what the device has left."""
+        held = self.held
+        if most_mib is not None and held + size > most_mib << 20:
             return False
-        if device.type == "cuda" and size > self._room(device):
+        if device.type == "cuda" and size > self._room(device, held):
             return False
-        self.held += size
-        self.peak = max(self.peak, self.held)
+        self._held[holder] = self.held_by(holder) + size
+        self.peak = max(self.peak, held + size)
+        self._most = max(self._most, self.peak)
         return True
 
-    def give(self, size: int) -> None:
-        """Give bytes back."""
-        self.held -= size
+    def give(self, holder: Any) -> None:
+        """Give back all that this one holds."""
+        self._held.pop(holder, None)
 
     def reset(self) -> None:
         """Start the statistics over."""
         self.peak, self.without = self.held, 0
 
-    def _room(self, device: torch.device) -> float:
+    def _room(self, device: torch.device, held: int) -> float:
         """Bytes of a GPU that neither other programs nor the most memory of this run so far need."""
         free, total = torch.cuda.mem_get_info(device)
         reserved = torch.cuda.memory_reserved(device)
-        # what earlier residuals took is in the peak, and free again
-        needed = max(torch.cuda.max_memory_allocated(device) - self.peak, 0) + self.held
+        peak = torch.cuda.max_memory_allocated(device)
+        if peak < self._peaks.get(device, 0):
+            # someone has started torch's peak over: it holds no earlier residuals
+            self._most = held
+        self._peaks[device] = peak
+        # what earlier residuals took is in torch's peak, and free again
+        needed = max(peak - self._most, 0) + held
         return free + reserved - needed - self.MARGIN * total
 
 

@@ -54,8 +54,6 @@ class LayerMemory:
         self._layer = layer
         self._use = use
         self._slots: dict[tuple[str, int], _Slot] = {}
-        # bytes that are set aside for this layer
-        self._reserved = 0
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LayerMemory:
         import copy
@@ -65,8 +63,7 @@ class LayerMemory:
     def clear(self) -> None:
         """Forget everything, at once."""
         self._slots.clear()
-        self._use.give(self._reserved)
-        self._reserved = 0
+        self._use.give(self)
 
     def attend(
         self, backend: Backend, call: Call, config: XAttnConfig, schedule: Schedule, moment: Moment
@@ -118,12 +115,8 @@ class LayerMemory:
     def _fits(self, call: Call, config: XAttnConfig, moment: Moment) -> bool:
         """Whether the residuals of this call and of the step's other branches fit into the memory."""
         slots = max(len(self._slots), moment.branches)
-        wanted = slots * call_bytes(call.query, config)
-        if wanted > self._reserved:
-            if not self._use.take(wanted - self._reserved, call.query.device, config.residual_mib):
-                return False
-            self._reserved = wanted
-        return True
+        more = slots * call_bytes(call.query, config) - self._use.held_by(self)
+        return more <= 0 or self._use.take(self, more, call.query.device, config.residual_mib)
 
 
 def call_bytes(query: Tensor, config: XAttnConfig) -> int:
