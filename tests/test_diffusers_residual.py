@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import functools
+import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -18,7 +20,9 @@ from tests.tiny.other_families import OTHER_FAMILIES
 from tests.tiny.wan_family import T2V, T2V_A14B, TEXT_DIM, V2V, tiny_transformer
 from xattn_video import XAttnProcessor
 from xattn_video.integrations.diffusers import attached_processor, layers
+from xattn_video.integrations.diffusers.memory import LayerMemory
 from xattn_video.ops import checked_call
+from xattn_video.stats import ResidualUse
 
 # after tests.tiny, which repairs a torchvision that does not fit this torch
 from diffusers import FirstBlockCacheConfig, WanPipeline  # isort: skip
@@ -282,6 +286,124 @@ def test_a_deep_copy_remembers_nothing_of_its_original() -> None:
     assert processor.stats.residual.held == 0
 
 
+def remembering_loop(model: Any, processor: XAttnProcessor, steps: range) -> None:
+    processor.start_generation(steps=20)
+    for index in steps:
+        processor.step(index)
+        step(model, 9, *inputs(index))
+
+
+def test_a_new_video_frees_what_an_interrupted_one_left_with_its_first_forward() -> None:
+    model = tiny_transformer()
+    processor = attach(model, warmup_steps=3)
+    remembering_loop(model, processor, range(5))
+    assert processor.stats.residual.held > 0
+    remembering_loop(model, processor, range(1))
+    assert processor.stats.residual.held == 0
+
+
+def test_a_transformer_that_an_interrupted_video_used_is_freed_too() -> None:
+    pipe = quiet(T2V_A14B.build(0, boundary_ratio=0.85))
+    processor = attach(pipe)
+    held = []
+
+    def look(pipe: Any, index: int, timestep: Any, inputs: dict[str, Any]) -> dict[str, Any]:
+        held.append(processor.stats.residual.held)
+        if stop and index == STEPS - 2:
+            raise KeyboardInterrupt
+        return inputs
+
+    stop = True
+    with pytest.raises(KeyboardInterrupt):
+        T2V_A14B.call(pipe, num_inference_steps=STEPS, callback_on_step_end=look)
+    assert held[-1] > 0
+    held.clear()
+    stop = False
+    T2V_A14B.call(pipe, num_inference_steps=STEPS, callback_on_step_end=look)
+    # the first of two steps of warm-up is dense, and nothing of the other video is left
+    assert held[0] == 0
+
+
+def test_a_dropped_model_holds_nothing() -> None:
+    model = tiny_transformer()
+    processor = attach(model, warmup_steps=1)
+    remembering_loop(model, processor, range(3))
+    assert processor.stats.residual.held > 0
+    del model
+    gc.collect()
+    assert processor.stats.residual.held == 0
+
+
+def test_steps_that_skip_the_whole_model_do_not_make_it_forget() -> None:
+    model = tiny_transformer()
+    processor = attach(model, warmup_steps=1, refresh=(1, 9))
+    remembering_loop(model, processor, range(0, 20, 3))
+    by_step = processor.stats.summary()["density_by_step"]
+    # the refreshes of steps 2 and 10 are put off to the next forward
+    assert [number for number in by_step if by_step[number] == 1] == [0, 3, 12]
+
+
+def test_what_runs_between_two_steps_leaves_nothing_to_the_video(pipe: WanPipeline) -> None:
+    """A preview, and a run of another pipeline that fails: two of them, whose residuals differ."""
+    attach(pipe, warmup_steps=1, refresh=(15,))
+    other = quiet(WanPipeline(**{**pipe.components, "scheduler": copy.deepcopy(pipe.scheduler)}))
+    other.set_attn_processor(attached_processor(pipe.transformer))
+
+    def preview(item: int) -> None:
+        step(pipe.transformer, 500, *inputs(item), name="cond")
+
+    def failing_run(item: int) -> None:
+        def fail(*_: Any) -> dict[str, Any]:
+            raise MemoryError
+
+        with pytest.raises(MemoryError):
+            call(other, (item,), callback_on_step_end=fail)
+
+    for between in (preview, failing_run):
+
+        def show(pipe: Any, index: int, timestep: Any, inputs: dict[str, Any], item: int, between: Any) -> Any:
+            if index == 4:
+                between(item)
+            return inputs
+
+        one, two = (
+            call(pipe, callback_on_step_end=functools.partial(show, item=item, between=between)) for item in (1, 2)
+        )
+        assert torch.equal(one, two)
+
+
+def test_a_loop_of_its_own_after_a_run_has_its_own_number_of_steps(pipe: WanPipeline) -> None:
+    processor = attach(pipe, last_steps=1)
+    call(pipe, num_inference_steps=4)
+    processor.stats.reset()
+    latents, text = inputs(0)
+    pipe.scheduler.set_timesteps(8)
+    for timestep in pipe.scheduler.timesteps:
+        velocity = step(pipe.transformer, timestep, latents, text)
+        latents = pipe.scheduler.step(velocity, timestep, latents).prev_sample
+    assert processor.stats.summary()["dense_calls"]["last_steps"] == LAYERS
+    assert processor.stats.residual.held == 0
+
+
+def test_room_on_a_gpu_counts_earlier_residuals_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU of 100 MiB, whose run needs 60 MiB beside its residuals of 20 MiB."""
+    mib, device = 1 << 20, torch.device("cuda", 0)
+    peak = 60 * mib
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (100 * mib, 100 * mib))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 0)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda _: peak)
+    use, layer = ResidualUse(), LayerMemory(0, ResidualUse())
+    for video in range(4):
+        assert use.take(layer, 20 * mib, device, None)
+        peak = 80 * mib
+        assert not use.take(layer, 20 * mib, device, None)
+        use.give(layer)
+        use.reset()
+        if video == 1:
+            # someone starts torch's peak over
+            peak = 60 * mib
+
+
 # ---- with everything else
 
 
@@ -301,6 +423,8 @@ def test_two_transformers_share_the_schedule_and_free_each_other() -> None:
     assert layers["transformer_2.blocks.0.attn1"][min(second)] == 1
     assert min(layers["transformer_2.blocks.0.attn1"].values()) < 1
     assert error(got, dense) < 0.05
+    # in the step in which the second one takes over, the first one's residuals are free already
+    assert summary["residual_bytes"] == 2 * 20 * 2 * 315 * LAYERS
     assert processor.stats.residual.held == 0
     assert torch.equal(T2V_A14B.call(pipe, **inputs), got)
 

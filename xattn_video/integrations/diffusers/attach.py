@@ -103,9 +103,9 @@ class Attachment:
         self.forget()
 
     @property
-    def step(self) -> int:
-        """The step of the model's last forward."""
-        return self._state.moment.step
+    def moment(self) -> Moment:
+        """Where in a video the model's last forward was."""
+        return self._state.moment
 
     def forget(self) -> None:
         """Let go of what the layers remember of a video."""
@@ -146,7 +146,7 @@ class Attachment:
         video, before = self._tracker.video, self._state.moment
         if (video, step) != (before.video, before.step):
             if self._remembers:
-                self.owner.forget_idle(step)
+                self.owner.forget_idle(self, video, step)
             self._branches = max(sum(self._forwards.values()), 1)
             self._forwards.clear()
         number = self._forwards.get(self._branch, 0)

@@ -176,10 +176,17 @@ class XAttnProcessor:
         for attachment in self._attachments():
             attachment.forget()
 
-    def forget_idle(self, step: int) -> None:
-        """Free what a transformer remembers that has done its part: it ran neither in this step nor in the last."""
+    def forget_idle(self, running: Attachment, video: int, step: int) -> None:
+        """Free what is of another video, or of a transformer that has done its part, where this one begins a step.
+
+        Within a video another transformer has done its part where it did not run in the last step, or where this one
+        takes its place: then this one did not run in the last step.
+        """
+        takes_over = running.moment[:2] != (video, step - 1)
         for attachment in self._attachments():
-            if attachment.step < step - 1:
+            last = attachment.moment
+            done = attachment is not running and last.step < (step if takes_over else step - 1)
+            if last.video != video or done:
                 attachment.forget()
 
     def say_once(self, doubt: str | None) -> None:

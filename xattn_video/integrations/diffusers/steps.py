@@ -95,8 +95,8 @@ class _Watch:
             return None
         total = len(self.schedule)
         own = getattr(pipeline, "_num_timesteps", None)
-        # the number of an earlier run may still be there
-        return own if isinstance(own, int) and 0 < own <= total else total
+        # the number of an earlier run may still be there, in a loop outside of the pipeline's own for instance
+        return own if self.shows and isinstance(own, int) and 0 < own <= total else total
 
     def counts(self) -> bool:
         """Whether the steps of this generation can be seen, and not only its begin."""
@@ -154,6 +154,8 @@ class StepTracker:
         self._warned = False
         self._steps_told: int | None = None
         self._last_step = -1
+        # the pipelines that moved on last
+        self._moved: set[_Watch] = set()
         # number of the generation that the last forward belonged to
         self.video = 0
 
@@ -192,12 +194,15 @@ class StepTracker:
             step_index: the pipeline's own count, where it gives one.
         """
         events = self._look()
+        source, moved = self._source, {watch for watch, event in events.items() if event is not None}
         begins = self._starts or "begin" in events.values()
         step = self._find(timestep, events) if step_index is None else self._count(step_index, begins=begins)
         self._starts = False
-        if begins or step < self._last_step:
+        # A preview between two steps is no part of the video, nor is what follows it of the preview's.
+        elsewhere = self._source != source or (moved and self._moved.isdisjoint(moved))
+        if begins or elsewhere or step < self._last_step:
             self.video += 1
-        self._last_step = step
+        self._last_step, self._moved = step, moved or self._moved
         return step
 
     @property
