@@ -19,12 +19,14 @@ from diffusers import ContextParallelConfig, WanTransformer3DModel  # isort: ski
 
 # each rank holds 175 of the 350 tokens: below min_tokens, which is about the whole
 SETTINGS: dict[str, Any] = {"stride": 4, "block_size": 32, "min_tokens": 256, "warmup_steps": 1}
-THRESHOLDS = (0.5, (0.3, 0.5, 0.7, 0.9))
+# the threshold and how far it falls, which makes a tensor of one threshold too
+THRESHOLDS = ((0.5, 0.0), ((0.3, 0.5, 0.7, 0.9), 0.0), (0.5, 0.2))
 
 
-def run(model: WanTransformer3DModel, threshold: Any) -> tuple[list[Tensor], dict[str, Any]]:
-    processor = XAttnProcessor(threshold=threshold, **SETTINGS)
+def run(model: WanTransformer3DModel, threshold: Any, ramp: float) -> tuple[list[Tensor], dict[str, Any]]:
+    processor = XAttnProcessor(threshold=threshold, threshold_ramp=ramp, **SETTINGS)
     model.set_attn_processor(processor)
+    processor.start_generation(steps=2)
     generator = torch.Generator().manual_seed(0)
     latents = torch.randn(1, 16, 5, 14, 20, generator=generator)
     text = torch.randn(1, 6, 16, generator=generator)
@@ -45,12 +47,12 @@ def main() -> None:
         ffn_dim=64,
         num_layers=2,
     ).eval()
-    alone = {threshold: run(model, threshold) for threshold in THRESHOLDS}
+    alone = {settings: run(model, *settings) for settings in THRESHOLDS}
     # diffusers counts accelerators to place its ranks, of which a CPU has none
     torch.accelerator.device_count = lambda: 1
     model.enable_parallelism(config=ContextParallelConfig(ulysses_degree=2))
-    for threshold, (expected, own) in alone.items():
-        outputs, summary = run(model, threshold)
+    for settings, (expected, own) in alone.items():
+        outputs, summary = run(model, *settings)
         for output, single in zip(outputs, expected, strict=True):
             torch.testing.assert_close(output, single, rtol=0, atol=1e-5)
         assert summary["dense_calls"] == own["dense_calls"] == {"warmup": 2}

@@ -505,6 +505,28 @@ def test_a_compiled_block_makes_no_graph_for_a_step() -> None:
     assert processor.stats.summary()["density_by_step"] == expected["density_by_step"]
 
 
+def test_a_compiled_block_keeps_text_exact_in_its_first_forward() -> None:
+    torch._dynamo.reset()
+    pipe = quiet(HUNYUAN_VIDEO.build(0))
+    blocks = (*pipe.transformer.transformer_blocks, *pipe.transformer.single_transformer_blocks)
+    densities = []
+    try:
+        for compiled in (False, True):
+            processor = attach(pipe, warmup_steps=1, refresh=(9,))
+            if compiled:
+                for block in blocks:
+                    block.compile(backend="eager")
+            HUNYUAN_VIDEO.call(pipe, num_inference_steps=2)
+            densities.append(processor.stats.summary()["density_by_layer_and_step"])
+    finally:
+        torch._dynamo.reset()
+    assert densities[0] == densities[1]
+
+
+def test_no_cuda_graph_captures_what_a_layer_remembers() -> None:
+    assert torch.Tag.cudagraph_unsafe in torch.ops.xattn_video.attend_remembering.default.tags
+
+
 def test_residuals_that_do_not_fit_are_left_out_and_counted(pipe: WanPipeline) -> None:
     # 256 bytes for each of 315 tokens, and of 2,200
     processor = attach(pipe, residual="full", residual_mib=1)

@@ -240,12 +240,15 @@ class SparseSelfAttention:
         threshold: Tensor | None,
     ) -> Tensor:
         if self.memory is None or mask.causal or not torch.compiler.is_compiling():
-            return self._attend_sparse(backend, query, key, value, mask, scale, threshold)
-        # what a layer remembers is no part of a graph, or each step would make another one
-        output: Tensor = _attend_remembering(query, key, value, mask.kv_lens, threshold, self.number, scale=scale)
+            return self._attend_sparse(backend, query, key, value, mask, scale, threshold, self.text_tokens)
+        # What a layer remembers is no part of a graph, or each step would make another one. The number of text tokens
+        # is handed on: what a graph writes to the layer is there only after it has run.
+        output: Tensor = _attend_remembering(
+            query, key, value, mask.kv_lens, threshold, self.number, scale=scale, text_tokens=self.text_tokens
+        )
         return output
 
-    def _attend_sparse(
+    def _attend_sparse(  # noqa: PLR0913 - a call and what is known of it
         self,
         backend: Backend,
         query: Tensor,
@@ -254,6 +257,7 @@ class SparseSelfAttention:
         mask: KeyMask,
         scale: float | None,
         threshold: Tensor | None,
+        text_tokens: int,
     ) -> Tensor:
         tokens = query.shape[1]
         call = checked_call(
@@ -263,8 +267,8 @@ class SparseSelfAttention:
             mask,
             threshold=self.config.call_threshold if threshold is None else threshold,
             scale=scale,
-            dense_tokens=(tokens - self.text_tokens, tokens) if self.text_tokens else None,
-            frame_tokens=self._frame_tokens(tokens) if self.config.anchors else None,
+            dense_tokens=(tokens - text_tokens, tokens) if text_tokens else None,
+            frame_tokens=self._frame_tokens(tokens - text_tokens) if self.config.anchors else None,
         )
         if self.on_call is not None:
             self.on_call(self.counts.name, call)
@@ -284,9 +288,9 @@ class SparseSelfAttention:
             self.counts.add_sparse(kept.sum(), valid * query.shape[2])
         return output.transpose(1, 2)
 
-    def _frame_tokens(self, tokens: int) -> int | None:
-        """Tokens of one latent frame; None where the video is no grid of whole frames."""
-        frames, video = self.state.frames, tokens - self.text_tokens
+    def _frame_tokens(self, video: int) -> int | None:
+        """Tokens of one latent frame of the video's; None where they are no grid of whole frames."""
+        frames = self.state.frames
         return video // frames if frames and video % frames == 0 else None
 
     def _attend_parallel(
@@ -297,7 +301,8 @@ class SparseSelfAttention:
             raise ValueError("context parallelism with text in a joint sequence is not supported by XAttnProcessor")
         parallel = self._parallel_config
         threshold = self.threshold
-        if threshold is not None:
+        # one for each head, or with a ramp perhaps one for all of them
+        if threshold is not None and threshold.ndim:
             threshold = threshold.chunk(sequence_ranks(parallel))[
                 parallel.context_parallel_config._ulysses_mesh.get_local_rank()
             ]
@@ -333,8 +338,14 @@ _LAYERS: weakref.WeakValueDictionary[int, SparseSelfAttention] = weakref.WeakVal
 _NUMBERS = itertools.count(1)
 
 
-@torch.library.custom_op("xattn_video::attend_remembering", mutates_args=())
-def _attend_remembering(
+# A captured graph would replay the step that it was captured in. The first releases of torch have no such tag.
+_NOT_CAPTURED: dict[str, Any] = (
+    {"tags": (torch.Tag.cudagraph_unsafe,)} if hasattr(torch.Tag, "cudagraph_unsafe") else {}
+)
+
+
+@torch.library.custom_op("xattn_video::attend_remembering", mutates_args=(), **_NOT_CAPTURED)
+def _attend_remembering(  # noqa: PLR0913 - torch takes no Call
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -343,13 +354,15 @@ def _attend_remembering(
     number: Tensor,
     *,
     scale: float | None,
+    text_tokens: int,
 ) -> Tensor:
     """The sparse call of the layer with that number, for compiled blocks: `[B, S, H, D]`."""
     layer = _LAYERS[int(number)]
     tokens = query.shape[1]
     backend = find_backend(layer.config, query, key, value, q_len=tokens, kv_len=tokens)
     assert not isinstance(backend, str)
-    return layer._attend_sparse(backend, query, key, value, KeyMask(kv_lens=kv_lens), scale, threshold).contiguous()
+    mask = KeyMask(kv_lens=kv_lens)
+    return layer._attend_sparse(backend, query, key, value, mask, scale, threshold, text_tokens).contiguous()
 
 
 @_attend_remembering.register_fake
