@@ -295,7 +295,7 @@ def test_the_settings_of_each_configuration_are_said_in_words(run):
 def test_a_residual_is_told_with_its_memory_and_the_calls_that_had_none(run):
     path = run / SECOND / "manifest.jsonl"
     records = [json.loads(line) for line in path.read_text().splitlines()]
-    config = XAttnConfig.preset("balanced", threshold_ramp=0.3, last_steps=2, warmup=0.25).to_dict()
+    config = XAttnConfig.preset("balanced", last_steps=2, warmup=0.25).to_dict()
     for record, size, without in zip(records, (3 * 2**20, 2**19), (0, 7), strict=True):
         record |= {"config": config, "residual_bytes": size, "calls_without_residual": without}
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
@@ -304,7 +304,6 @@ def test_a_residual_is_told_with_its_memory_and_the_calls_that_had_none(run):
     assert [[text for text, _ in row] for row in rows] == [[SECOND, "3.0", "7"]]
     for line in (
         "dense: the first 5 steps, at most 25 % of all, and the last 2 steps",
-        "the threshold falls by 0.3 over the sparse steps",
         "always kept: 1 neighbour of each block",
         "what the kept blocks miss is remembered (int4) and added back",
         "refreshes: gaps grow to 20 % of all steps, and their change is continued in between",
@@ -319,6 +318,7 @@ def test_a_residual_is_told_with_its_memory_and_the_calls_that_had_none(run):
         (XAttnConfig(selection="top_k", top_k=1), "1 key block per query block, stride 8, blocks of 128 tokens"),
         (XAttnConfig(selection="top_ratio", top_ratio=0.25), "25 % of the key blocks, stride 8, blocks of 128 tokens"),
         (XAttnConfig(keep_masks=4), "one choice of blocks for 4 sparse steps"),
+        (XAttnConfig(threshold_ramp=0.3), "the threshold falls by 0.3 over the sparse steps"),
         (XAttnConfig(threshold_ramp=-0.1), "the threshold rises by 0.1 over the sparse steps"),
         (XAttnConfig(residual="fp8"), "refreshes: gaps grow to 20 % of all steps"),
         (XAttnConfig(residual="fp8", refresh_every=3), "refreshes: one layer after another, each every 3 steps"),

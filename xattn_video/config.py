@@ -154,7 +154,7 @@ class XAttnConfig:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be 1 or more, got {getattr(self, name)}")
         _check_share("warmup", self.warmup)
-        _check_ramp(self.threshold_ramp)
+        _check_ramp(self.threshold_ramp, self.selection)
         object.__setattr__(self, "refresh", _checked_refresh(self.refresh))
         _check_residual(self)
 
@@ -228,7 +228,10 @@ class XAttnConfig:
         Settings that differ from the defaults are added, so that two configurations never share a name
         (thresholds that differ per head or layer by their mean and a digest).
         """
-        warmup = f"w{self.warmup_steps}" if self.warmup is None else f"w{_decimal(self.warmup)}"
+        warmup = f"w{self.warmup_steps}"
+        if self.warmup is not None:
+            # with the most steps that the share may be, where they are not the usual ones
+            warmup = f"w{_decimal(self.warmup)}" + ("" if self.warmup_steps == 5 else f"u{self.warmup_steps}")
         parts = [f"xattn-s{self.stride}", self._rule_label(), warmup]
         if self.block_size != 128:
             parts.append(f"b{self.block_size}")
@@ -315,11 +318,13 @@ def _check_share(name: str, value: object) -> None:
         raise ValueError(f"{name} must be between 0 and 1, a share of all steps, got {value}")
 
 
-def _check_ramp(value: object) -> None:
+def _check_ramp(value: object, selection: str) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"threshold_ramp must be a number, got {value!r}")
     if not -1 <= value <= 1:
         raise ValueError(f"threshold_ramp must be from -1 to 1, got {value}")
+    if value and selection != "threshold":
+        raise ValueError(f"threshold_ramp goes with selection 'threshold', got {value} and selection {selection!r}")
 
 
 def _checked_refresh(refresh: object) -> str | tuple[int, ...] | None:
@@ -366,6 +371,11 @@ def _check_residual(config: XAttnConfig) -> None:
                 raise ValueError(
                     f"{name} goes with a residual, got {name} {getattr(config, name)!r} and residual 'off'"
                 )
+    elif config.threshold_ramp:
+        raise ValueError(
+            "threshold_ramp goes without a residual, which chooses the blocks of a whole video at once, got "
+            f"{config.threshold_ramp} and residual {config.residual!r}"
+        )
     elif config.keep_masks != 1:
         raise ValueError(
             f"keep_masks goes without a residual, which keeps the blocks of a whole video, got {config.keep_masks} "
