@@ -343,6 +343,17 @@ def test_steps_that_skip_the_whole_model_do_not_make_it_forget() -> None:
     assert [number for number in by_step if by_step[number] == 1] == [0, 3, 12]
 
 
+def test_a_loop_that_stands_in_one_step_does_not_take_more_and_more_memory() -> None:
+    model = tiny_transformer()
+    processor = attach(model, warmup_steps=1)
+    for item in range(20):
+        step(model, 9, *inputs(item))
+    summary = processor.stats.summary()
+    assert summary["residual_bytes"] == 6 * 20 * 2 * 315 * LAYERS
+    # none of them sees what another one missed
+    assert summary["dense_calls"] == {"refresh": 20 * LAYERS}
+
+
 def test_what_runs_between_two_steps_leaves_nothing_to_the_video(pipe: WanPipeline) -> None:
     """A preview, and a run of another pipeline that fails: two of them, whose residuals differ."""
     attach(pipe, warmup_steps=1, refresh=(15,))

@@ -21,7 +21,7 @@ from .layers import ForwardState, Shared, SparseSelfAttention, wrap
 from .memory import LayerMemory, Moment
 from .models import REPLACEMENTS, spec_of
 from .schedule import Schedule
-from .steps import StepTracker, WeakLink
+from .steps import MOST_FORWARDS, StepTracker, WeakLink
 
 _ATTRIBUTE = "_xattn_video"
 
@@ -150,6 +150,11 @@ class Attachment:
             self._branches = max(sum(self._forwards.values()), 1)
             self._forwards.clear()
         number = self._forwards.get(self._branch, 0)
+        if self._remembers and number == MOST_FORWARDS:
+            # these are no forwards of guidance: the step cannot be told, and their memory would grow without end
+            self.forget()
+            self._forwards.clear()
+            number = 0
         self._forwards[self._branch] = number + 1
         return Moment(video, step, (self._branch, number), max(self._branches, sum(self._forwards.values())))
 
