@@ -619,6 +619,14 @@ def test_anchors_know_the_frames_of_a_model(name: str, monkeypatch: pytest.Monke
     assert seen == {FRAMES[name]}
 
 
+def test_a_video_without_sparse_steps_refreshes_nothing(pipe: WanPipeline) -> None:
+    processor = attach(pipe, warmup_steps=2, last_steps=2)
+    call(pipe, num_inference_steps=4)
+    summary = processor.stats.summary()
+    assert summary["dense_calls"] == {"warmup": 2 * LAYERS, "last_steps": 2 * LAYERS}
+    assert summary["residual_bytes"] == 0
+
+
 def test_a_warm_up_of_most_steps_is_warned_of_once(pipe: WanPipeline, caplog: pytest.LogCaptureFixture) -> None:
     attach(pipe, residual="off", warmup_steps=5)
     for _ in range(2):

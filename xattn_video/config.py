@@ -70,7 +70,8 @@ class XAttnConfig:
             it the blocks at the same place; 0 leaves the choice to the scores. The own block is kept too. Frames are
             known for models whose tokens are a grid of whole frames (`frame_tokens` in `xattention`).
         threshold_ramp: how far the threshold falls over the sparse steps of a video: from `threshold` plus half of it
-            to `threshold` minus half of it, within 0.01 to 0.999. It needs the number of steps, like `warmup`.
+            to `threshold` minus half of it, within 0.01 to 0.999. It needs the number of steps, like `warmup`, and goes
+            without a residual.
         keep_masks: sparse steps for which a choice of blocks is kept; 1 chooses in each step.
         residual: remember what the kept blocks miss, and add it to the output of sparse steps: `"off"`, or how it is
             stored: `"int4"` (half a byte per number), `"fp8"`, or `"full"` (as the model computes). What is missed is

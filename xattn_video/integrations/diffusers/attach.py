@@ -131,8 +131,8 @@ class Attachment:
             schedule = self._schedule = Schedule(self._config, self._tracker.total)
             self.owner.say_once(schedule.doubt())
         reason = schedule.dense_reason(step)
-        if self._config.residual != "off" and step == schedule.warmup - 1:
-            # the last step of the warm-up is the first refresh
+        if self._config.residual != "off" and step == schedule.warmup - 1 and schedule.sparse_steps != 0:
+            # the last step of the warm-up is the first refresh, where sparse steps follow
             reason = None
         tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
         device = tensors[0].device if tensors else torch.device("cpu")
