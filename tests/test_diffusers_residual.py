@@ -343,6 +343,20 @@ def test_steps_that_skip_the_whole_model_do_not_make_it_forget() -> None:
     assert [number for number in by_step if by_step[number] == 1] == [0, 3, 12]
 
 
+def test_a_video_that_ended_in_its_first_step_leaves_nothing_to_the_next() -> None:
+    model = tiny_transformer()
+    outputs = []
+    for earlier in (1, 2):
+        processor = attach(model, warmup_steps=1, refresh=(9,))
+        for seeds in ((earlier,), (3, 4)):
+            processor.start_generation(steps=10)
+            for index, seed in enumerate(seeds):
+                processor.step(index)
+                output = step(model, 9, *inputs(seed))
+        outputs.append(output)
+    assert torch.equal(*outputs)
+
+
 def test_a_loop_that_stands_in_one_step_does_not_take_more_and_more_memory() -> None:
     model = tiny_transformer()
     processor = attach(model, warmup_steps=1)

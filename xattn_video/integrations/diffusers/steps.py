@@ -181,9 +181,9 @@ class StepTracker:
             raise TypeError(f"step must be an int, got {type(index).__name__}")
         if index < 0:
             raise ValueError(f"step must be 0 or more, got {index}")
-        # as in start_generation
+        # as in start_generation, which still holds where it was called just before
         self._look()
-        self._given, self._starts = index, False
+        self._given = index
 
     def observe(self, timestep: Any = None, step_index: int | None = None) -> int:
         """Called at the start of every forward: the index of its step, 0 for the first one of a generation.
