@@ -303,10 +303,10 @@ def test_a_residual_is_told_with_its_memory_and_the_calls_that_had_none(run):
     rows = [row for row in page.rows if row and row[0][0] == SECOND and len(row) == 3 and row[1][0] == "3.0"]
     assert [[text for text, _ in row] for row in rows] == [[SECOND, "3.0", "7"]]
     for line in (
-        "dense: the first 5 steps, at most 25 % of all, and the last 2 steps",
+        "dense: the first 4 steps, at most 25 % of all, and the last 2 steps",
         "always kept: 1 neighbour of each block",
         "what the kept blocks miss is remembered (int4) and added back",
-        "refreshes: gaps grow to 20 % of all steps, and their change is continued in between",
+        "refreshes: gaps grow to 15 % of all steps, and their change is continued in between",
     ):
         assert line in page.text
 

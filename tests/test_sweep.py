@@ -180,7 +180,7 @@ def test_rows_tell_the_residual_its_memory_and_the_worst_video(model, tmp_path, 
     assert [row["refresh"] for row in rows] == [None, "growing", None, [0, 1, 3]]
     assert [row["anchors"] for row in rows] == [None, 1, 1, 0]
     # What nothing changes is no column.
-    assert not {"keep_masks", "threshold_ramp", "last_steps", "warmup"} & base.keys()
+    assert not {"keep_masks", "threshold_ramp", "last_steps"} & base.keys()
     for row in (base, off, reuse):
         summary = json.loads((out / row["attention"] / "summary.json").read_text(encoding="utf-8"))
         each = sorted(video["psnr"] for video in summary["videos"])

@@ -77,9 +77,10 @@ class XAttnConfig:
             stored: `"int4"` (half a byte per number), `"fp8"`, or `"full"` (as the model computes). What is missed is
             found in dense steps, the refreshes: the last step of the warm-up is the first one. The choice of blocks is
             then kept for the whole video. A refresh costs as much as dense attention. Video models only.
-        refresh: which sparse steps refresh: `"growing"` (gaps of 1, 2, 3 and then always 4 steps, where
-            `refresh_every` is 4; below 3 they stay the same), `"fixed"` (each layer every `refresh_every` steps, layer after layer), or the sparse
-            steps themselves as numbers from 0. None is `"fixed"` where `refresh_every` is given, else `"growing"`.
+        refresh: which sparse steps refresh: `"growing"` (gaps of 1, 2, 3 and then always 4 steps, where `refresh_every`
+            is 4; below 3 they stay the same), `"fixed"` (each layer every `refresh_every` steps, layer after layer), or
+            the sparse steps themselves as numbers from 0. None is `"fixed"` where `refresh_every` is given, else
+            `"growing"`.
         refresh_every: the largest gap between two refreshes: a number of steps, or below 1 a share of all steps. None
             is 0.2. Where the number of steps is not known, it is taken for 20. 1 makes every step dense.
         extrapolate: continue the change between the last two refreshes, by one such gap at most. It doubles the memory

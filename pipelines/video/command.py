@@ -88,6 +88,8 @@ def _report_dry_run(plan: Plan, *, as_json: bool) -> None:
     print(f"size    {settings.width} x {settings.height}, {settings.num_frames} frames at {settings.fps} a second")
     print(f"tokens  {tokens} video tokens a forward pass, {settings.steps} steps")
     residual = document["residual_bytes"]
+    if residual is None and any(job.config is not None and job.config.residual != "off" for job in plan.jobs):
+        print("memory  of the residuals is not known for this model; it is bounded by what the GPU has left")
     if residual is not None:
         print(
             f"memory  {residual / 2**30:.2f} GiB for the residuals of a forward; guidance as two forwards takes twice"

@@ -67,7 +67,8 @@ def use_xattention(
     Args:
         model: a causal model of transformers, with or without a vision tower, which stays as it is.
         config: settings; None is the preset `qwen2-vl` for a model with a vision tower and `language` for others.
-            `warmup_steps` is of video and has no effect.
+            What is about steps of a video has no effect: `warmup_steps`, `warmup`, `last_steps`, `threshold_ramp`,
+            `keep_masks` and the residual.
         layer_thresholds: thresholds of single layers by index (negative ones count from the end): a number, or one
             for each query head. They come before those of a file in `config.threshold`.
         on_call: `on_call(layer, call)` sees each sparse call before it is computed: the layer's module path, and the
