@@ -115,6 +115,23 @@ def test_what_each_setting_costs_is_what_was_measured() -> None:
     assert told == set(busy)
 
 
+def test_what_residuals_bring_is_what_was_measured() -> None:
+    measured = {row["name"]: row for row in rows_of("residual_quality.jsonl")}
+    shown = table("quality.md", "| attention | density of all calls")
+    for name, *cells in shown:
+        row = measured.pop(name.removeprefix("preset ").strip("`"))
+        assert row["right"] == {"dense": row["videos"], "sparse": row["videos"]}, name
+        assert cells == [
+            f"{row['density']:.3f}",
+            f"{row['psnr']:.1f} [{row['psnr_low']:.1f}, {row['psnr_high']:.1f}]",
+            f"{row['psnr_worst']:.1f}",
+            f"{row['ssim']:.3f}",
+            f"{row['flicker']:.4f}",
+            f"{row['sparse_seconds']:.1f}",
+        ], name
+    assert not measured
+
+
 def setting_of(row: dict[str, Any]) -> Any:
     if row["threshold"] is None:
         return row["attention"]

@@ -36,7 +36,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "language": {"stride": 8, "threshold": 0.9, "warmup_steps": 0},
     "fast": {**_REMEMBERING, "refresh_every": 0.25},
     "balanced": {**_REMEMBERING, "refresh_every": 0.15},
-    "faithful": {**_REMEMBERING, "refresh_every": 0.1},
+    "faithful": {**_REMEMBERING, "refresh_every": 0.15, "threshold": 0.5},
 }
 
 # Settings that only have a meaning with a residual.
