@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -56,8 +57,6 @@ class LayerMemory:
         self._slots: dict[tuple[str, int], _Slot] = {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LayerMemory:
-        import copy
-
         return LayerMemory(self._layer, copy.deepcopy(self._use, memo))
 
     def clear(self) -> None:
