@@ -33,6 +33,30 @@ from xattn_video_pipelines.demo.training.train_watcher import (
 import transformers  # isort: skip
 
 
+BUILD_WATCHER = watcher.build_watcher
+
+
+def small_watcher(seed: int = 0) -> Any:
+    """A watcher with few and narrow layers, where a test is not about what it learns."""
+    settings = BUILD_WATCHER().config.to_dict()
+    layers = train_watcher.READ_AFTER + 1
+    settings["text_config"] |= {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "layer_types": ["full_attention"] * layers,
+    }
+    # of heads of 32 dimensions
+    rotary = next(name for name in ("rope_parameters", "rope_scaling") if settings["text_config"].get(name))
+    settings["text_config"][rotary] |= {"mrope_section": [8, 4, 4]}
+    settings["vision_config"] |= {"depth": 1, "embed_dim": 64, "hidden_size": 64}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return transformers.Qwen2VLForConditionalGeneration(transformers.Qwen2VLConfig.from_dict(settings))
+
+
 @pytest.fixture(scope="module")
 def processor() -> Any:
     return watcher.build_processor()
@@ -103,13 +127,14 @@ def test_an_interrupted_training_ends_with_the_very_same_weights(tmp_path: Path,
     def go(name: str, **changes: Any) -> tuple[Any, int]:
         values = {"matrix_learning_rate": 3e-3, "blocks": train_watcher.BLOCKS, "log_steps": 1, **changes}
         plan = Plan("watcher", tmp_path / name, 4, 1e-3, **values)
-        return train_watcher.train_watcher(plan, watcher.build_watcher(seed=0), 0, phases)
+        return train_watcher.train_watcher(plan, small_watcher(), 0, phases)
 
     def kill_later(*arguments: Any) -> Batch:
         if arguments[1] == 2:
             raise KeyboardInterrupt
         return draw_batch(*arguments)
 
+    monkeypatch.setattr(watcher, "build_watcher", small_watcher)
     whole, steps = go("whole")
     assert steps == 4
     with monkeypatch.context() as patch:
@@ -118,7 +143,7 @@ def test_an_interrupted_training_ends_with_the_very_same_weights(tmp_path: Path,
             go("parts", checkpoint_seconds=0.0)
     parts, steps = go("parts")
     assert steps == 4
-    untrained = watcher.build_watcher(seed=0)
+    untrained = small_watcher()
     for (name, value), other, first in zip(
         whole.named_parameters(), parts.parameters(), untrained.parameters(), strict=True
     ):
@@ -130,6 +155,7 @@ def test_an_interrupted_training_ends_with_the_very_same_weights(tmp_path: Path,
 
 def test_the_program_trains_and_saves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(train_watcher, "PHASES", (Phase(1.0, (1,), 1, 2),))
+    monkeypatch.setattr(watcher, "build_watcher", small_watcher)
     arguments = ["--out", str(tmp_path), "--eye-steps", "2", "--steps", "2", "--device", "cpu"]
     assert train_watcher.main([*arguments, "--minutes", "0"]) == 3
     assert not (tmp_path / "model").exists()

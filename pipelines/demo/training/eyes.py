@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from xattn_video_pipelines.demo import watcher, world
-from xattn_video_pipelines.demo.training.loop import Plan, train
+from xattn_video_pipelines.demo.training.loop import Plan, mixed_precision, train
 
 # What is read, and how many values it has.
 SHOWN = {
@@ -94,7 +94,7 @@ def train_eyes(plan: Plan, model: Any, seed: int, count: int = SCENES) -> int:
     def loss_of(step: int) -> dict[str, torch.Tensor]:
         scenes, clips = draw_glances(seed, step, count)
         seen = processor(clips, do_sample_frames=False, return_tensors="pt").to(model.device)
-        with torch.autocast(model.device.type, torch.bfloat16):
+        with mixed_precision(model.device):
             eyes.visual(seen["pixel_values_videos"], grid_thw=seen["video_grid_thw"])
             read = eyes.read(count)
         loss, right = judged(read, torch.tensor([shown(scene) for scene in scenes], device=model.device))

@@ -29,7 +29,7 @@ from xattn_video_pipelines.common.program import Parser, run_program
 from xattn_video_pipelines.demo import stories, watcher, world
 from xattn_video_pipelines.demo.stories import Asked, Story
 from xattn_video_pipelines.demo.training.eyes import SHOWN, Eyes, judged, shown, train_eyes
-from xattn_video_pipelines.demo.training.loop import Plan, phase_at, train
+from xattn_video_pipelines.demo.training.loop import Plan, mixed_precision, phase_at, train
 
 LEARNING_RATE = 1e-3
 # Muon's, of the two stages; and what is in the names of the parameters that it trains.
@@ -222,7 +222,7 @@ def batch_loss(learner: Learner, processor: Any, batch: Batch) -> dict[str, torc
     frames, height, width = seen["video_grid_thw"][0].tolist()
     merge = processor.video_processor.merge_size
     tokens = tokenise(processor.tokenizer, batch, (frames, height // merge, width // merge))
-    with torch.autocast(device.type, torch.bfloat16):
+    with mixed_precision(device):
         hidden = model.model(
             input_ids=tokens.ids.to(device),
             position_ids=tokens.positions.to(device),
