@@ -15,6 +15,7 @@ import torch._dynamo
 from torch import Tensor
 from torch._dynamo.utils import counters
 
+from tests.tiny.common import quiet
 from tests.tiny.hunyuan_families import HUNYUAN_FAMILIES, HUNYUAN_VIDEO
 from tests.tiny.other_families import OTHER_FAMILIES
 from tests.tiny.wan_family import T2V, T2V_A14B, TEXT_DIM, V2V, tiny_transformer
@@ -41,11 +42,6 @@ def shared_pipe() -> WanPipeline:
 def pipe(shared_pipe: WanPipeline) -> Iterator[WanPipeline]:
     yield shared_pipe
     shared_pipe.set_attn_processor(None)
-
-
-def quiet(pipe: Any) -> Any:
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
 
 
 def attach(target: Any, **changes: Any) -> XAttnProcessor:

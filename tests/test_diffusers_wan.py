@@ -16,6 +16,7 @@ from packaging.version import Version
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tests.tiny.common import quiet
 from tests.tiny.wan_family import T2V, T2V_5B, T2V_A14B, V2V, size
 from xattn_video import XAttnProcessor
 from xattn_video.integrations.diffusers import attached_processor
@@ -44,11 +45,6 @@ def shared_pipe() -> WanPipeline:
 def pipe(shared_pipe: WanPipeline) -> Iterator[WanPipeline]:
     yield shared_pipe
     shared_pipe.set_attn_processor(None)
-
-
-def quiet(pipe: Any) -> Any:
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
 
 
 def attach(pipe: DiffusionPipeline, **changes: Any) -> XAttnProcessor:

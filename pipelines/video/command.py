@@ -91,9 +91,8 @@ def _report_dry_run(plan: Plan, *, as_json: bool) -> None:
     if residual is None and any(job.config is not None and job.config.residual != "off" for job in plan.jobs):
         print("memory  of the residuals is not known for this model; it is bounded by what the GPU has left")
     if residual is not None:
-        print(
-            f"memory  {residual / 2**30:.2f} GiB for the residuals of a forward; guidance as two forwards takes twice"
-        )
+        size = f"{residual / 2**30:.1f} GiB" if residual >= 2**30 else f"{residual / 2**20:.1f} MiB"
+        print(f"memory  {size} for the residuals of a forward; guidance as two forwards takes twice")
     print(f"device  {plan.device}, {plan.dtype}")
     for video in document["videos"]:
         print(f"{video['status']:8}  {video['file']}")

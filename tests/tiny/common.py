@@ -77,6 +77,12 @@ class Family:
             return self.result(pipe(**arguments))
 
 
+def quiet(pipe: Any) -> Any:
+    """The pipeline, without its progress bar."""
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
 def assemble(pipeline: Callable[..., DiffusionPipeline], parts: Mapping[str, Any]) -> DiffusionPipeline:
     """A pipeline of `parts`; all else that it asks for (tokenizers, text encoders) is None."""
     asked = [

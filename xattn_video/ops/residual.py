@@ -13,9 +13,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .. import config
 from .reference import compute_dtype
 
-RESIDUALS = ("int4", "fp8", "full")
+# How a residual is kept: the settings of `XAttnConfig.residual` but `off`.
+RESIDUALS = config.RESIDUALS[1:]
 
 # The largest stored value of each packed kind. An int4 is stored with INT4_ZERO added, in the range 1 to 15.
 INT4_MOST, INT4_ZERO = 7, 8

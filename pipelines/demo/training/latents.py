@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from xattn_video_pipelines.common.files import whole_files
 from xattn_video_pipelines.demo import world
+from xattn_video_pipelines.demo.training.loop import mixed_precision
 from xattn_video_pipelines.demo.training.vae import SPATIAL, TEMPORAL, to_tensor
 
 logger = logging.getLogger(__name__)
@@ -77,7 +78,7 @@ def load_latents(vae: Any, size: ClipSize, count: int, folder: Path) -> torch.Te
 
 def _encode(vae: Any, size: ClipSize, number: int) -> torch.Tensor:
     clip = world.render(clip_scene(number), number, frames=size.frames, height=size.side, width=size.side)
-    with torch.no_grad(), torch.autocast(vae.device.type, torch.bfloat16):
+    with torch.no_grad(), mixed_precision(vae.device):
         latents: torch.Tensor = vae.encode(to_tensor(clip[None]).to(vae.device)).latent_dist.mode().float().cpu()
     mean = torch.tensor(vae.config.latents_mean).view(1, -1, 1, 1, 1)
     deviation = torch.tensor(vae.config.latents_std).view(1, -1, 1, 1, 1)

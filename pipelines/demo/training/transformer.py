@@ -11,7 +11,7 @@ import torch
 from xattn_video_pipelines.demo import text
 from xattn_video_pipelines.demo.training.attention import TrainingAttention, padding_bias
 from xattn_video_pipelines.demo.training.latents import load_latents
-from xattn_video_pipelines.demo.training.loop import Plan, train
+from xattn_video_pipelines.demo.training.loop import Plan, mixed_precision, train
 from xattn_video_pipelines.demo.training.phases import PHASES, Batch, Phase, draw_batch
 from xattn_video_pipelines.demo.training.vae import LATENT_CHANNELS
 from xattn_video_pipelines.video import import_diffusers
@@ -107,7 +107,7 @@ def train_transformer(  # noqa: PLR0913 - settings of a training
         if batch.anchored is not None:
             times = levels.repeat_interleave(batch.phase.tokens // len(frames), dim=1)
         mix = levels[:, None, :, None, None]
-        with torch.autocast(device.type, torch.bfloat16):
+        with mixed_precision(device):
             velocity = transformer((1 - mix) * clean + mix * noise, times * 1000, words, return_dict=False)[0]
         error = (velocity.float() - (noise - clean)).square().mean(dim=(1, 3, 4))
         counted = [place for place in range(len(frames)) if batch.anchored is None or place != batch.anchored[0]]

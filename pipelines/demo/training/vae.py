@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from xattn_video_pipelines.demo import world
-from xattn_video_pipelines.demo.training.loop import Plan, train
+from xattn_video_pipelines.demo.training.loop import Plan, mixed_precision, train
 from xattn_video_pipelines.video import import_diffusers
 
 LATENT_CHANNELS = 4
@@ -63,7 +63,7 @@ def train_vae(plan: Plan, device: torch.device, seed: int) -> tuple[Any, int]:
     def loss_of(step: int) -> dict[str, torch.Tensor]:
         video = to_tensor(training_crops(seed, step)).to(device)
         noise = torch.Generator().manual_seed(seed * 1_000_003 + step)
-        with torch.autocast(device.type, torch.bfloat16):
+        with mixed_precision(device):
             return _losses(vae, video, noise)
 
     steps, average = train(plan, vae, loss_of)

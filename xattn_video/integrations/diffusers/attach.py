@@ -138,8 +138,9 @@ class Attachment:
         device = tensors[0].device if tensors else torch.device("cpu")
         self._state.begin(schedule, moment, reason, _latent_frames(model, tensors, kwargs))
         self._counts.begin_forward(step, device)
+        shift = schedule.threshold_shift(step)
         for wrapper in self._wrappers.values():
-            wrapper.begin_forward(device, schedule.threshold_shift(step))
+            wrapper.begin_forward(device, shift)
 
     def _moment(self, step: int) -> Moment:
         """Where in a video the forward that starts is."""

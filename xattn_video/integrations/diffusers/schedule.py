@@ -80,13 +80,6 @@ class Schedule:
         sparse = step - self.warmup
         return max((self.warmup + at for at in self._sparse_refreshes(sparse) if at <= sparse), default=first)
 
-    def refreshed_share(self) -> float | None:
-        """Refreshes in sparse steps as a share of all steps, for an estimate before the run."""
-        sparse = self.sparse_steps
-        if sparse is None or not self.total:
-            return None
-        return sum(self.last_refresh(step, 0) == step for step in range(self.warmup, self.warmup + sparse)) / self.total
-
     def threshold_shift(self, step: int) -> float:
         """What is added to the threshold in this step (ALGORITHM.md, section 9: `ramp * (1/2 - f)`)."""
         sparse = self.sparse_steps
