@@ -20,15 +20,12 @@ import numpy as np
 from xattn_video import XAttnConfig
 from xattn_video_eval.compare import CompareSettings, compare
 from xattn_video_eval.results import RESULTS, append_rows, mean_interval, provenance
+from xattn_video_eval.studies.held_out import write_prompts
 from xattn_video_pipelines.cli import module_of
-from xattn_video_pipelines.common import jsonl
-from xattn_video_pipelines.common.demo_data import shipped_prompts
-from xattn_video_pipelines.common.errors import UserError
-from xattn_video_pipelines.common.files import make_writable, write_texts
 from xattn_video_pipelines.common.program import run_alone
 from xattn_video_pipelines.common.settings import Option, Settings
 from xattn_video_pipelines.demo import judge_folder
-from xattn_video_pipelines.video import GenerateSettings, Key, evenly_spaced, read_manifest
+from xattn_video_pipelines.video import GenerateSettings, Key, read_manifest
 
 EXAMPLE = """\
 example:
@@ -57,8 +54,8 @@ class DemoQualitySettings(Settings):
 
 def demo_quality(settings: DemoQualitySettings) -> int:
     """Make what is missing, judge and compare it, print the table; 0. Raises UserError."""
-    prompts = _prompt_records(settings.videos)
-    _generate(settings, prompts)
+    file, prompts = write_prompts(settings.out, settings.videos)
+    _generate(settings, file)
     row = _row(settings, prompts)
     print(_table(row))
     if settings.record:
@@ -86,18 +83,8 @@ def paired_difference(dense: Sequence[float], sparse: Sequence[float], *, seed: 
     return {"difference": float(differences.mean()), "low": low, "high": high}
 
 
-def _prompt_records(count: int) -> list[dict[str, Any]]:
-    records = [record for _, record in jsonl.read(shipped_prompts("shapes-held-out.jsonl"))]
-    if not 1 <= count <= len(records):
-        raise UserError(f"--videos must be from 1 to {len(records)}, got {count}")
-    return evenly_spaced(records, count)
-
-
-def _generate(settings: DemoQualitySettings, prompts: list[dict[str, Any]]) -> None:
-    """Make the videos of `prompts` that are missing, dense and sparse, as `xattn-video generate` does."""
-    make_writable(settings.out)
-    file = settings.out / "prompts.jsonl"
-    write_texts({file: jsonl.text(prompts)})
+def _generate(settings: DemoQualitySettings, file: Path) -> None:
+    """Make the videos of a prompt file that are missing, dense and sparse, as `xattn-video generate` does."""
     generating = GenerateSettings(
         model=settings.model, prompts=file, attention="both", lossless=True, threshold=settings.threshold,
         steps=settings.steps, num_frames=settings.num_frames, height=128, width=128, guidance_scale=1.0,

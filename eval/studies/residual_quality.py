@@ -17,14 +17,12 @@ from typing import Annotated, Any, Literal
 
 from xattn_video_eval.results import RESULTS, append_rows, provenance
 from xattn_video_eval.studies import selection_plots
+from xattn_video_eval.studies.held_out import write_prompts
 from xattn_video_eval.sweep import SweepSettings, sweep, table
-from xattn_video_pipelines.common import jsonl
-from xattn_video_pipelines.common.demo_data import shipped_prompts
-from xattn_video_pipelines.common.errors import UserError
-from xattn_video_pipelines.common.files import make_writable, whole_files, write_texts
+from xattn_video_pipelines.common.files import whole_files
 from xattn_video_pipelines.common.program import run_alone
 from xattn_video_pipelines.common.settings import Option, Settings
-from xattn_video_pipelines.video import evenly_spaced, print_video, read_manifest
+from xattn_video_pipelines.video import print_video, read_manifest
 
 EXAMPLE = """\
 example:
@@ -103,12 +101,7 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
 
 def _sweep_settings(settings: ResidualQualitySettings) -> SweepSettings:
     """The sweep of the named configurations over the chosen prompts, which are written to a file of their own."""
-    records = [record for _, record in jsonl.read(shipped_prompts("shapes-held-out.jsonl"))]
-    if not 1 <= settings.videos <= len(records):
-        raise UserError(f"--videos must be from 1 to {len(records)}, got {settings.videos}")
-    make_writable(settings.out)
-    file = settings.out / "prompts.jsonl"
-    write_texts({file: jsonl.text(evenly_spaced(records, settings.videos))})
+    file, _ = write_prompts(settings.out, settings.videos)
     return SweepSettings(
         model=settings.model, prompts=file, out=settings.out, points=settings.configurations, steps=settings.steps,
         num_frames=settings.num_frames, height=128, width=128, guidance_scale=1.0, device=settings.device,

@@ -34,8 +34,20 @@ if TYPE_CHECKING:
     from xattn_video_pipelines.video.progress import VideoProgress
 
 
-def produce(plan: Plan, on_video: Callable[[Job, Record], None] | None = None) -> list[Record]:
-    """Make the plan's missing videos; their records, each given to `on_video` as it comes.
+def produce(
+    plan: Plan,
+    on_video: Callable[[Job, Record], None] | None = None,
+    on_pipeline: Callable[[Any], None] | None = None,
+) -> list[Record]:
+    """Make the plan's missing videos.
+
+    Args:
+        plan: what is to be made.
+        on_video: called with each video that is made and its record.
+        on_pipeline: called with the pipeline when it is loaded, before the first video. Not where nothing is missing.
+
+    Returns:
+        the records of the videos that were made.
 
     Raises:
         UserError: the output cannot be written, or the model cannot be loaded or made sparse.
@@ -50,10 +62,12 @@ def produce(plan: Plan, on_video: Callable[[Job, Record], None] | None = None) -
         remove_dead_claim(job.folder / job.name)
     if kept:
         print(f"{len(kept)} of {len(plan.jobs)} videos are already finished and kept", file=sys.stderr)
-    return _make_videos(plan, on_video) if plan.pending else []
+    return _make_videos(plan, on_video, on_pipeline) if plan.pending else []
 
 
-def _make_videos(plan: Plan, on_video: Callable[[Job, Record], None] | None) -> list[Record]:
+def _make_videos(
+    plan: Plan, on_video: Callable[[Job, Record], None] | None, on_pipeline: Callable[[Any], None] | None
+) -> list[Record]:
     import torch
 
     from xattn_video.integrations.diffusers import pipeline_transformers
@@ -68,6 +82,8 @@ def _make_videos(plan: Plan, on_video: Callable[[Job, Record], None] | None) -> 
         offload=given.offload,
         compile_blocks=given.compile,
     )
+    if on_pipeline:
+        on_pipeline(pipe)
     # Every attention once: a model that cannot be sparse says so before hours of dense videos.
     for config in dict.fromkeys(job.config for job in plan.pending):
         attached, processor = config, attach(pipe, config)
