@@ -100,6 +100,8 @@ def _read(path: Path) -> dict[str, dict[str, Any]]:
         document = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"--caches {path}: cannot be read: {error}") from None
+    if not isinstance(document, dict):
+        raise UserError(f"--caches {path}: must hold an object with caches by name")
     for name, values in document.items():
         if not isinstance(values, dict) or values.get("cache") not in _ENABLE or "threshold" not in values:
             kinds = ", ".join(_ENABLE)
