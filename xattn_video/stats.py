@@ -26,6 +26,7 @@ REASONS = (
     "training",
     "refresh",
     "last_steps",
+    "packed_rows",
 )
 # columns of a layer's counts: kept and valid blocks of its sparse calls, those calls, then dense calls by reason
 _KEPT, _VALID, _SPARSE, _DENSE = 0, 1, 2, 3

@@ -20,6 +20,7 @@ from .dispatch import register
 from .layers import ForwardState, Shared, SparseSelfAttention, wrap
 from .memory import LayerMemory, Moment
 from .models import REPLACEMENTS, spec_of
+from .packed import Packed, read_packed
 from .schedule import Schedule
 from .steps import MOST_FORWARDS, StepTracker, WeakLink
 
@@ -56,8 +57,9 @@ class Attachment:
         self._branches = 1
         # the thread that runs the model, by number: an object of it could not be copied along with the model
         self._running: int | None = None
-        parameters = list(inspect.signature(type(model).forward).parameters)[1:]
-        self._timestep_index = parameters.index("timestep") if "timestep" in parameters else -1
+        self._parameters = list(inspect.signature(type(model).forward).parameters)[1:]
+        # of a packed sequence: the last `token_tags`, and what they and the timesteps of the rows told
+        self._packed: tuple[Tensor, Packed] | None = None
         self._remembers = config.residual != "off" or config.keep_masks > 1
         self._schedule = Schedule(config, None)
 
@@ -123,7 +125,12 @@ class Attachment:
                 "each thread a model of its own (copy.deepcopy keeps the processor)"
             )
         self._running = thread
-        timestep = kwargs.get("timestep", args[self._timestep_index] if 0 <= self._timestep_index < len(args) else None)
+        given: dict[str, Any] = {**dict(zip(self._parameters, args, strict=False)), **kwargs}
+        timestep = given.get("timestep")
+        packed = self._read_packed(given) if spec_of(model).text == "packed" else None
+        if packed is not None:
+            # the step's is that of the video: references keep theirs
+            timestep = given["timestep"][given["timestep_indices"][packed.last]]
         step = self._tracker.observe(timestep, self._step_index)
         moment = self._moment(step)
         schedule = self._schedule
@@ -136,11 +143,21 @@ class Attachment:
             reason = None
         tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
         device = tensors[0].device if tensors else torch.device("cpu")
-        self._state.begin(schedule, moment, reason, _latent_frames(model, tensors, kwargs))
+        exact = None
+        if packed is not None:
+            reason, exact = reason or packed.reason, packed.exact
+        self._state.begin(schedule, moment, reason, _latent_frames(model, tensors, kwargs), exact)
         self._counts.begin_forward(step, device)
         shift = schedule.threshold_shift(step)
         for wrapper in self._wrappers.values():
             wrapper.begin_forward(device, shift)
+
+    def _read_packed(self, given: dict[str, Any]) -> Packed:
+        """The rows of a packed sequence, read once for all the forwards that are given the same tags."""
+        tags = given["token_tags"]
+        if self._packed is None or self._packed[0] is not tags:
+            self._packed = tags, read_packed(tags, given["timestep_indices"])
+        return self._packed[1]
 
     def _moment(self, step: int) -> Moment:
         """Where in a video the forward that starts is."""

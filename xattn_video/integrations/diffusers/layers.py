@@ -40,11 +40,20 @@ class ForwardState:
         self.schedule: Schedule | None = None
         # latent frames of the video that the model is called with, or None where it is no grid of them
         self.frames: int | None = None
+        # range of the tokens of a packed sequence that stay exact, or None
+        self.exact: tuple[int, int] | None = None
         self._known: dict[tuple[str, int], tuple[Tensor, Any]] = {}
 
-    def begin(self, schedule: Schedule, moment: Moment, reason: str | None, frames: int | None) -> None:
+    def begin(
+        self,
+        schedule: Schedule,
+        moment: Moment,
+        reason: str | None,
+        frames: int | None,
+        exact: tuple[int, int] | None,
+    ) -> None:
         """A forward starts."""
-        self.schedule, self.moment, self.reason, self.frames = schedule, moment, reason, frames
+        self.schedule, self.moment, self.reason, self.frames, self.exact = schedule, moment, reason, frames, exact
         self._known.clear()
 
     def end(self) -> None:
@@ -267,7 +276,7 @@ class SparseSelfAttention:
             mask,
             threshold=self.config.call_threshold if threshold is None else threshold,
             scale=scale,
-            dense_tokens=(tokens - text_tokens, tokens) if text_tokens else None,
+            dense_tokens=(tokens - text_tokens, tokens) if text_tokens else self.state.exact,
             frame_tokens=self._frame_tokens(tokens - text_tokens) if self.config.anchors else None,
         )
         if self.on_call is not None:

@@ -5,6 +5,7 @@ A class that is not listed gets the generic rule of `find_self_attention`.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -23,7 +24,8 @@ class ModelSpec:
     Attributes:
         self_attention: fnmatch patterns of module paths, in forward order.
         text: where the text sits: `"cross"` (in cross-attention, which stays dense), `"end"` (after the video in
-            one joint sequence, given as `encoder_hidden_states`), or `"unknown"`.
+            one joint sequence, given as `encoder_hidden_states`), `"packed"` (anywhere in one sequence, whose rows the
+            model's arguments `token_tags` and `timestep_indices` name), or `"unknown"`.
         mask: the mask that self-attention gets: `"prefix"` (a bool key mask whose valid keys come first, by
             construction of the model), or `"any"` (looked at when one comes; most models pass none).
         frames: what tells the latent frames of a video whose tokens are whole frames one after the other: the axis of
@@ -82,6 +84,12 @@ MODELS: dict[str, ModelSpec] = {
     "HunyuanVideo15Transformer3DModel": ModelSpec(
         ("transformer_blocks.*.attn",), "end", "prefix", "image, glyph and text tokens in one range; padding is masked"
     ),
+    "MiniMaxH3Transformer3DModel": ModelSpec(
+        ("transformer_blocks.*.attn",),
+        "packed",
+        note="text, references and sound are exact on both sides; the refiner of the text stays dense",
+        frames=None,
+    ),
 }
 
 # Processors whose attention call cannot be pointed elsewhere, or who build what must not be built:
@@ -114,8 +122,10 @@ def dispatches(processor: Any) -> bool:
 def find_self_attention(model: nn.Module) -> dict[str, Any]:
     """The model's video self-attention modules by path, in forward order.
 
-    For a class that is not listed: every module whose processor dispatches its attention and that is no
-    cross-attention by its flag or name.
+    For a class that is not listed: every module whose processor dispatches its attention, that is no cross-attention
+    by its flag or name, and that has one beside it in its block. Where no cross-attention takes the text in, it may be
+    in the sequence itself, at places that nobody knows. Such modules stay as they are, dense. So do all modules of a
+    class that makes sound too.
 
     Raises:
         ValueError: there is none, or one has a processor that does not dispatch or cannot be served; the message names
@@ -131,11 +141,7 @@ def find_self_attention(model: nn.Module) -> dict[str, Any]:
             path: module for pattern in patterns for path, module in attention.items() if fnmatchcase(path, pattern)
         }
     else:
-        found = {
-            path: module
-            for path, module in attention.items()
-            if dispatches(module.processor) and not _is_cross_attention(path, module)
-        }
+        found = _video_alone(model, attention)
     name = type(model).__name__
     for path, module in found.items():
         if not dispatches(module.processor):
@@ -151,6 +157,40 @@ def find_self_attention(model: nn.Module) -> dict[str, Any]:
             f"sparse; models that it knows: {', '.join(sorted(MODELS))}"
         )
     return found
+
+
+def _video_alone(model: nn.Module, attention: dict[str, Any]) -> dict[str, Any]:
+    """The self-attention of a class that is not listed whose sequence is the video alone; see `find_self_attention`.
+
+    Raises:
+        ValueError: there is self-attention, but none of which that is known.
+    """
+    name = type(model).__name__
+    found = {
+        path: module
+        for path, module in attention.items()
+        if dispatches(module.processor) and not _is_cross_attention(path, module)
+    }
+    arguments = inspect.signature(type(model).forward).parameters
+    sound = next((argument for argument in arguments if "audio" in argument), None)
+    if found and sound is not None:
+        raise ValueError(
+            f"{name} is not known to XAttnProcessor and also makes or takes sound (its argument {sound}), which may be "
+            f"in one sequence with the video; models that it knows: {', '.join(sorted(MODELS))}"
+        )
+    blocks = {_block(path) for path, module in attention.items() if _is_cross_attention(path, module)}
+    alone = {path: module for path, module in found.items() if _block(path) in blocks}
+    if found and not alone:
+        raise ValueError(
+            f"{name} is not known to XAttnProcessor, and its self-attention ({next(iter(found))}) may hold text: no "
+            f"cross-attention beside it takes the text in; models that it knows: {', '.join(sorted(MODELS))}"
+        )
+    return alone
+
+
+def _block(path: str) -> str:
+    """The path of the module that holds the one at this path."""
+    return path.rpartition(".")[0]
 
 
 def _is_cross_attention(path: str, module: nn.Module) -> bool:
