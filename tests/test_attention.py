@@ -381,6 +381,44 @@ def test_what_is_no_number_shows_where_dense_attention_shows_it(backend: str) ->
     torch.testing.assert_close(output[:, 1, neighbours], exact[:, 1, neighbours])
 
 
+@pytest.mark.parametrize("backend", ["cpu", "flex"])
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@pytest.mark.parametrize("settings", [{}, {"causal": True}, {"causal": True, "kv_lens": [219]}, {"kv_lens": [219]}])
+def test_a_bad_value_spoils_the_same_rows_on_every_backend(backend: str, bad: float, settings: dict[str, Any]) -> None:
+    """Those of the query blocks that keep its block, and of the other blocks none."""
+    query, key, value = random_qkv(1, 2, 1, 250, 250, 32)
+    value[0, 0, 100, 3] = bad
+    settings = {name: torch.tensor(number) if name == "kv_lens" else number for name, number in settings.items()}
+    sparse: dict[str, Any] = {**settings, "min_tokens": 0, "block_size": 32, "threshold": 0.4}
+    want = xattention(query, key, value, backend="reference", **sparse)
+    output = xattention(query, key, value, backend=backend, **sparse)
+    assert torch.equal(output.isfinite(), want.isfinite())
+    spoiled = ~want.isfinite()
+    assert spoiled[..., 3].any()
+    assert not spoiled[..., 3].all()
+    assert not spoiled[..., :3].any()
+    assert not spoiled[..., 4:].any()
+    fine = want.isfinite()
+    torch.testing.assert_close(output[fine], want[fine])
+
+
+@pytest.mark.parametrize("name", ["query", "key", "value"])
+def test_what_is_no_dense_tensor_is_refused_by_name(name: str) -> None:
+    tensors = dict.fromkeys(("query", "key", "value"), torch.ones(1, 2, 64, 16))
+    with pytest.raises(TypeError, match=f"{name} must be a torch.Tensor, got ndarray"):
+        xattention(**{**tensors, name: tensors[name].numpy()})
+    with pytest.raises(ValueError, match=f"{name} must be a dense tensor, got layout torch.sparse_coo"):
+        xattention(**{**tensors, name: tensors[name].to_sparse()})
+
+
+@pytest.mark.parametrize("scale", [float("nan"), float("inf"), -float("inf")])
+def test_a_scale_that_is_not_finite_is_refused(scale: float) -> None:
+    tensor = torch.ones(1, 2, 64, 16)
+    for call in (xattention, lambda *tensors, **settings: score_blocks(*tensors[:2], **settings)):
+        with pytest.raises(ValueError, match=f"scale must be finite, got {scale}"):
+            call(tensor, tensor, tensor, scale=scale)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("scale", [-0.25, 0.0])
 def test_dense_attention_takes_every_scale(scale: float, dtype: torch.dtype) -> None:

@@ -33,8 +33,10 @@ def checked_call(  # noqa: PLR0913 - the parameters of an attention call
     """The arguments of `xattention`, checked, cast as autocast asks and in the form that the stages take.
 
     Raises:
+        TypeError: query, key or value is no tensor.
         ValueError: shapes, dtypes or values that do not go together.
     """
+    check_tensors(query=query, key=key, value=value)
     # As PyTorch's own attention does.
     query, key, value = _cast_as_autocast(query), _cast_as_autocast(key), _cast_as_autocast(value)
     check_query_key(query, key)
@@ -70,8 +72,18 @@ def checked_mask(mask: KeyMask, key: Tensor, kv_len: int | None = None) -> KeyMa
     return KeyMask(mask.causal, start, _checked_bound("kv_lens", mask.kv_lens, batch, length, key.device))
 
 
+def check_tensors(**tensors: Tensor) -> None:
+    """Raise `TypeError` for what is no tensor, and `ValueError` for a sparse one or another unusual layout."""
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+        if tensor.layout != torch.strided:
+            raise ValueError(f"{name} must be a dense tensor, got layout {tensor.layout}")
+
+
 def check_query_key(query: Tensor, key: Tensor) -> None:
-    """Raise `ValueError` unless query `[B, Hq, Sq, D]` and key `[B, Hkv, Sk, D]` go together."""
+    """Raise `ValueError` or `TypeError` unless query `[B, Hq, Sq, D]` and key `[B, Hkv, Sk, D]` go together."""
+    check_tensors(query=query, key=key)
     for name, tensor in (("query", query), ("key", key)):
         if tensor.ndim != 4:
             raise ValueError(f"{name} must be [batch, heads, tokens, head_dim], got shape {tuple(tensor.shape)}")
@@ -94,7 +106,8 @@ def check_query_key(query: Tensor, key: Tensor) -> None:
 
 
 def check_value(key: Tensor, value: Tensor) -> None:
-    """Raise `ValueError` unless value matches key in shape, dtype and device."""
+    """Raise `ValueError` or `TypeError` unless value is a tensor that matches key in shape, dtype and device."""
+    check_tensors(value=value)
     if value.shape != key.shape:
         raise ValueError(f"value must have key's shape {tuple(key.shape)}, got {tuple(value.shape)}")
     if value.dtype != key.dtype or value.device != key.device:
@@ -148,8 +161,13 @@ def check_threshold(threshold: float | Tensor, heads: int) -> None:
 
 
 def default_scale(scale: float | None, head_dim: int) -> float:
-    """`scale`, or `1 / sqrt(head_dim)` where it is None."""
-    return 1.0 / math.sqrt(head_dim) if scale is None else float(scale)
+    """`scale`, or `1 / sqrt(head_dim)` where it is None. Raises `ValueError` for NaN and infinity."""
+    if scale is None:
+        return 1.0 / math.sqrt(head_dim)
+    scale = float(scale)
+    if not torch.compiler.is_compiling() and not math.isfinite(scale):
+        raise ValueError(f"scale must be finite, got {scale}")
+    return scale
 
 
 def _checked_bound(name: str, bound: Tensor | None, batch: int, kv_len: int, device: torch.device) -> Tensor | None:

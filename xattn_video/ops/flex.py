@@ -18,7 +18,7 @@ from torch.nn.attention.flex_attention import BlockMask
 
 from .block_lists import lists_to_mask, mask_to_lists
 from .key_mask import KeyMask, num_blocks
-from .reference import compute_dtype
+from .reference import compute_dtype, spoil
 
 _HAS_AUX = hasattr(torch_flex, "AuxRequest")
 _MIN_GPU_HEAD_DIM = 16
@@ -110,11 +110,18 @@ def block_sparse_forward(  # noqa: PLR0913 - torch takes neither a KeyMask nor a
     if key_mask.bounded:
         # A masked probability is 0, and 0 times whatever lies in the padding must be 0 too.
         value = value.masked_fill(~key_mask.valid_keys(kv_len, query.device)[:, None, :, None], 0)
-    mask = make_block_mask(lists_to_mask(indices, counts), q_len, kv_len, key_mask, block_size)
+    block_mask = lists_to_mask(indices, counts)
+    mask = make_block_mask(block_mask, q_len, kv_len, key_mask, block_size)
+    broken = ~value.isfinite() if query.device.type == "cpu" else None
+    if broken is not None:
+        # On a CPU it computes all blocks, and 0 times what is not finite would be NaN in each row.
+        value = value.masked_fill(broken, 0)
     # detached: FlexAttention refuses on a CPU what could ask for a gradient
     query, key, value = ((part if part.stride(-1) == 1 else part.contiguous()).detach() for part in (query, key, value))
     with torch.no_grad():
         output, lse = compiled_attention(query, key, value, block_size, scale)(query, key, value, mask, scale)
+    if broken is not None:
+        output = spoil(output, broken, block_mask, block_size)
     empty, empty_lse = _empty_outputs(query)
     output = output if output.stride() == empty.stride() else empty.copy_(output)
     return output, lse.to(empty_lse.dtype).contiguous()

@@ -158,7 +158,8 @@ def block_sparse_forward(  # noqa: PLR0913 - a backend's signature
 
     Returns:
         output `[B, Hq, Sq, D]` in query's dtype and the natural log-sum-exp `[B, Hq, Sq]` in float32 (float64 for
-        float64 inputs); 0 and -inf for a query that sees no kept key.
+        float64 inputs); 0 and -inf for a query that sees no kept key. A value that is not finite spoils the rows of
+        all query blocks that keep its block, as in a kernel that multiplies whole blocks, and no others.
     """
     dtype = compute_dtype(query)
     q_len, kv_len, repeats = query.shape[2], key.shape[2], query.shape[1] // key.shape[1]
@@ -174,7 +175,25 @@ def block_sparse_forward(  # noqa: PLR0913 - a backend's signature
     logits = logits.masked_fill(~mask, -torch.inf)
     lse = torch.logsumexp(logits, dim=-1)
     prob = torch.exp(logits - torch.where(lse.isfinite(), lse, 0)[..., None]).masked_fill(~mask, 0)
-    return (prob @ values).to(query.dtype), lse
+    broken = ~values.isfinite()
+    output = prob @ values.masked_fill(broken, 0)
+    return spoil(output, broken, block_mask, block_size).to(query.dtype), lse
+
+
+def spoil(output: Tensor, broken: Tensor, block_mask: Tensor, block_size: int) -> Tensor:
+    """NaN for the rows of query blocks that keep a block with a broken value.
+
+    Args:
+        output: `[B, Hq, Sq, D]`.
+        broken: where values are not finite, bool `[B, Hkv, Sk, D]`.
+        block_mask: the kept blocks, bool `[B, Hq, Nq, Nk]`.
+        block_size: tokens per block.
+    """
+    broken = torch.nn.functional.pad(broken, (0, 0, 0, -broken.shape[2] % block_size))
+    by_block = broken.unflatten(2, (-1, block_size)).any(3).repeat_interleave(output.shape[1] // broken.shape[1], 1)
+    # floats, since bool has no matrix product; all of them are 0 or positive
+    rows = (block_mask.float() @ by_block.float() > 0).repeat_interleave(block_size, 2)
+    return output.masked_fill(rows[:, :, : output.shape[2]], torch.nan)
 
 
 def block_sparse_forward_lists(

@@ -62,7 +62,7 @@ def xattention(  # noqa: PLR0913 - public, its parameters are settings
         config: settings; None is the defaults. What it says of steps and layers (`warmup_steps`, `residual`,
             `dense_layers` and their like) belongs to the model integrations and is not looked at here.
         causal: query i of item b sees keys up to `i + kv_lens[b] - Sq`.
-        scale: factor on the products; None is `1 / sqrt(D)`.
+        scale: factor on the products, finite; None is `1 / sqrt(D)`.
         kv_start, kv_lens: integer `[B]`, the range of valid keys; None is 0 and Sk.
         dense_tokens: token range of a joint sequence that stays exact (text), or None.
         frame_tokens: tokens of one latent frame, for `anchors` in a video whose tokens are whole frames one after the
@@ -75,7 +75,7 @@ def xattention(  # noqa: PLR0913 - public, its parameters are settings
 
     Raises:
         ValueError: shapes or settings that do not go together, or a named backend that cannot run here.
-        TypeError: an override that is no setting.
+        TypeError: an override that is no setting, or a query, key or value that is no tensor.
 
     Example:
         >>> query = key = value = torch.randn(1, 4, 4096, 64)
