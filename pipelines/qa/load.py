@@ -8,6 +8,7 @@ from typing import Any
 
 from xattn_video_pipelines.common import jsonl
 from xattn_video_pipelines.common.demo_data import DEMO_WATCHER, HOW_TO_GET
+from xattn_video_pipelines.common.environment import emulates_bfloat16
 from xattn_video_pipelines.common.errors import UserError, one_line
 from xattn_video_pipelines.qa.settings import DEMO
 from xattn_video_pipelines.video import offline_message, sampled_digest
@@ -27,7 +28,8 @@ def load_model(
         name: Hub id or local folder; `demo` is this project's own model, which answers questions about videos.
         model_class, processor_class: names in transformers, such as `AutoModelForCausalLM` and `AutoTokenizer`.
         device: `auto` takes a GPU if there is one.
-        dtype: a dtype of torch by its name; `auto` is that of the weights.
+        dtype: a dtype of torch by its name; `auto` is that of the weights, and float32 for weights in bfloat16 on a
+            CPU that only emulates it.
 
     Raises:
         UserError: neither here nor reachable, not such a model, damaged, or no such device or dtype.
@@ -53,6 +55,8 @@ def load_model(
         reason = one_line(error, 200)
         raise UserError(f"--model {name}: cannot be loaded ({type(error).__name__}: {reason})") from None
     try:
+        if dtype == "auto" and model.dtype == torch.bfloat16 and emulates_bfloat16(torch.device(place)):
+            model = model.float()
         return model.to(place).eval(), processor
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {device}: {one_line(error, 200)}") from None

@@ -67,7 +67,10 @@ class LoadSettings(Settings):
     """Where a model runs, and in which type; `auto` takes a GPU if there is one, and the type of the weights."""
 
     device: Annotated[str, Option("auto, cpu, cuda, cuda:1", _MACHINE)] = "auto"
-    dtype: Annotated[str, Option("auto (the weights'), float32, bfloat16, float16", _MACHINE)] = "auto"
+    dtype: Annotated[
+        str,
+        Option("auto (the weights'; float32 on a CPU that emulates bfloat16), float32, bfloat16, float16", _MACHINE),
+    ] = "auto"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,6 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from xattn_video_pipelines.common import jsonl
+from xattn_video_pipelines.common.environment import emulates_bfloat16
 from xattn_video_pipelines.common.errors import UserError
 from xattn_video_pipelines.common.files import whole_files
 from xattn_video_pipelines.demo.training.curve import draw_curve
@@ -87,9 +88,8 @@ def schedule_at(plan: Plan, step: int) -> float:
 
 
 def mixed_precision(device: torch.device) -> torch.autocast:
-    """Products in bfloat16 inside of it; in float32 on a CPU that has none and takes ten times as long for them."""
-    emulated = device.type == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return torch.autocast(device.type, torch.bfloat16, enabled=not emulated)
+    """Products in bfloat16 inside of it; in float32 where bfloat16 is emulated."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=not emulates_bfloat16(device))
 
 
 def build_optimizers(plan: Plan, model: torch.nn.Module) -> list[torch.optim.Optimizer]:
