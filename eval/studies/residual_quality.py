@@ -44,6 +44,7 @@ class ResidualQualitySettings(Settings):
     ] = CONFIGURATIONS
     model: Annotated[str, Option("name or folder of a model of the shapes world")] = "demo"
     videos: Annotated[int, Option("held-out prompts, evenly spaced over the file", metavar="N")] = 32
+    every: Annotated[int, Option("of these only every so many-th, for a shorter run", metavar="N")] = 1
     steps: Annotated[int, Option("denoising steps, of which 5 are dense")] = 20
     num_frames: Annotated[int, Option("frames a video")] = 33
     device: Annotated[str, Option("as of xattn-video generate")] = "auto"
@@ -101,7 +102,7 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
 
 def _sweep_settings(settings: ResidualQualitySettings) -> SweepSettings:
     """The sweep of the named configurations over the chosen prompts, which are written to a file of their own."""
-    file, _ = write_prompts(settings.out, settings.videos)
+    file, _ = write_prompts(settings.out, settings.videos, settings.every)
     return SweepSettings(
         model=settings.model, prompts=file, out=settings.out, points=settings.configurations, steps=settings.steps,
         num_frames=settings.num_frames, height=128, width=128, guidance_scale=1.0, device=settings.device,

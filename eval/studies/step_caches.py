@@ -37,8 +37,8 @@ from xattn_video_pipelines.video import GenerateSettings, Job, Plan, Record, mak
 
 EXAMPLE = """\
 example:
-  python -m xattn_video_eval.studies.step_caches --out residual --record
-  python -m xattn_video_eval.studies.step_caches --out quick --videos 2
+  python -m xattn_video_eval.studies.step_caches --out residual --every 4 --record
+  python -m xattn_video_eval.studies.step_caches --out quick --every 16
 """
 
 LEDGER = RESULTS / "step_caches.jsonl"
@@ -61,7 +61,8 @@ class StepCachesSettings(Settings):
         ),
     ] = CACHES
     model: Annotated[str, Option("name or folder of a model of the shapes world")] = "demo"
-    videos: Annotated[int, Option("held-out prompts, evenly spaced over the file", metavar="N")] = 8
+    videos: Annotated[int, Option("held-out prompts, evenly spaced over the file", metavar="N")] = 32
+    every: Annotated[int, Option("of these only every so many-th, for a shorter run", metavar="N")] = 1
     steps: Annotated[int, Option("denoising steps")] = 20
     num_frames: Annotated[int, Option("frames a video")] = 33
     device: Annotated[str, Option("as of xattn-video generate")] = "auto"
@@ -72,7 +73,7 @@ class StepCachesSettings(Settings):
 def step_caches(settings: StepCachesSettings) -> int:
     """Make what is missing, measure it, print the rows; 0. Raises UserError."""
     caches = _read(settings.caches)
-    file, _ = write_prompts(settings.out, settings.videos)
+    file, _ = write_prompts(settings.out, settings.videos, settings.every)
     generating = GenerateSettings(
         model=settings.model, prompts=file, out=settings.out, lossless=True, steps=settings.steps,
         num_frames=settings.num_frames, height=128, width=128, guidance_scale=1.0, device=settings.device,
