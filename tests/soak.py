@@ -73,13 +73,11 @@ class Subject:
     Attributes:
         arguments: of `xattn-video`, where `{out}` is its folder.
         finished: what is finished in the folder. It raises `UserError` where something finished cannot be read.
-        items: names of all that it is to make.
         files: suffixes of the files that may be in the folder at the end.
     """
 
     arguments: Sequence[str]
     finished: Callable[[Path], Finished]
-    items: frozenset[str]
     files: tuple[str, ...]
 
 
@@ -93,7 +91,6 @@ def subjects(folder: Path) -> dict[str, Subject]:
     generate += [*SIZE, *SPARSE, "--out"]
     _run([*generate, str(made)])
     (label,) = (path.name for path in made.iterdir() if path.name.startswith("xattn"))
-    videos = frozenset(f"{side}/{key[0]}-s{key[1]}" for side in ("dense", label) for key in read_manifest(made / side))
     _run(["compare", str(made / "dense"), str(made / label), "--no-lpips"])
     questions = folder / "questions.jsonl"
     video = made / "dense" / next(iter(read_manifest(made / "dense").values()))["file"]
@@ -119,47 +116,48 @@ def subjects(folder: Path) -> dict[str, Subject]:
     report = ["report", str(made), "--out", "{out}/report.html"]
     media = (".jsonl", ".mp4", ".mkv")
     return {
-        "generate": Subject([*generate, "{out}"], _videos, videos, (*media, ".json", ".toml")),
-        "qa": Subject(qa, _answers, _asked(rows), (".jsonl", ".json")),
-        "compare": Subject(compare, _pages, frozenset({"summary.json"}), (".json", ".csv", ".png", ".jsonl")),
-        "report": Subject(report, _pages, frozenset({"report.html"}), (".html",)),
-        "sweep": Subject([*sweep, "--out", "{out}"], _videos, frozenset(), (*media, ".json", ".csv", ".txt", ".png")),
+        "generate": Subject([*generate, "{out}"], _videos, (*media, ".json", ".toml")),
+        "qa": Subject(qa, _answers, (".jsonl", ".json")),
+        "compare": Subject(compare, _pages, (".json", ".csv", ".png", ".jsonl")),
+        "report": Subject(report, _pages, (".html",)),
+        "sweep": Subject([*sweep, "--out", "{out}"], _videos, (*media, ".json", ".csv", ".txt", ".png")),
     }
 
 
 def kill_often(subject: Subject, folder: Path, kills: int, chance: random.Random) -> Figures:
     """Kill a program `kills` times at random moments of its run, each time in the folder that the last one left.
 
-    A run that ends before it is killed is looked at, and the next one begins in a folder of its own.
+    A run that ends before it is killed is looked at, and the next one begins in a folder of its own. The first one is
+    not killed: it tells how long a run takes, and what there is to make.
     """
     figures = Figures()
     usual, number = 0.0, 0
     out = folder / "0"
     known: Finished = {}
+    whole: set[str] = set()
     begun = False
     while figures.kills < kills or begun:
         out.mkdir(parents=True, exist_ok=True)
         arguments = [part.format(out=out) for part in subject.arguments]
-        # Of the first run only how long it takes, and with all kills done the last one runs to its end.
+        # With all kills done the last run goes to its end.
         limit = chance.uniform(0.0, 1.1) * usual if usual and figures.kills < kills else None
         started = time.monotonic()
         killed = _run(arguments, limit)
-        if limit is None or not killed:
-            usual = usual or time.monotonic() - started
+        usual = usual or time.monotonic() - started
         figures.kills += killed
         begun = killed
-        known = _look(subject, out, known, figures)
+        known = look(subject, out, known, figures)
         if not killed:
-            missing = sorted(subject.items - known.keys())
-            figures.lost += [f"{out.name}/{name}" for name in missing]
+            whole = whole or set(known)
+            figures.lost += [f"{out.name}/{name}" for name in sorted(whole - known.keys())]
             figures.items += len(known)
-            figures.left += [str(path.relative_to(folder)) for path in _strangers(out, subject.files)]
+            figures.left += [str(path.relative_to(folder)) for path in strangers(out, subject.files)]
             number += 1
             out, known = folder / str(number), {}
     return figures
 
 
-def _look(subject: Subject, out: Path, known: Finished, figures: Figures) -> Finished:
+def look(subject: Subject, out: Path, known: Finished, figures: Figures) -> Finished:
     """What is finished now, held against what was finished before."""
     try:
         now = subject.finished(out)
@@ -220,10 +218,6 @@ def _answers(out: Path) -> Finished:
     return {name: (row["reply"], names.count(name)) for name, row in zip(names, rows, strict=True)}
 
 
-def _asked(rows: Sequence[dict[str, Any]]) -> frozenset[str]:
-    return frozenset(f"{side}/{row['id']}" for side in ("dense", "sparse") for row in rows)
-
-
 def _pages(out: Path) -> Finished:
     """Pages and tables, which are there whole or not at all; one that is made again is no other one."""
     found: Finished = {}
@@ -241,7 +235,7 @@ def _pages(out: Path) -> Finished:
     return found
 
 
-def _strangers(out: Path, suffixes: Sequence[str]) -> list[Path]:
+def strangers(out: Path, suffixes: Sequence[str]) -> list[Path]:
     files = [path for path in out.rglob("*") if not path.is_dir()]
     return sorted(path for path in files if path.name.startswith(".") or path.suffix not in suffixes)
 
