@@ -444,7 +444,7 @@ def test_an_overwriting_run_that_fails_goes_on_where_it_ended(image_model, image
     whole = (tmp_path / "blue.png").read_bytes()
     (tmp_path / "blue.png").write_bytes(whole[: len(whole) // 2])
     failed = xattn(*command, "--steps", 3, "--overwrite")
-    assert failed.code == 2
+    assert failed.code == 3
     assert "blue.png: damaged image" in failed.err
     folder = tmp_path / "out/xattn-s8-t0.90-w5"
     assert {key[0]: record["steps"] for key, record in read_manifest(folder).items()} == {"red": 3}

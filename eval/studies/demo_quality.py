@@ -22,6 +22,7 @@ from xattn_video_eval.compare import CompareSettings, compare
 from xattn_video_eval.results import RESULTS, append_rows, mean_interval, provenance
 from xattn_video_eval.studies.held_out import write_prompts
 from xattn_video_pipelines.cli import module_of
+from xattn_video_pipelines.common.errors import UserError
 from xattn_video_pipelines.common.program import run_alone
 from xattn_video_pipelines.common.settings import Option, Settings
 from xattn_video_pipelines.demo import judge_folder
@@ -90,7 +91,8 @@ def _generate(settings: DemoQualitySettings, file: Path) -> None:
         steps=settings.steps, num_frames=settings.num_frames, height=128, width=128, guidance_scale=1.0,
         device=settings.device, dtype=settings.dtype, out=settings.out,
     )  # fmt: skip
-    module_of("generate").command(generating)
+    if module_of("generate").command(generating):
+        raise UserError("some videos failed, as said above; run the same command again")
 
 
 def _row(settings: DemoQualitySettings, prompts: list[dict[str, Any]]) -> dict[str, Any]:

@@ -79,7 +79,7 @@ def step_caches(settings: StepCachesSettings) -> int:
         num_frames=settings.num_frames, height=128, width=128, guidance_scale=1.0, device=settings.device,
         dtype=settings.dtype,
     )  # fmt: skip
-    produce(make_plan(generating, [("dense", None)]))
+    produce(make_plan(generating, [("dense", None)])).batch.check()
     rows = []
     for name, values in caches.items():
         values = dict(values)
@@ -138,7 +138,7 @@ def _make(plan: Plan, folder: Path, values: Mapping[str, Any]) -> None:
         print(f"{job.path}  {record['seconds']:.1f} s  {share:.2f} of the attention calls", flush=True)
         calls = 0
 
-    produce(plan, note, prepare)
+    produce(plan, note, prepare).batch.check()
 
 
 def _row(settings: StepCachesSettings, plan: Plan, folder: Path, config: XAttnConfig | None) -> dict[str, Any]:

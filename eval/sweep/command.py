@@ -24,13 +24,14 @@ from xattn_video_eval.compare import CompareSettings, compare
 from xattn_video_eval.results import mean_interval, provenance
 from xattn_video_eval.sweep.plot import plot
 from xattn_video_eval.sweep.settings import AXES, SweepSettings
+from xattn_video_pipelines.common.batch import Batch
 from xattn_video_pipelines.common.errors import UserError
 from xattn_video_pipelines.common.files import write_texts
 from xattn_video_pipelines.common.program import for_people
 from xattn_video_pipelines.common.settings import Json, Option
 from xattn_video_pipelines.common.tables import aligned
 from xattn_video_pipelines.demo import asked, judge_folder
-from xattn_video_pipelines.video import Job, Plan, Record, make_plan, print_video, produce, read_manifest
+from xattn_video_pipelines.video import Job, Key, Plan, Record, make_plan, print_video, produce, read_manifest
 
 if TYPE_CHECKING:
     from xattn_video import XAttnConfig
@@ -66,19 +67,22 @@ def command(
     dry_run: Annotated[bool, Option("say what would be made, load nothing", "which videos")] = False,
     json: Json = False,
 ) -> int:
-    """`xattn-video sweep`: make, measure, print the table; returns 0. Raises UserError."""
+    """`xattn-video sweep`: make, measure, print the table; returns 0, or 3 if a video failed. Raises UserError."""
     people = for_people(json)
     if dry_run:
         plan, labels = _plan(settings)
         print(forecast(plan, len(settings.configs), len(plan.pending)), file=sys.stderr)
         print("\n".join(str(settings.out / label) for label, _ in labels))
         return 0
-    rows = sweep(settings, None if json else print_video)
-    print(table(rows), file=people)
-    print(f"wrote sweep.csv, sweep.json{' and sweep.png' if settings.plot else ''} in {settings.out}", file=people)
+    rows, batch = _sweep(settings, None if json else print_video)
+    if rows:
+        print(table(rows), file=people)
+        print(f"wrote sweep.csv, sweep.json{' and sweep.png' if settings.plot else ''} in {settings.out}", file=people)
     if json:
         print(dumps({"rows": rows}))
-    return 0
+    for line in batch.told():
+        print(line, file=sys.stderr)
+    return batch.code
 
 
 def sweep(settings: SweepSettings, on_video: Callable[[Job, Record], None] | None = None) -> list[dict[str, Any]]:
@@ -93,11 +97,22 @@ def sweep(settings: SweepSettings, on_video: Callable[[Job, Record], None] | Non
         ones: means over videos, `psnr_worst` of the worst video, and `psnr_low` and `psnr_high`, the 95 % bootstrap
         interval of the mean. `density` is of all calls: a dense call counts as 1, a refresh of the residual too.
         `residual_mib` is the most memory that residuals took, `calls_without_residual` the sparse calls of all videos
-        that had none because it did not fit. The first row is dense attention itself.
+        that had none because it did not fit. The first row is dense attention itself. Where videos are missing, every
+        row is over those that all configurations have: `videos` is their number.
 
     Raises:
         UserError: as `generate` and `compare`, or matplotlib is missing.
+        SomeFailed: some videos failed, or `max_hours` was over; raised when all others are made and measured.
     """
+    rows, batch = _sweep(settings, on_video)
+    batch.check()
+    return rows
+
+
+def _sweep(
+    settings: SweepSettings, on_video: Callable[[Job, Record], None] | None
+) -> tuple[list[dict[str, Any]], Batch]:
+    """The rows, without any where no prompt has a video of every configuration, and what failed."""
     plan, labels = _plan(settings)
     if settings.plot:
         _check_matplotlib()
@@ -114,21 +129,24 @@ def sweep(settings: SweepSettings, on_video: Callable[[Job, Record], None] | Non
         if made == 1 and job.kind == "dense":
             print(f"\n{forecast(plan, configs, len(plan.pending) - made)}", file=sys.stderr)
 
-    produce(plan, on_video=tell)
+    batch = produce(plan, on_video=tell).batch
+    keys = _made_by_all(plan)
+    if not keys:
+        return [], batch
     columns = _columns([config for _, config in labels if config is not None])
     rows = [
         {
             "attention": label,
             **({"name": None if config is None else names.get(config)} if names else {}),
             **{name: _value(config, name) for name in columns},
-            **_measured(settings, plan, label),
+            **_measured(settings, plan, label, keys),
         }
         for label, config in labels
     ]
     _write(settings.out, rows, _environment(plan))
     if settings.plot:
         plot(rows, settings.out / "sweep.png")
-    return rows
+    return rows, batch
 
 
 def _plan(settings: SweepSettings) -> tuple[Plan, list[tuple[str, XAttnConfig | None]]]:
@@ -202,10 +220,16 @@ def _value(config: XAttnConfig | None, name: str) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-def _measured(settings: SweepSettings, plan: Plan, label: str) -> dict[str, Any]:
+def _made_by_all(plan: Plan) -> list[Key]:
+    """The videos that every configuration has, in order: all of them, unless some failed or the run stopped."""
+    made = [read_manifest(folder) for folder in dict.fromkeys(job.folder for job in plan.jobs)]
+    keys = dict.fromkeys(job.key for job in plan.jobs)
+    return [key for key in keys if all(key in manifest for manifest in made)]
+
+
+def _measured(settings: SweepSettings, plan: Plan, label: str, keys: Sequence[Key]) -> dict[str, Any]:
     """What one configuration's videos cost and kept, and how many show what was asked (None: nothing asked)."""
     folder, dense = settings.out / label, settings.out / "dense"
-    keys = list(dict.fromkeys((job.prompt.id, job.seed) for job in plan.jobs))
     manifest = read_manifest(folder)
     records = [manifest[key] for key in keys]
     if label == "dense":

@@ -107,5 +107,18 @@ def sparse_config(preset: str | None = None, **values: Any) -> XAttnConfig:
         raise UserError(str(error)) from None
 
 
+# The time that a run over many items may take.
+MaxHours = Annotated[
+    float | None,
+    Option("begin nothing that would likely end later than N hours from now; the same command goes on", metavar="N"),
+]
+
+
+def check_max_hours(hours: float | None) -> None:
+    """Raise UserError unless it is None or a positive number."""
+    if hours is not None and not 0 < hours < math.inf:
+        raise UserError(f"--max-hours must be a positive number, got {hours:g}")
+
+
 # What `--json` says in every program that has it.
 Json = Annotated[bool, Option("print the result as one JSON document, and nothing else on stdout")]

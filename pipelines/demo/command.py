@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from xattn_video_pipelines.common.demo_data import shipped_prompts
+from xattn_video_pipelines.common.errors import UserError
 from xattn_video_pipelines.common.program import for_people
 from xattn_video_pipelines.common.settings import Json, Settings
 from xattn_video_pipelines.common.tables import aligned
@@ -61,7 +62,8 @@ def demo(settings: DemoSettings) -> dict[str, Any]:
         preset=settings.preset, warmup_steps=settings.warmup_steps, num_frames=settings.num_frames,
     )  # fmt: skip
     _announce("generate", generating)
-    module_of("generate").command(generating)
+    if module_of("generate").command(generating):
+        raise UserError("some videos failed, as said above; run the same command again")
 
     compare = module_of("compare")
     dense, sparse = settings.out / "dense", settings.out / generating.config.label()
@@ -97,7 +99,8 @@ def _ask(out: Path, keys: list[tuple[str, int]]) -> None:
     (folder / ANSWERS).unlink(missing_ok=True)
     asking = QaSettings(model=DEMO, items=questions, attention="both", device="cpu", max_new_tokens=4, out=folder)
     _announce("qa", asking)
-    module_of("qa").command(asking)
+    if module_of("qa").command(asking):
+        raise UserError("some answers failed, as said above; run the same command again")
 
 
 def _summary(dense: Path, sparse: Path) -> dict[str, Any]:

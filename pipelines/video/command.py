@@ -8,7 +8,7 @@ from json import dumps
 from typing import Annotated
 
 from xattn_video_pipelines.common.settings import Json, Option
-from xattn_video_pipelines.video.make import produce
+from xattn_video_pipelines.video.make import Produced, produce
 from xattn_video_pipelines.video.manifest import Record
 from xattn_video_pipelines.video.plan import Job, Plan, make_plan
 from xattn_video_pipelines.video.settings import GenerateSettings
@@ -26,15 +26,22 @@ def command(
     dry_run: Annotated[bool, Option("say what would be made, load nothing", "which videos")] = False,
     json: Json = False,
 ) -> int:
-    """`xattn-video generate`: make the videos that are missing. Returns 0; raises UserError for bad input."""
+    """`xattn-video generate`: make the videos that are missing.
+
+    Returns:
+        0, or 3 if a video failed.
+
+    Raises:
+        UserError: bad input.
+    """
     plan = make_plan(settings)
     if dry_run:
         _report_dry_run(plan, as_json=json)
         return 0
     started = time.perf_counter()
-    records = produce(plan, None if json else print_video)
-    _report(plan, records, time.perf_counter() - started, as_json=json)
-    return 0
+    made = produce(plan, None if json else print_video)
+    _report(plan, made, time.perf_counter() - started, as_json=json)
+    return made.batch.code
 
 
 def generate(settings: GenerateSettings) -> list[Record]:
@@ -47,8 +54,11 @@ def generate(settings: GenerateSettings) -> list[Record]:
     Raises:
         UserError: a setting does not fit the model or the machine, a file is missing or damaged, a finished video has
             other settings, the output cannot be written, or the model cannot be loaded or made sparse.
+        SomeFailed: some videos failed, or `max_hours` was over; raised when all others are made.
     """
-    return produce(make_plan(settings))
+    made = produce(make_plan(settings))
+    made.batch.check()
+    return made.records
 
 
 def print_video(job: Job, record: Record) -> None:
@@ -106,17 +116,29 @@ def _residual_bytes(plan: Plan) -> int | None:
     return max((size for size in sizes if size is not None), default=None)
 
 
-def _report(plan: Plan, records: list[Record], seconds: float, *, as_json: bool) -> None:
-    made = {(record["attention"], record["id"], record["seed"]): record for record in records}
+def _report(plan: Plan, made: Produced, seconds: float, *, as_json: bool) -> None:
+    records = {(record["attention"], record["id"], record["seed"]): record for record in made.records}
+    failed = {(row["attention"], row["id"], row["seed"]) for row in made.batch.failed}
     videos = []
     for job in plan.jobs:
-        record = made.get((job.kind, job.prompt.id, job.seed))
+        record = records.get((job.kind, job.prompt.id, job.seed))
         video = {"attention": job.attention, "id": job.prompt.id, "seed": job.seed, "file": str(job.path)}
-        video["status"] = "made" if record else "kept"
+        if record is not None:
+            video["status"] = "made"
+        elif (job.attention, *job.key) in failed:
+            video["status"] = "failed"
+        else:
+            video["status"] = "left" if job in made.batch.left else "kept"
         videos.append(video | ({key: record[key] for key in ("seconds", "mean_density")} if record else {}))
+    counts = {status: sum(video["status"] == status for video in videos) for status in ("made", "kept")}
+    failures = [
+        {name: row[name] for name in ("attention", "id", "seed", "kind", "message")} for row in made.batch.failed
+    ]
     if as_json:
-        document = {"made": len(records), "kept": len(videos) - len(records), "seconds": round(seconds, 2)}
+        document = {**counts, "left": len(made.batch.left), "seconds": round(seconds, 2), "failures": failures}
         print(dumps(document | {"videos": videos}))
-        return
-    folders = ", ".join(dict.fromkeys(str(job.folder) for job in plan.jobs))
-    print(f"videos: {len(records)} made, {len(videos) - len(records)} kept, in {folders}")
+    else:
+        folders = ", ".join(dict.fromkeys(str(job.folder) for job in plan.jobs))
+        print(f"videos: {counts['made']} made, {counts['kept']} kept, in {folders}")
+    for line in made.batch.told():
+        print(line, file=sys.stderr)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
 from importlib import metadata
@@ -13,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from xattn_video.extras import require
+from xattn_video_pipelines.common.batch import Batch, ItemError, Key, is_out_of_memory, note_plan
 from xattn_video_pipelines.common.errors import UserError, one_line
 from xattn_video_pipelines.common.files import claimed, make_writable, remove_dead_claim, remove_partial
 from xattn_video_pipelines.video.manifest import (
@@ -34,49 +37,86 @@ if TYPE_CHECKING:
     from xattn_video_pipelines.video.progress import VideoProgress
 
 
+# From the fastest to the one that takes least memory of the device.
+_OFFLOADS = ("none", "model", "sequential")
+
+
+@dataclass(frozen=True)
+class Produced:
+    """What a run made: the records of its videos, and in `batch` what failed and what is left."""
+
+    records: list[Record]
+    batch: Batch
+
+
 def produce(
     plan: Plan,
     on_video: Callable[[Job, Record], None] | None = None,
     on_pipeline: Callable[[Any], None] | None = None,
-) -> list[Record]:
-    """Make the plan's missing videos.
+) -> Produced:
+    """Make the plan's missing videos. One that fails is noted in `failures.jsonl`, and the others are still made.
 
     Args:
         plan: what is to be made.
         on_video: called with each video that is made and its record.
         on_pipeline: called with the pipeline when it is loaded, before the first video. Not where nothing is missing.
 
-    Returns:
-        the records of the videos that were made.
-
     Raises:
         UserError: the output cannot be written, or the model cannot be loaded or made sparse.
     """
+    batch = Batch(plan.given.out, "videos", plan.environment["versions"], plan.given.max_hours)
     if plan.pending and not plan.recipe.model.is_folder:
         check_available(plan.recipe.model)
     for folder in {job.folder for job in plan.jobs}:
         make_writable(folder)
+    note_plan(
+        plan.given.out,
+        "videos",
+        list(dict.fromkeys(job.attention for job in plan.jobs)),
+        list(dict.fromkeys(job.key for job in plan.jobs)),
+    )
     kept = set(plan.jobs) - set(plan.pending)
     for job in kept:
         # Of a run that was killed after it had finished this video and before it gave it back.
         remove_dead_claim(job.folder / job.name)
     if kept:
         print(f"{len(kept)} of {len(plan.jobs)} videos are already finished and kept", file=sys.stderr)
-    return _make_videos(plan, on_video, on_pipeline) if plan.pending else []
+    pending = _with_pictures(batch, batch.in_order(plan.pending, _key))
+    return Produced(_make_videos(plan, pending, batch, on_video, on_pipeline) if pending else [], batch)
+
+
+def _key(job: Job) -> Key:
+    return job.attention, *job.key
+
+
+def _with_pictures(batch: Batch, jobs: Sequence[Job]) -> list[Job]:
+    """The jobs without those whose picture cannot be read, which is known before the model is loaded."""
+    good = []
+    for job in jobs:
+        try:
+            if job.prompt.image is not None:
+                _load_image(job.prompt.image)
+            good.append(job)
+        except Exception as error:
+            batch.note(_key(job), f"{job.attention}/{job.name}", error)
+    return good
 
 
 def _make_videos(
-    plan: Plan, on_video: Callable[[Job, Record], None] | None, on_pipeline: Callable[[Any], None] | None
+    plan: Plan,
+    pending: Sequence[Job],
+    batch: Batch,
+    on_video: Callable[[Job, Record], None] | None,
+    on_pipeline: Callable[[Any], None] | None,
 ) -> list[Record]:
     import torch
 
-    from xattn_video.integrations.diffusers import pipeline_transformers
     from xattn_video_pipelines.video.progress import VideoProgress
 
-    given, recipe = plan.given, plan.recipe
+    given = plan.given
     pipe = load_pipeline(
-        recipe.model,
-        recipe.settings,
+        plan.recipe.model,
+        plan.recipe.settings,
         device=plan.device,
         dtype=plan.dtype,
         offload=given.offload,
@@ -84,10 +124,10 @@ def _make_videos(
     )
     if on_pipeline:
         on_pipeline(pipe)
+    maker = _Maker(plan, pipe)
     # Every attention once: a model that cannot be sparse says so before hours of dense videos.
-    for config in dict.fromkeys(job.config for job in plan.pending):
-        attached, processor = config, attach(pipe, config)
-    transformers = list(pipeline_transformers(pipe).values())
+    for config in dict.fromkeys(job.config for job in pending):
+        maker.attach(config)
     if given.overwrite:
         # Only now that there is a model to make them with; and all of them, so that the run can be gone on with.
         for folder in {job.folder for job in plan.pending}:
@@ -96,21 +136,22 @@ def _make_videos(
     on_device = partial(torch.accelerator.synchronize, plan.device)
     synchronize = on_device if plan.device.type != "cpu" else lambda: None
     records = []
-    with VideoProgress(len(plan.pending), synchronize) as progress:
+    with VideoProgress(len(pending), synchronize) as progress:
         pipe.progress_bar = progress.steps
-        for job in plan.pending:
-            if job.config != attached:
-                attached, processor = job.config, attach(pipe, job.config)
+        for job in batch.items(pending):
+            record: Record | None = None
             with progress.video(f"{job.attention}/{job.name}"), claimed(job.folder / job.name):
                 # What a killed run left half written.
                 for suffix in (".mp4", ".mkv"):
                     remove_partial(job.path.with_suffix(suffix))
                 if made_meanwhile(job.path, job.key, job.found, job.identity):
                     continue
-                record = _make_video(pipe, transformers, processor, plan, job, progress)
-            records.append(record)
-            if on_video:
-                on_video(job, record)
+                with batch.item(_key(job), f"{job.attention}/{job.name}"):
+                    record = maker.make(job, progress)
+            if record is not None:
+                records.append(record)
+                if on_video:
+                    on_video(job, record)
     return records
 
 
@@ -151,54 +192,139 @@ def observe(plan: Plan, on_call: Callable[[int, str, Call], None]) -> Any:
     return pipe
 
 
-def _make_video(
-    pipe: Any, transformers: list[torch.nn.Module], processor: Any, plan: Plan, job: Job, progress: VideoProgress
-) -> Record:
-    """Make one video and write it; its record, which is in the manifest then."""
-    import torch
+class _Maker:
+    """The loaded pipeline, with the attention that it has now and where its weights are kept."""
 
-    from xattn_video_pipelines.common.memory import peak_bytes, reset_peak
-    from xattn_video_pipelines.video.io import lossless_path, write_video
-    from xattn_video_pipelines.video.noise_floor import reversed_keys
+    def __init__(self, plan: Plan, pipe: Any) -> None:
+        from xattn_video.integrations.diffusers import pipeline_transformers
 
-    arguments = _arguments(plan.recipe.model, plan.recipe.settings, job)
-    if processor is not None:
-        processor.stats.reset()
-    try:
-        with reversed_keys(transformers) if job.kind == "dense-alt" else contextlib.nullcontext():
+        self._plan, self._pipe = plan, pipe
+        self._offload: str = plan.given.offload
+        self._transformers = list(pipeline_transformers(pipe).values())
+        self._attached: XAttnConfig | None = None
+        self._processor: Any = None
+
+    def attach(self, config: XAttnConfig | None) -> None:
+        """Have this attention. Raises UserError where the model cannot have it."""
+        if config != self._attached:
+            self._processor = attach(self._pipe, config)
+            self._attached = config
+
+    def make(self, job: Job, progress: VideoProgress) -> Record:
+        """Make one video and write it; its record, which is in the manifest then.
+
+        Where the device is out of memory, it is tried once more with less of the weights on it.
+
+        Raises:
+            ItemError: the memory does not suffice, the video has NaN or inf, or it cannot be written.
+            Exception: whatever else goes wrong in the pipeline.
+        """
+        tries = 2
+        while True:
+            tries -= 1
+            try:
+                return self._make(job, progress)
+            except Exception as error:
+                self._clear()
+                if not is_out_of_memory(error):
+                    raise
+                more = self._next_offload
+                if not tries or more is None:
+                    advice = f"{(more and f'--offload {more}, ') or ''}--dtype bfloat16, fewer frames or a smaller size"
+                    message = f"{self._plan.device} is out of memory; try {advice}"
+                    raise ItemError("out_of_memory", message) from error
+            # Only here are the tensors of the failed call gone, because its traceback held them.
+            self._offload_to(more)
+            progress.step_seconds.clear()
+
+    def _make(self, job: Job, progress: VideoProgress) -> Record:
+        from xattn_video_pipelines.common.memory import peak_bytes, reset_peak
+        from xattn_video_pipelines.video.io import lossless_path
+        from xattn_video_pipelines.video.noise_floor import reversed_keys
+
+        self.attach(job.config)
+        plan, processor = self._plan, self._processor
+        arguments = _arguments(plan.recipe.model, plan.recipe.settings, job)
+        if processor is not None:
+            processor.stats.reset()
+        with reversed_keys(self._transformers) if job.kind == "dense-alt" else contextlib.nullcontext():
             reset_peak(plan.device)
             started = time.perf_counter()
             # float32 [T, H, W, 3] in [0, 1]
-            frames = pipe(**arguments).frames[0]
+            frames = self._pipe(**arguments).frames[0]
             seconds, peak = time.perf_counter() - started, peak_bytes(plan.device)
-    except torch.OutOfMemoryError:
-        advice = "--offload model (or sequential), --dtype bfloat16, fewer frames or a smaller size"
-        raise UserError(f"{job.path}: {plan.device} is out of memory; try {advice}") from None
-    settings, steps = plan.recipe.settings, progress.step_seconds
+        _check_finite(frames)
+        settings, steps = plan.recipe.settings, progress.step_seconds
+        record = {
+            "id": job.prompt.id,
+            "seed": job.seed,
+            "file": job.path.name,
+            "lossless_file": lossless_path(job.path).name if plan.given.lossless else None,
+            **job.identity,
+            "model_name": plan.recipe.model.name,
+            "tokens": plan.recipe.tokens,
+            "seconds": round(seconds, 4),
+            "seconds_per_step": round(sum(steps) / len(steps), 4) if steps else None,
+            "peak_memory_bytes": peak,
+            **density(None if processor is None else processor.stats.summary(), settings.steps),
+            "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+            **plan.environment,
+            "offload": self._offload,
+        }
+        try:
+            _write(job, frames, settings.fps, lossless=plan.given.lossless)
+            append_record(job.folder, record)
+        except UserError as error:
+            raise ItemError("output", str(error)) from error
+        return record
+
+    @property
+    def _next_offload(self) -> str | None:
+        """The next way to keep less on the device; None where there is none, or no device beside the CPU."""
+        place = _OFFLOADS.index(self._offload) + 1
+        return _OFFLOADS[place] if self._plan.device.type != "cpu" and place < len(_OFFLOADS) else None
+
+    def _offload_to(self, offload: str) -> None:
+        import torch
+        from tqdm import tqdm
+
+        device = self._plan.device
+        tqdm.write(f"{device} is out of memory: from here on with --offload {offload}", file=sys.stderr)
+        # Off and on again: the hooks of offloading and those of sparse attention both go around the model's forward.
+        attach(self._pipe, None)
+        self._attached, self._processor, self._offload = None, None, offload
+        gc.collect()
+        torch.get_device_module(device).empty_cache()
+        _place(self._pipe, device, offload)
+
+    def _clear(self) -> None:
+        """Let go of what a failed call left on the device."""
+        if self._processor is not None:
+            self._processor.forget()
+        if self._offload == "model":
+            self._pipe.maybe_free_model_hooks()
+
+
+def _check_finite(frames: Any) -> None:
+    """Raise ItemError for frames `[T, H, W, 3]` with NaN or inf, which no video file can hold."""
+    import numpy as np
+
+    for number, frame in enumerate(frames):
+        if not np.isfinite(frame).all():
+            raise ItemError("not_finite", f"frame {number} of the video has NaN or inf; try another --dtype")
+
+
+def _write(job: Job, frames: Any, fps: float, *, lossless: bool) -> None:
+    """Write the video, and its lossless copy where one is asked for. Raises UserError as `write_video`."""
+    from xattn_video_pipelines.video.io import lossless_path, write_video
+
     copy = lossless_path(job.path)
-    if plan.given.lossless:
-        write_video(copy, frames, settings.fps, lossless=True)
+    if lossless:
+        write_video(copy, frames, fps, lossless=True)
     else:
         # A copy of an earlier run would no longer be of this video.
         copy.unlink(missing_ok=True)
-    write_video(job.path, frames, settings.fps)
-    record = {
-        "id": job.prompt.id,
-        "seed": job.seed,
-        "file": job.path.name,
-        "lossless_file": copy.name if plan.given.lossless else None,
-        **job.identity,
-        "model_name": plan.recipe.model.name,
-        "tokens": plan.recipe.tokens,
-        "seconds": round(seconds, 4),
-        "seconds_per_step": round(sum(steps) / len(steps), 4) if steps else None,
-        "peak_memory_bytes": peak,
-        **density(None if processor is None else processor.stats.summary(), settings.steps),
-        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
-        **plan.environment,
-    }
-    append_record(job.folder, record)
-    return record
+    write_video(job.path, frames, fps)
 
 
 def _arguments(model: Model, settings: ResolvedSettings, job: Job) -> dict[str, Any]:
@@ -265,13 +391,17 @@ def load_pipeline(
         pipe.vae.enable_tiling()
     if compile_blocks:
         _compile(pipe, model)
+    _place(pipe, device, offload)
+    return pipe
+
+
+def _place(pipe: Any, device: torch.device, offload: str) -> None:
     if offload == "model":
         pipe.enable_model_cpu_offload(device=device)
     elif offload == "sequential":
         pipe.enable_sequential_cpu_offload(device=device)
     else:
         pipe.to(device)
-    return pipe
 
 
 def attach(pipe: Any, config: XAttnConfig | None, on_call: Callable[[str, Call], None] | None = None) -> Any:

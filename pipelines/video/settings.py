@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from xattn_video_pipelines.common.errors import UserError
-from xattn_video_pipelines.common.settings import Option, Settings, sparse_config
+from xattn_video_pipelines.common.settings import MaxHours, Option, Settings, check_max_hours, sparse_config
 from xattn_video_pipelines.video.models import KNOWN_MODELS
 from xattn_video_pipelines.video.prompts import MAX_SEED
 
@@ -74,10 +74,12 @@ class VideoSettings(Settings):
         Literal["none", "model", "sequential"],
         Option("keep parts in CPU memory until they run: whole models, or layer by layer (slower)", _MACHINE),
     ] = "none"
+    max_hours: MaxHours = None
 
     def check(self) -> None:
         self.check_at_least(1, "height", "width", "num_frames", "fps", "steps", "sample", "limit")
         self.check_from_zero("guidance_scale", "flow_shift")
+        check_max_hours(self.max_hours)
         for seed in self.seeds:
             if not 0 <= seed <= MAX_SEED:
                 raise UserError(f"--seeds must be integers from 0 to 2**63 - 1, got {seed}")
