@@ -196,7 +196,7 @@ def _run_prompts(settings: CalibrateSettings) -> _Run:
         asked = settings.of_questions
         questions = read_questions(settings.items)[: settings.limit]
         model, processor = load_video_model(asked)
-        inputs = (inputs for _, _, inputs in prompts_of(asked, model, processor, questions))
+        inputs = prompts_of(asked, model, processor, questions)
         config, told = asked.config, f"{settings.items.name} (questions: {len(questions)})"
     else:
         texts = [_text(path) for path in settings.texts[: settings.limit]]

@@ -182,6 +182,10 @@ class Batch:
             lines.append("run the same command again for what is left" + (" or failed" if self.failed else ""))
         return lines
 
+    def brief(self) -> list[jsonl.Row]:
+        """What failed and why, for a program's JSON document."""
+        return [{name: row[name] for name in ("attention", "id", "seed", "kind", "message")} for row in self.failed]
+
     def check(self) -> None:
         """Raise SomeFailed unless all items are done."""
         if self.failed or self.left:

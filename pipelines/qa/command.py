@@ -5,6 +5,7 @@ questions -> sampled frames -> answers, dense and sparse of one question after t
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -13,7 +14,8 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from xattn_video_pipelines.common import jsonl
-from xattn_video_pipelines.common.environment import device_name
+from xattn_video_pipelines.common.batch import Batch, ItemError, Key, is_out_of_memory, note_plan
+from xattn_video_pipelines.common.environment import device_name, versions
 from xattn_video_pipelines.common.errors import UserError, one_line
 from xattn_video_pipelines.common.files import make_writable, write_texts
 from xattn_video_pipelines.common.program import for_people
@@ -39,11 +41,16 @@ example:
 """
 
 
+_PACKAGES = ("xattn-video", "torch", "triton", "transformers")
+
+
 def command(settings: QaSettings, *, json: Json = False) -> int:
-    """`xattn-video qa`: answer everything, print and write it; 0. Raises UserError."""
-    document = answer_questions(settings, partial(print_answer, file=for_people(json)))
+    """`xattn-video qa`: answer everything, print and write it; 0, or 3 if a question failed. Raises UserError."""
+    document, batch = _answer_questions(settings, partial(print_answer, file=for_people(json)))
     print(dumps(document) if json else summary_table(document))
-    return 0
+    for line in batch.told():
+        print(line, file=sys.stderr)
+    return batch.code
 
 
 def answer_questions(settings: QaSettings, on_answer: Callable[[Row], None] | None = None) -> dict[str, Any]:
@@ -57,8 +64,17 @@ def answer_questions(settings: QaSettings, on_answer: Callable[[Row], None] | No
         As of `summary`.
 
     Raises:
-        UserError: a file is missing or damaged, or the model cannot be loaded, made sparse or asked.
+        UserError: a file is missing or damaged, or the model cannot be loaded or made sparse.
+        SomeFailed: some questions failed, or `max_hours` was over; raised when all others are answered.
     """
+    document, batch = _answer_questions(settings, on_answer)
+    batch.check()
+    return document
+
+
+def _answer_questions(settings: QaSettings, on_answer: Callable[[Row], None] | None) -> tuple[dict[str, Any], Batch]:
+    """The summary of all answers that there are, and what failed."""
+    batch = Batch(settings.out, "questions", versions(_PACKAGES), settings.max_hours)
     questions = _questions(settings)
     configs = settings.configurations
     rows: dict[tuple[str, str], Row] = {}
@@ -67,13 +83,15 @@ def answer_questions(settings: QaSettings, on_answer: Callable[[Row], None] | No
         path = settings.out / ANSWERS
         earlier = read_answers(path, ("id", "attention"), _signature(settings), weights_of(settings.model))
         rows = _still_valid(earlier, questions, configs)
+        note_plan(settings.out, "answers", list(configs), [(question.id, None) for question in questions])
     wanted = [(question, label) for question in questions for label in configs]
     if any((question.id, label) not in rows for question, label in wanted):
-        _answer_all(settings, questions, configs, rows, on_answer)
-    document = summary([rows[question.id, label] for question, label in wanted])
+        _answer_all(settings, questions, configs, rows, batch, on_answer)
+    document = summary([rows[question.id, label] for question, label in wanted if (question.id, label) in rows])
+    document["failures"] = batch.brief()
     if settings.out is not None:
         write_texts({settings.out / SUMMARY: dumps(document, indent=2) + "\n"})
-    return document
+    return document, batch
 
 
 def summary(rows: Sequence[Row]) -> dict[str, Any]:
@@ -125,9 +143,12 @@ def _answer_all(
     questions: Sequence[Question],
     configs: dict[str, Any],
     rows: dict[tuple[str, str], Row],
+    batch: Batch,
     on_answer: Callable[[Row], None] | None,
 ) -> None:
     """Answer the questions that lack an answer, each by every configuration, and add them to `rows` and the file."""
+    from tqdm.auto import tqdm
+
     from xattn_video.integrations.transformers import use_xattention
 
     model, processor = load_video_model(settings)
@@ -139,13 +160,21 @@ def _answer_all(
     except ValueError as error:
         raise UserError(f"--model {settings.model}: {error}") from None
     left = [question for question in questions if any((question.id, label) not in rows for label in configs)]
-    for question, video, inputs in prompts_of(settings, model, processor, left):
-        if question is left[0] and len(configs) > 1:
-            # Compilers and caches run once: else that would be the difference between the two.
-            for config in configs.values():
-                _generate(model, config, question, inputs, 1)
-        # All of a question's answers are written together: the comparison of two needs both.
-        made = _answer(settings, model, processor, question, video, inputs, configs)
+    left = batch.in_order(left, _key)
+    prompts = Prompts(settings, model, processor)
+    warm = len(configs) == 1
+    for question in tqdm(batch.items(left), total=len(left), desc="questions", disable=None):
+        made: list[Row] = []
+        # A single question is all that there is: what is wrong with it ends the run.
+        with contextlib.nullcontext() if settings.items is None else batch.item(_key(question), question.id):
+            video, inputs = prompts.of(question)
+            if not warm:
+                # Compilers and caches run once: else that would be the difference between the two.
+                for config in configs.values():
+                    _generate(model, config, question, inputs, 1)
+                warm = True
+            # All of a question's answers are written together: the comparison of two needs both.
+            made = _answer(settings, model, processor, question, video, inputs, configs)
         if settings.out is not None:
             jsonl.append(settings.out / ANSWERS, made)
         for row in made:
@@ -174,21 +203,34 @@ def load_video_model(settings: QaSettings) -> tuple[Any, Any]:
     return model, processor
 
 
+class Prompts:
+    """What a model is called with for each question; the frames of a video are kept for the next question about it."""
+
+    def __init__(self, settings: QaSettings, model: Any, processor: Any) -> None:
+        self._settings, self._model, self._processor = settings, model, processor
+        self._seen: tuple[Path, SampledVideo] | None = None
+
+    def of(self, question: Question) -> tuple[SampledVideo, dict[str, Any]]:
+        """The frames of the question's video, and the arguments of the model.
+
+        Raises:
+            UserError: the video is damaged, or the processor refuses it.
+        """
+        if self._seen is None or self._seen[0] != question.video:
+            self._seen = question.video, sample_video(question.video, **_sampling(self._settings))
+        video = self._seen[1]
+        return video, _inputs(self._settings, self._processor, question, video, self._model)
+
+
 def prompts_of(
     settings: QaSettings, model: Any, processor: Any, questions: Sequence[Question]
-) -> Iterator[tuple[Question, SampledVideo, dict[str, Any]]]:
-    """Each question with its video's frames and what the model is called with; a bar on stderr tells how far it is.
-
-    Raises:
-        UserError: a video is damaged, or the processor refuses it.
-    """
+) -> Iterator[dict[str, Any]]:
+    """What the model is called with for each question; a bar on stderr tells how far it is. Raises as `Prompts.of`."""
     from tqdm.auto import tqdm
 
-    seen: tuple[Path, SampledVideo] | None = None
+    prompts = Prompts(settings, model, processor)
     for question in tqdm(questions, desc="questions", disable=None):
-        if seen is None or seen[0] != question.video:
-            seen = question.video, sample_video(question.video, **_sampling(settings))
-        yield question, seen[1], _inputs(settings, processor, question, seen[1], model)
+        yield prompts.of(question)[1]
 
 
 def _answer(
@@ -232,8 +274,6 @@ def _generate(
     model: Any, config: Any, question: Question, inputs: dict[str, Any], max_new_tokens: int
 ) -> tuple[Any, dict[str, Any]]:
     """An answer, dense where config is None, and the summary of its statistics."""
-    import torch
-
     from xattn_video.integrations.transformers import stop_xattention, use_xattention
     from xattn_video_pipelines.qa.answers import generate_answer
 
@@ -241,11 +281,14 @@ def _generate(
     stats = None if config is None else use_xattention(model, config)
     try:
         answer = generate_answer(model, inputs, max_new_tokens)
-    except torch.OutOfMemoryError:
-        raise UserError(
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        raise ItemError(
+            "out_of_memory",
             f"{question.id}: {model.device} is out of memory with {inputs['input_ids'].shape[1]:,} tokens; "
-            "try --fps, --max-frames or --max-pixels with less"
-        ) from None
+            "try --fps, --max-frames or --max-pixels with less",
+        ) from error
     return answer, {} if stats is None else stats.summary()
 
 
@@ -296,6 +339,10 @@ def _questions(settings: QaSettings) -> list[Question]:
     options = check_options("--options", settings.options)
     answer = check_answer("--answer", settings.answer, options)
     return [Question("question", video, settings.question, options, answer)]
+
+
+def _key(question: Question) -> Key:
+    return None, question.id, None
 
 
 def _sampling(settings: QaSettings) -> dict[str, Any]:

@@ -8,7 +8,14 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from xattn_video_pipelines.common.demo_data import WATCHER_FPS
 from xattn_video_pipelines.common.errors import UserError
-from xattn_video_pipelines.common.settings import Option, Settings, option_name, sparse_config
+from xattn_video_pipelines.common.settings import (
+    MaxHours,
+    Option,
+    Settings,
+    check_max_hours,
+    option_name,
+    sparse_config,
+)
 
 if TYPE_CHECKING:
     from xattn_video import XAttnConfig
@@ -105,6 +112,7 @@ class QaSettings(LoadSettings, PrefillSettings):
     ] = 64
 
     max_new_tokens: Annotated[int, Option("of an answer", _MACHINE, "N")] = 64
+    max_hours: MaxHours = None
 
     @property
     def frames_per_second(self) -> float:
@@ -125,3 +133,4 @@ class QaSettings(LoadSettings, PrefillSettings):
         super().check()
         check_sampling(fps=self.frames_per_second, max_frames=self.max_frames, max_pixels=self.max_pixels)
         self.check_at_least(1, "max_new_tokens")
+        check_max_hours(self.max_hours)

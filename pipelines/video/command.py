@@ -131,12 +131,9 @@ def _report(plan: Plan, made: Produced, seconds: float, *, as_json: bool) -> Non
             video["status"] = "left" if job in made.batch.left else "kept"
         videos.append(video | ({key: record[key] for key in ("seconds", "mean_density")} if record else {}))
     counts = {status: sum(video["status"] == status for video in videos) for status in ("made", "kept")}
-    failures = [
-        {name: row[name] for name in ("attention", "id", "seed", "kind", "message")} for row in made.batch.failed
-    ]
     if as_json:
-        document = {**counts, "left": len(made.batch.left), "seconds": round(seconds, 2), "failures": failures}
-        print(dumps(document | {"videos": videos}))
+        document = {**counts, "left": len(made.batch.left), "seconds": round(seconds, 2)}
+        print(dumps(document | {"failures": made.batch.brief(), "videos": videos}))
     else:
         folders = ", ".join(dict.fromkeys(str(job.folder) for job in plan.jobs))
         print(f"videos: {counts['made']} made, {counts['kept']} kept, in {folders}")
