@@ -52,6 +52,7 @@ COMMANDS = {
     "qa": Command(
         "xattn_video_pipelines.qa.command", "ask a video-understanding model about videos, with sparse prefill"
     ),
+    "status": Command("xattn_video_pipelines.status", "what a run has made, what failed, what is left, time to go"),
     "demo": Command("xattn_video_pipelines.demo.command", "the whole path on a small model, in minutes on a CPU"),
     "judge": Command(
         "xattn_video_pipelines.demo.judging",
@@ -109,7 +110,7 @@ def module_of(command: str) -> Any:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code: 0, 2 for bad input, 130 for Ctrl-C."""
+    """Run the command line; returns the exit code: 0, 2 for bad input, 3 if items failed, 130 for Ctrl-C."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     command = asked_command(arguments)
     # What tells how to install the rest must not need it.

@@ -25,6 +25,7 @@ from xattn_video_pipelines.common.program import run_app
 from xattn_video_pipelines.common.settings import Settings
 from xattn_video_pipelines.demo import DemoSettings, JudgeSettings
 from xattn_video_pipelines.qa import QaSettings
+from xattn_video_pipelines.status import StatusSettings
 from xattn_video_pipelines.video import GenerateSettings, VideoPreset
 
 VIDEOS: dict[str, Any] = {"model": "demo", "prompts": Path("prompts.txt")}
@@ -44,6 +45,7 @@ EXAMPLES: dict[str, Settings] = {
     "compare": CompareSettings(Path("a"), Path("b"), lpips_net="vgg", floor=False, workers=2),
     "report": ReportSettings(Path("run"), max_megabytes=1.5, lpips=False),
     "qa": QaSettings(video=Path("a.mp4"), question="What?", options=("a b", "c"), answer="c", fps=2.5),
+    "status": StatusSettings(Path("out")),
     "demo": DemoSettings(limit=2, overwrite=True, preset="balanced"),
     "judge": JudgeSettings((Path("a"), Path("b"))),
     "bench": BenchSettings(tokens=(512, 1024), dtype=("fp32", "bf16"), inputs="text", causal=True),

@@ -242,7 +242,7 @@ def read_plan(folder: Path) -> dict[str, dict[Key, None]]:
     plan: dict[str, dict[Key, None]] = {"videos": {}, "answers": {}}
     for place, row in jsonl.read(folder / PLAN, _COMPLAINT):
         keys = _planned(row)
-        if keys is None or row.get("of") not in plan:
+        if keys is None or row.get("of") not in list(plan):
             raise UserError(f"{place}: {_COMPLAINT}")
         plan[row["of"]] |= dict.fromkeys(keys)
     return plan
