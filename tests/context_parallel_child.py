@@ -35,6 +35,28 @@ def run(model: WanTransformer3DModel, threshold: Any, ramp: float) -> tuple[list
     return outputs, processor.stats.summary()
 
 
+def check_not_finite(model: WanTransformer3DModel, rank: int) -> None:
+    """NaN in a sparse call of one rank: both do the forward again, or they would wait for each other for ever."""
+
+    def spoil(layer: str, call: Any) -> None:
+        if rank == 0 and layer.endswith("blocks.1.attn1"):
+            call.value.fill_(float("nan"))
+
+    outputs = []
+    for settings in ({"warmup_steps": 2}, {"warmup_steps": 1}):
+        processor = XAttnProcessor(**{**SETTINGS, **settings}, on_call=spoil)
+        model.set_attn_processor(processor)
+        processor.start_generation(steps=2)
+        generator = torch.Generator().manual_seed(0)
+        latents = torch.randn(1, 16, 5, 14, 20, generator=generator)
+        text = torch.randn(1, 6, 16, generator=generator)
+        with torch.no_grad():
+            outputs.append([model(latents, torch.tensor([t]), text, return_dict=False)[0] for t in (900, 800)])
+    assert processor.stats.summary()["dense_calls"] == {"warmup": 2, "not_finite": 2}
+    for dense, again in zip(*outputs, strict=True):
+        assert torch.equal(dense, again)
+
+
 def main() -> None:
     store, rank = sys.argv[1], int(sys.argv[2])
     torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
@@ -60,6 +82,7 @@ def main() -> None:
         densities = [torch.zeros(1, dtype=torch.float64) for _ in range(2)]
         torch.distributed.all_gather(densities, torch.tensor([summary["sparse_density"]], dtype=torch.float64))
         assert abs(float(sum(densities)) / 2 - own["sparse_density"]) < 1e-9
+    check_not_finite(model, rank)
     torch.distributed.barrier()
     # Everything was compared. Gloo's threads now and then abort a Python that shuts down in the usual way.
     os._exit(0)

@@ -27,9 +27,11 @@ REASONS = (
     "refresh",
     "last_steps",
     "packed_rows",
+    "not_finite",
 )
-# columns of a layer's counts: kept and valid blocks of its sparse calls, those calls, then dense calls by reason
-_KEPT, _VALID, _SPARSE, _DENSE = 0, 1, 2, 3
+# columns of a layer's counts: kept and valid blocks of its sparse calls, those calls, those of them whose output is not
+# finite, then dense calls by reason
+_KEPT, _VALID, _SPARSE, _NOT_FINITE, _DENSE = 0, 1, 2, 3, 4
 _COLUMN = {reason: _DENSE + index for index, reason in enumerate(REASONS)}
 _WIDTH = _DENSE + len(REASONS)
 
@@ -60,6 +62,11 @@ class LayerCounts:
         self.values[_VALID].add_(valid)
         self.values[_SPARSE].add_(1)
 
+    def note_not_finite(self, output: Tensor) -> None:
+        """Note on the device whether the output of a sparse call has NaN or inf, in one pass over it."""
+        # Such a value makes the sum NaN or inf. A sum that overflows, of values near 1e30, only costs a dense pass.
+        self.values[_NOT_FINITE].add_(output.sum(dtype=torch.float32).isfinite().logical_not())
+
     def add_dense(self, reason: str) -> None:
         """Count a dense call."""
         self.values[_COLUMN[reason]].add_(1)
@@ -80,6 +87,17 @@ class ModelCounts:
         if step != self._step:
             self._fold()
             self._step = step
+
+    def not_finite(self) -> Tensor:
+        """How many sparse calls of the present step gave NaN or inf: int64 0-d, on the device of the first layer."""
+        counts = [layer.values[_NOT_FINITE] for layer in self.layers]
+        return torch.stack([count.to(counts[0].device) for count in counts]).sum()
+
+    def forget_not_finite(self) -> None:
+        """Those calls are dealt with."""
+        with torch.inference_mode(False), torch.no_grad():
+            for layer in self.layers:
+                layer.values[_NOT_FINITE].zero_()
 
     def reset(self) -> None:
         """Forget all counts."""

@@ -17,7 +17,7 @@ from ...stats import AttentionStats
 from ...thresholds import HeadThresholds
 from ..dense_layers import dense_layers
 from .dispatch import register
-from .layers import ForwardState, Shared, SparseSelfAttention, wrap
+from .layers import ForwardState, Shared, SparseSelfAttention, sequence_group, wrap
 from .memory import LayerMemory, Moment
 from .models import REPLACEMENTS, spec_of
 from .packed import Packed, read_packed
@@ -62,6 +62,8 @@ class Attachment:
         self._packed: tuple[Tensor, Packed] | None = None
         self._remembers = config.residual != "off" or config.keep_masks > 1
         self._schedule = Schedule(config, None)
+        # the video in which dense attention gives NaN or inf too
+        self._not_finite: int | None = None
 
         paths = list(modules)
         dense = dense_layers(paths, config.dense_layers)
@@ -83,7 +85,8 @@ class Attachment:
             module.set_processor(self._wrappers[path])
         self._handles = [
             model.register_forward_pre_hook(self._before_forward, with_kwargs=True, prepend=True),
-            model.register_forward_hook(self._after_forward, always_call=True),
+            # first, so that the hooks of others see the output that holds
+            model.register_forward_hook(self._after_forward, always_call=True, with_kwargs=True, prepend=True),
         ]
         setattr(model, _ATTRIBUTE, self)
         if hasattr(type(model), "cache_context"):
@@ -136,7 +139,7 @@ class Attachment:
         schedule = self._schedule
         if schedule.total != self._tracker.total:
             schedule = self._schedule = Schedule(self._config, self._tracker.total)
-            self.owner.say_once(schedule.doubt())
+            self.owner.say_once("schedule", schedule.doubt())
         reason = schedule.dense_reason(step)
         if self._config.residual != "off" and step == schedule.warmup - 1 and schedule.sparse_steps != 0:
             # the last step of the warm-up is the first refresh, where sparse steps follow
@@ -177,13 +180,62 @@ class Attachment:
         return Moment(video, step, (self._branch, number), max(self._branches, sum(self._forwards.values())))
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch gives it no types
-    def _after_forward(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        self._running = None
-        self._state.end()
+    def _after_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        """The output of the forward, or None where it stays as it is."""
+        again = None
+        try:
+            # there is no output where the forward has raised an exception
+            if output is not None and self._has_not_finite():
+                again = self._densely(model, args, kwargs)
+        finally:
+            self._running = None
+            self._state.end()
         last = self._state.moment.step + 1 == self._schedule.total
         if self._remembers and last and sum(self._forwards.values()) >= self._branches:
             # nothing comes after the last forward of the last step
             self.owner.forget()
+        return again
+
+    def _has_not_finite(self) -> bool:
+        """Whether a sparse call of this forward gave NaN or inf: reads one number from the device, if any was made.
+
+        A step cannot be done again later than this: then the pipeline has used the output.
+        """
+        video = self._state.moment.video
+        if not self._state.sparse or self._not_finite == video:
+            return False
+        if self._not_finite is not None:
+            # of a video in which nobody looked
+            self._counts.forget_not_finite()
+            self._not_finite = None
+        found = self._counts.not_finite()
+        group = sequence_group(next(iter(self._wrappers.values()))._parallel_config)
+        if group is not None:
+            # each rank has seen its own heads, and all of them must do the same
+            torch.distributed.all_reduce(found, group=group)
+        return bool(found.item())
+
+    def _densely(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The output of this forward with dense attention alone; None where it cannot be done again."""
+        self._counts.forget_not_finite()
+        # a mask or a residual of this forward may be what is wrong, or may hold the NaN
+        self.forget()
+        state = self._state
+        text = f"sparse attention of step {state.moment.step} gave NaN or inf"
+        if getattr(model, "is_cache_enabled", False):
+            self.owner.say_once("not_finite", f"{text}; the cache of the model has it, so that it cannot be done again")
+            return None
+        assert state.schedule is not None
+        state.begin(state.schedule, state.moment, "not_finite", state.frames, state.exact)
+        # not `model(...)`: to the hooks around it this is still the same forward
+        output = model.forward(*args, **kwargs)
+        first = output if isinstance(output, Tensor) else output[0]
+        if bool(first.isfinite().all()):
+            self.owner.say_once("not_finite", f"{text}; such steps are done again with dense attention")
+        else:
+            self._not_finite = state.moment.video
+            self.owner.say_once("not_finite", f"{text}, and so does dense attention: the cause is elsewhere")
+        return output
 
     @contextmanager
     def _cache_context(self, name: str, **where: Any) -> Iterator[None]:

@@ -42,6 +42,8 @@ class ForwardState:
         self.frames: int | None = None
         # range of the tokens of a packed sequence that stay exact, or None
         self.exact: tuple[int, int] | None = None
+        # whether a call was sparse, or a refresh
+        self.sparse = False
         self._known: dict[tuple[str, int], tuple[Tensor, Any]] = {}
 
     def begin(
@@ -54,6 +56,7 @@ class ForwardState:
     ) -> None:
         """A forward starts."""
         self.schedule, self.moment, self.reason, self.frames, self.exact = schedule, moment, reason, frames, exact
+        self.sparse = False
         self._known.clear()
 
     def end(self) -> None:
@@ -295,6 +298,8 @@ class SparseSelfAttention:
             self.counts.add_dense("refresh")
         else:
             self.counts.add_sparse(kept.sum(), valid * query.shape[2])
+        self.counts.note_not_finite(output)
+        self.state.sparse = True
         return output.transpose(1, 2)
 
     def _frame_tokens(self, video: int) -> int | None:
@@ -393,6 +398,12 @@ def sequence_ranks(config: Any) -> int:
     """Number of ranks that share the tokens of one sequence."""
     context = getattr(config, "context_parallel_config", None)
     return 1 if context is None else context.ulysses_degree
+
+
+def sequence_group(config: Any) -> Any:
+    """The process group of the ranks that share the tokens of one sequence; None where a rank has all of them."""
+    context = getattr(config, "context_parallel_config", None)
+    return None if context is None or context.ulysses_degree == 1 else context._ulysses_mesh.get_group()
 
 
 def key_lengths(mask: Any, kv_len: int, trusted: bool, state: ForwardState) -> Tensor | None:

@@ -71,7 +71,7 @@ class XAttnProcessor:
         self.stats = AttentionStats()
         self._tracker = StepTracker()
         self._models: list[WeakLink] = []
-        self._said = False
+        self._said: set[str] = set()
 
     def __repr__(self) -> str:
         return f"XAttnProcessor({self.config})"
@@ -189,11 +189,11 @@ class XAttnProcessor:
             if last.video != video or done:
                 attachment.forget()
 
-    def say_once(self, doubt: str | None) -> None:
-        """Warn of settings that are likely not meant, once."""
-        if doubt and not self._said:
-            self._said = True
-            logger.warning("%s", doubt)
+    def say_once(self, what: str, text: str | None) -> None:
+        """Warn of something, `what` in one word, unless there is nothing to say or it was said before."""
+        if text and what not in self._said:
+            self._said.add(what)
+            logger.warning("%s", text)
 
     def _attachments(self) -> list[Attachment]:
         found = [attachment_of(model) for model in self._attached_models()]
