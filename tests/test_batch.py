@@ -279,6 +279,40 @@ def test_three_failures_of_the_device_in_a_row_end_the_run(model, tmp_path, capf
     )
 
 
+def test_out_of_memory_is_tried_once_more_with_less_on_the_device(model, tmp_path, monkeypatch, capfd):
+    """On a machine whose only device is a CPU: here it stands for the GPU that models are moved off."""
+    pytest.importorskip("accelerate")
+
+    def next_mode(self: Any) -> str | None:
+        return {"none": "model", "model": None}[self._offload]
+
+    monkeypatch.setattr(maker._Maker, "_next_offload", property(next_mode))
+    prompts = write_prompts(tmp_path / "p.jsonl", one="a cat", two="a dog", three="a hen")
+    plain = generate(of_python(model, prompts, tmp_path / "plain", lossless=True))
+    calls: list[int] = []
+
+    def fail(*_: Any) -> None:
+        calls.append(1)
+        # in the first try of the second video, which calls the transformer four times, and in both of the third one
+        if len(calls) in (6, 11):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    plan = make_plan(of_python(model, prompts, tmp_path / "out", lossless=True))
+    capfd.readouterr()
+    produced = produce(plan, on_pipeline=lambda pipe: pipe.transformer.register_forward_pre_hook(fail))
+    said = [line for line in capfd.readouterr().err.splitlines() if "from here on" in line]
+    assert [line.strip().split("\r")[-1].strip() for line in said] == [
+        "cpu is out of memory: from here on with --offload model"
+    ]
+    assert [(record["id"], record["offload"]) for record in produced.records] == [("one", "none"), ("two", "model")]
+    assert [(row["id"], row["kind"]) for row in produced.batch.failed] == [("three", "out_of_memory")]
+    assert "torch.OutOfMemoryError: CUDA out of memory" in produced.batch.failed[0]["traceback"]
+    assert produced.records[1]["seconds_per_step"] < produced.records[1]["seconds"]
+    for record in plain[:2]:
+        name = record["lossless_file"]
+        assert (read_video(tmp_path / "plain/dense" / name) == read_video(tmp_path / "out/dense" / name)).all()
+
+
 def test_a_disk_that_takes_no_videos_ends_the_run(model, tmp_path):
     """The system refuses files above 4 KiB, which ffmpeg meets and the log of failures does not."""
     prompts = write_prompts(tmp_path / "p.jsonl", **{f"p{number}": "a cat" for number in range(5)})

@@ -285,7 +285,6 @@ class _Maker:
         return _OFFLOADS[place] if self._plan.device.type != "cpu" and place < len(_OFFLOADS) else None
 
     def _offload_to(self, offload: str) -> None:
-        import torch
         from tqdm import tqdm
 
         device = self._plan.device
@@ -294,7 +293,6 @@ class _Maker:
         attach(self._pipe, None)
         self._attached, self._processor, self._offload = None, None, offload
         gc.collect()
-        torch.get_device_module(device).empty_cache()
         _place(self._pipe, device, offload)
 
     def _clear(self) -> None:
