@@ -17,7 +17,7 @@ from xattn_video_pipelines.common.errors import UserError
 from xattn_video_pipelines.video.io import (
     VideoError,
     VideoInfo,
-    count_and_seconds,
+    frame_times,
     iter_frames,
     lossless_path,
     read_video,
@@ -269,7 +269,9 @@ def test_of_several_streams_the_default_is_read_then_the_largest(tmp_path: Path,
     command += ["-map", "0:v", "-map", "1:v", "-c", "copy", *marks, tmp_path / "both.mkv"]
     subprocess.run(command, check=True, stdin=subprocess.DEVNULL)
     np.testing.assert_array_equal(read_video(tmp_path / "both.mkv"), noise(7, 32, 32))
-    assert count_and_seconds(tmp_path / "both.mkv") == (7, pytest.approx(7 / 16, abs=1e-3))
+    times = frame_times(tmp_path / "both.mkv")
+    assert (len(times.starts), times.seconds) == (7, pytest.approx(7 / 16, abs=1e-3))
+    assert times.complaint is None
 
 
 def test_frames_stream_and_leaving_early_ends_ffmpeg(tmp_path: Path) -> None:

@@ -219,8 +219,17 @@ class Prompts:
         """
         if self._seen is None or self._seen[0] != question.video:
             self._seen = question.video, sample_video(question.video, **_sampling(self._settings))
+            if said := self._seen[1].complaint:
+                _warn(f"{question.video}: ffmpeg says of it: {said}; the frames that it gives are used")
         video = self._seen[1]
         return video, _inputs(self._settings, self._processor, question, video, self._model)
+
+
+def _warn(line: str) -> None:
+    """A warning on stderr that does not tear the bar there."""
+    from tqdm.auto import tqdm
+
+    tqdm.write(f"warning: {line}", file=sys.stderr)
 
 
 def prompts_of(

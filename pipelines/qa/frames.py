@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from xattn_video_pipelines.common.errors import UserError
-from xattn_video_pipelines.video import count_and_seconds, iter_frames
+from xattn_video_pipelines.video import frame_times, iter_frames
 
 # A model looks at pairs of frames.
 _FEWEST = 2
@@ -16,11 +16,15 @@ _FEWEST = 2
 
 @dataclass(frozen=True)
 class SampledVideo:
-    """`frames` uint8 RGB `[T, H, W, 3]`, taken at `fps` frames a second from a video of `seconds`."""
+    """`frames` uint8 RGB `[T, H, W, 3]`, taken at `fps` frames a second from a video of `seconds`.
+
+    `complaint` is what ffmpeg said of damage that was let pass, on one line, or None.
+    """
 
     frames: np.ndarray
     fps: float
     seconds: float
+    complaint: str | None = None
 
 
 def check_sampling(*, fps: float, max_frames: int, max_pixels: int) -> None:
@@ -34,30 +38,33 @@ def check_sampling(*, fps: float, max_frames: int, max_pixels: int) -> None:
 
 
 def sample_video(path: Path, *, fps: float, max_frames: int, max_pixels: int) -> SampledVideo:
-    """Frames at even distances.
+    """Frames at even distances in time, each the last one that is shown at its time.
 
     Args:
-        path: any file that ffmpeg reads.
+        path: any file that ffmpeg reads. Pixels that are not square are made so. Errors that ffmpeg logs are let pass
+            and told, as `frame_times` says.
         fps: frames a second; fewer are taken where that would be more than `max_frames` or than the video has, more
-            where fewer than two.
+            where fewer than two. Of a video whose frames last for different times, one that lasts long is taken often.
         max_frames: at least 2.
         max_pixels: of a frame; larger ones are made smaller in proportion, smaller ones stay.
 
     Raises:
-        VideoError: missing, empty, damaged or cut-off file, or none of its length can be told.
+        VideoError: missing, empty, damaged or cut-off file.
         UserError: a number is out of its range.
     """
     check_sampling(fps=fps, max_frames=max_frames, max_pixels=max_pixels)
-    count, seconds = count_and_seconds(path)
-    # No frame twice, unless there is but one.
-    rate = min(fps, count / seconds, max_frames / seconds)
-    rate = max(rate, _FEWEST / seconds)
+    times = frame_times(path)
+    # No frame twice while the next one is due, unless there is but one.
+    rate = min(fps, times.rate, max_frames / times.seconds)
+    rate = max(rate, _FEWEST / times.seconds)
     # Even sides, in proportion, within the pixels.
-    share = f"min(1,sqrt({max_pixels}/(iw*ih)))"
-    scale = ":".join(f"{name}='max(2,trunc({size}*{share}/2)*2)'" for name, size in (("w", "iw"), ("h", "ih")))
+    share = f"min(1,sqrt({max_pixels}/(iw*sar*ih)))"
+    scale = ":".join(f"{name}='max(2,trunc({size}*{share}/2)*2)'" for name, size in (("w", "iw*sar"), ("h", "ih")))
+    # Rounded up, a frame counts from the first time that is asked for after it appears.
+    sampled = f"setpts=PTS-STARTPTS,fps={rate:.9g}:round=up,scale={scale}"
     frames: list[np.ndarray] = []
     # To the end, also where the filter gives a frame too many: damage behind the last one taken counts too.
-    for frame in iter_frames(path, filters=f"fps={rate:.9g},scale={scale}"):
+    for frame in iter_frames(path, filters=sampled, strict=False):
         if len(frames) < max_frames:
             frames.append(frame)
-    return SampledVideo(np.stack(frames), rate, seconds)
+    return SampledVideo(np.stack(frames), rate, times.seconds, times.complaint)

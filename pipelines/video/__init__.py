@@ -1,7 +1,7 @@
 """A prompt file to videos: what to make, how, and what is there already."""
 
 from xattn_video_pipelines.video.command import generate, print_video
-from xattn_video_pipelines.video.io import count_and_seconds, iter_frames, read_video, video_info, write_video
+from xattn_video_pipelines.video.io import frame_times, iter_frames, read_video, video_info, write_video
 from xattn_video_pipelines.video.make import load_pipeline, observe, produce
 from xattn_video_pipelines.video.manifest import NAME as MANIFEST
 from xattn_video_pipelines.video.manifest import (
@@ -48,10 +48,10 @@ __all__ = [
     "VideoSettings",
     "check_available",
     "check_exists",
-    "count_and_seconds",
     "evenly_spaced",
     "find_model",
     "finished_videos",
+    "frame_times",
     "generate",
     "import_diffusers",
     "iter_frames",

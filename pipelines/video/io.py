@@ -15,7 +15,7 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Generator, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -37,14 +37,65 @@ _BT709 = ["-vf", "scale=out_color_matrix=bt709:out_range=tv:flags=accurate_rnd+f
 _BT709 += ["-colorspace", "bt709", "-color_primaries", "bt709", "-color_trc", "bt709", "-color_range", "tv"]
 # bgr0 is FFV1's 8-bit RGB: no colour conversion, so no rounding. Every frame stands alone and has a checksum.
 _FFV1 = ["-c:v", "ffv1", "-level", "3", "-g", "1", "-slicecrc", "1", "-pix_fmt", "bgr0"]
-# Sound, subtitles and data are left out; without a map, ffmpeg chooses the video stream.
-_NO_SOUND = ["-an", "-sn", "-dn"]
+# What is transparent is white, as most viewers show it. Without this, the colours that lie beneath would show.
+_OVER_WHITE = (
+    "split[seen][under];[under]lutrgb=r=maxval:g=maxval:b=maxval:a=maxval[white];[white][seen]overlay=format=auto"
+)
+# Where damage is let pass, ffmpeg fails if more than this share of the packets cannot be decoded.
+_MOST_DECODE_ERRORS = 0.25
+# What a frame lasts where the file does not say it and there is no other frame to judge by.
+_UNKNOWN_SECONDS = 0.04
+
+_STREAM = re.compile(r"\s*Stream #0:(\d+)(?:\[[^]]*\])?(?:\([^)]*\))?: (\w+): (.*)")
+_PIXELS = re.compile(r"(?<!\w)([1-9]\d*)x([1-9]\d*)")
+_CLOCK = r"(\d+):(\d\d):(\d\d(?:\.\d+)?)"
+# Pixel formats with an alpha plane or channel, and palettes, whose entries may be transparent.
+_ALPHA = re.compile(r"(?<!\w)(?:rgba|bgra|argb|abgr|yuva|gbrap|ya8|ya16|pal8|ayuv|vuya)\w*")
 
 _MAX_MESSAGE = 300
 
 
 class VideoError(UserError):
     """A video file or its frames cannot be used; the message is one line and names the file."""
+
+
+@dataclass(frozen=True)
+class FrameTimes:
+    """When the frames of a video are shown.
+
+    `starts` are in seconds from the first frame and rise; `seconds` is where the last frame ends. `complaint` is what
+    ffmpeg said of damage, on one line, or None.
+    """
+
+    starts: tuple[float, ...]
+    seconds: float
+    complaint: str | None
+
+    @property
+    def rate(self) -> float:
+        """Frames a second; where they follow each other unevenly, those of the parts where they are closest."""
+        mean = len(self.starts) / self.seconds
+        if len(self.starts) < 2:
+            return mean
+        # A tenth of the gaps may be shorter: time stamps are rounded, and recorders stumble.
+        closest = 1 / float(np.quantile(np.diff(self.starts), 0.1))
+        return closest if closest > 1.5 * mean else mean
+
+
+@dataclass(frozen=True)
+class _Stream:
+    """A video stream as ffmpeg lists it.
+
+    `seconds` is when the file says that it ends, None where it does not; with `shared`, that is said of all streams.
+    """
+
+    index: int
+    picture: bool
+    default: bool
+    pixels: int
+    alpha: bool
+    seconds: float | None
+    shared: bool
 
 
 @dataclass(frozen=True)
@@ -116,25 +167,34 @@ def write_video(path: str | os.PathLike[str], frames: Frames, fps: float, *, los
     return info
 
 
-def iter_frames(path: str | os.PathLike[str], *, filters: str | None = None) -> Generator[np.ndarray, None, None]:
+def iter_frames(
+    path: str | os.PathLike[str], *, filters: str | None = None, strict: bool = True
+) -> Generator[np.ndarray, None, None]:
     """Decode `path` frame by frame: uint8 RGB arrays `[H, W, 3]`, each its own memory.
 
-    `filters` is an ffmpeg filter chain that the frames go through, such as `fps=1`.
+    Any format that ffmpeg reads will do. Frames are upright, and what is transparent in them is white. Of several video
+    streams, cover pictures and streams of one frame come last; of the others the default one is read, else the largest.
+    Where frames change their size, they are scaled to that of the first. Leaving the iteration early stops ffmpeg.
 
-    Any format that ffmpeg reads will do. Of several video streams ffmpeg takes the one that is marked as the default,
-    then the largest, and a cover picture only where there is nothing else. Sizes come from the decoded frames
-    themselves. The end of the iteration means that the whole file decoded without an error; leaving it early stops
-    ffmpeg.
+    Args:
+        path: of the file.
+        filters: an ffmpeg filter chain that the frames go through, such as `fps=1`.
+        strict: any error that ffmpeg logs is damage, so the end of the iteration means that the whole file decoded
+            without one. Otherwise, an error is let pass if ffmpeg itself goes on; `frame_times` tells of it.
 
     Raises:
         VideoError: the file is missing or empty, cannot be decoded, is damaged or cut off (raised where the
             damage is met, after the frames before it), or holds no frame.
     """
     path = _existing(path)
+    stream = _video_stream(path)
+    chain = ",".join(part for part in (_OVER_WHITE if stream.alpha else "", filters or "") if part)
+    command = [_ffmpeg(), "-hide_banner", "-nostdin", "-v", "error"]
+    # Filters that start again at a change of size would forget which time it is.
+    command += ["-xerror"] if strict else ["-max_error_rate", str(_MOST_DECODE_ERRORS), "-reinit_filter", "0"]
     # PPM frames carry their own size; passthrough keeps ffmpeg from repeating or dropping any.
-    command = [_ffmpeg(), "-hide_banner", "-nostdin", "-v", "error", "-xerror", "-i", f"file:{path}"]
-    command += [*_NO_SOUND, "-fps_mode", "passthrough", *(["-vf", filters] if filters else [])]
-    command += ["-sws_flags", "accurate_rnd+full_chroma_int+bicubic"]
+    command += ["-i", f"file:{path}", "-map", f"0:{stream.index}", "-fps_mode", "passthrough"]
+    command += [*(["-vf", chain] if chain else []), "-sws_flags", "accurate_rnd+full_chroma_int+bicubic"]
     # More than 8 bits a channel would become PPM of 16.
     command += ["-pix_fmt", "rgb24", "-f", "image2pipe", "-c:v", "ppm", "pipe:1"]
     count = 0
@@ -147,8 +207,8 @@ def iter_frames(path: str | os.PathLike[str], *, filters: str | None = None) -> 
                 yield frame
             code = process.wait()
         message = _first_message(log, path)
-    # Some damage (a cut-off mkv) is only logged: at log level "error" any line means lost picture data.
-    if code != 0 or message:
+    # Some damage (a cut-off mkv) is only logged: at log level "error" any line may mean lost picture data.
+    if code != 0 or (message and strict):
         after = f" after {count} frames" if count else ""
         raise VideoError(f"{path}: damaged or not a video{after}: {message or f'ffmpeg exit code {code}'}")
     if count == 0:
@@ -171,24 +231,131 @@ def video_info(path: str | os.PathLike[str]) -> VideoInfo:
     return VideoInfo(frames=count, height=shape[0], width=shape[1])
 
 
-def count_and_seconds(path: str | os.PathLike[str]) -> tuple[int, float]:
-    """How many frames `iter_frames` gives, and how long they last, by decoding; damage within the file is let pass.
+def frame_times(path: str | os.PathLike[str]) -> FrameTimes:
+    """When each frame is shown that `iter_frames` gives with `strict=False`, by decoding the whole file.
+
+    Errors that ffmpeg logs are told in `complaint`, as long as ffmpeg goes on and the frames are enough.
 
     Raises:
-        VideoError: the file is missing, empty or no video, or holds no frame.
+        VideoError: the file is missing, empty or no video, holds no frame, more than a quarter of it cannot be
+            decoded, or it ends before the time that it promises.
     """
     path = _existing(path)
-    command = [_ffmpeg(), "-hide_banner", "-nostdin", "-v", "quiet", "-i", f"file:{path}", *_NO_SOUND]
-    command += ["-f", "null", "-nostats", "-progress", "pipe:1", "-"]
-    done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True)
-    # Blocks of "name=value" lines; the last block tells the whole.
-    told = dict(line.split("=", 1) for line in done.stdout.splitlines() if "=" in line)
-    if done.returncode != 0 or "frame" not in told:
-        raise VideoError(f"{path}: damaged or not a video")
-    time = told.get("out_time_us", "N/A")
-    if told["frame"].strip() == "0" or not time.isdigit() or time == "0":
+    stream = _video_stream(path)
+    with tempfile.TemporaryFile() as log, tempfile.TemporaryDirectory() as folder:
+        progress = Path(folder) / "progress"
+        command = [_ffmpeg(), "-hide_banner", "-nostdin", "-v", "error"]
+        command += ["-max_error_rate", str(_MOST_DECODE_ERRORS), "-reinit_filter", "0", "-i", f"file:{path}"]
+        command += [
+            "-map",
+            f"0:{stream.index}",
+            "-fps_mode",
+            "passthrough",
+            "-nostats",
+            "-progress",
+            f"file:{progress}",
+        ]
+        command += ["-stats_enc_pre", "pipe:1", "-stats_enc_pre_fmt", "{t}", "-f", "null", "-"]
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=log)
+        message = _first_message(log, path)
+        if done.returncode != 0:
+            raise VideoError(f"{path}: damaged or not a video: {message or f'ffmpeg exit code {done.returncode}'}")
+        # Blocks of "name=value" lines; the last block tells the whole.
+        told = dict(line.split("=", 1) for line in progress.read_text().splitlines() if "=" in line)
+    times = np.array(done.stdout.split(), dtype=np.float64)
+    if times.size == 0:
         raise VideoError(f"{path}: the video has no frames")
-    return int(told["frame"]), int(time) / 1e6
+    end = int(told["out_time_us"]) / 1e6 if told.get("out_time_us", "N/A") != "N/A" else 0.0
+    # Some files give two frames one time, or a time before the last one's: such a frame is never shown.
+    starts = np.unique(times[np.isfinite(times)]) if np.isfinite(times).any() else np.zeros(1)
+    usual = float(np.median(np.diff(starts))) if starts.size > 1 else _UNKNOWN_SECONDS
+    end = end if end > starts[-1] else float(starts[-1]) + usual
+    if message and stream.seconds is not None:
+        # Times in lists of streams are rounded. Sound may go on when the pictures have ended.
+        early = usual / 2 + 0.02 + (0.1 * stream.seconds if stream.shared else 0)
+        if end < stream.seconds - early:
+            raise VideoError(
+                f"{path}: damaged or not a video: ends after {end:.2f} of {stream.seconds:.2f} seconds: {message}"
+            )
+    return FrameTimes(tuple((starts - starts[0]).tolist()), end - float(starts[0]), message or None)
+
+
+def _video_stream(path: Path) -> _Stream:
+    """The stream of a file that is its video, as `iter_frames` says.
+
+    Raises:
+        VideoError: ffmpeg cannot open the file, or it has no video stream.
+    """
+    done = subprocess.run(
+        [_ffmpeg(), "-hide_banner", "-nostdin", "-i", f"file:{path}"], stdin=subprocess.DEVNULL, capture_output=True
+    )
+    streams = _listed(done.stderr.decode(errors="replace"))
+    if not streams:
+        raise VideoError(f"{path}: damaged or not a video: {_why_not_opened(path)}")
+    moving = [stream for stream in streams if not stream.picture] or streams
+    if len(moving) > 1:
+        # A picture that is not marked as one: a stream of one frame.
+        moving = [stream for stream in moving if _has_frames(path, stream)] or moving
+    return max(moving, key=lambda stream: (stream.default, stream.pixels, -stream.index))
+
+
+def _listed(text: str) -> list[_Stream]:
+    """The video streams that ffmpeg lists for a file, in order."""
+    found: dict[int, _Stream] = {}
+    whole: float | None = None
+    kinds = 0
+    for line in text.splitlines():
+        if match := re.match(rf"  Duration: {_CLOCK}", line):
+            whole = _in_seconds(*match.groups())
+        elif match := _STREAM.match(line):
+            kinds += 1
+            last = None
+            if match[2] == "Video":
+                last, told = int(match[1]), match[3]
+                size = _PIXELS.search(told)
+                picture = "(attached pic)" in told or "(timed thumbnails)" in told
+                found[last] = _Stream(
+                    last, picture, "(default)" in told, int(size[1]) * int(size[2]) if size else 0,
+                    _ALPHA.search(told) is not None, whole, True,
+                )  # fmt: skip
+        elif kinds and last is not None and (match := re.match(rf"\s+DURATION\s*: {_CLOCK}", line)):
+            found[last] = replace(found[last], seconds=_in_seconds(*match.groups()), shared=False)
+    if kinds == 1:
+        return [replace(stream, shared=False) for stream in found.values()]
+    return list(found.values())
+
+
+def _in_seconds(hours: str, minutes: str, seconds: str) -> float:
+    return 3600 * int(hours) + 60 * int(minutes) + float(seconds)
+
+
+def _has_frames(path: Path, stream: _Stream) -> bool:
+    """Whether a stream has more than one packet, of which each is a frame."""
+    command = [_ffmpeg(), "-hide_banner", "-nostdin", "-v", "quiet", "-i", f"file:{path}", "-map", f"0:{stream.index}"]
+    command += ["-c", "copy", "-frames:v", "2", "-nostats", "-progress", "pipe:1", "-f", "null", "-"]
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True)
+    counts = re.findall(r"^frame=\s*(\d+)", done.stdout, re.MULTILINE)
+    return bool(counts) and int(counts[-1]) > 1
+
+
+def _why_not_opened(path: Path) -> str:
+    command = [
+        _ffmpeg(),
+        "-hide_banner",
+        "-nostdin",
+        "-v",
+        "error",
+        "-i",
+        f"file:{path}",
+        "-map",
+        "0:v",
+        "-f",
+        "null",
+        "-",
+    ]
+    with tempfile.TemporaryFile() as log:
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=log)
+        return _first_message(log, path) or f"ffmpeg exit code {done.returncode}"
 
 
 def _existing(path: str | os.PathLike[str]) -> Path:
