@@ -22,6 +22,7 @@ from xattn_video_pipelines.cli import main
 from xattn_video_pipelines.common.errors import UserError
 from xattn_video_pipelines.demo import world
 from xattn_video_pipelines.qa.answers import first_token_divergence, generate_answer
+from xattn_video_pipelines.qa.command import print_answer
 from xattn_video_pipelines.qa.frames import sample_video
 from xattn_video_pipelines.qa.questions import Question, read_questions
 from xattn_video_pipelines.qa.settings import QaSettings
@@ -391,6 +392,14 @@ def test_signs_that_end_a_line_elsewhere_do_not_in_json_and_a_mark_at_the_start_
         ('{"video": "red.mp4", "question": "w5", "options": ["a"]}', "two or more different texts"),
         ('{"video": "red.mp4", "question": "w5", "options": ["a", "b"], "answer": "c"}', "one of the options"),
         ('{"video": "red.mp4", "question": "w5", "id": "../x"}', "id must be letters"),
+        ('{"video": "red.mp4", "question": "w5", "id": true}', "id must be letters"),
+        (r'{"video": "red.mp4", "question": "w5 \ud83d"}', "question holds half of a surrogate pair"),
+        (r'{"video": "\udc00.mp4", "question": "w5"}', "video holds half of a surrogate pair"),
+        (r'{"video": "red.mp4", "question": "w5", "answer": "\udc00"}', "answer holds half of a surrogate pair"),
+        (
+            r'{"video": "red.mp4", "question": "w5", "options": ["a", "b\ud83d"]}',
+            "options holds half of a surrogate pair",
+        ),
         ('{"video": "red.mp4", "question": "w5", "id": "0001"}', "the id '0001' is already taken"),
         (
             json.dumps({"video": "red.mp4", "question": "w", "options": [f"{i}" for i in range(27)]}),
@@ -404,6 +413,43 @@ def test_a_broken_line_is_named(made: Path, line: str, message: str) -> None:
     with pytest.raises(UserError, match=re.escape(f"{path}:3: ")) as error:
         read_questions(path)
     assert message in str(error.value)
+
+
+def test_question_files_take_what_prompt_files_take(made: Path) -> None:
+    path = made / "loose.jsonl"
+    lines = (
+        '{"video": "red.mp4", "question": "w5", "options": null, "answer": null, "id": 7}',
+        r'{"video": "red.mp4", "question": "w5 \ud83d\udc31", "id": null}',
+    )
+    path.write_text("\n".join(lines))
+    first, second = read_questions(path)
+    assert (first.id, first.options, first.answer) == ("7", (), None)
+    assert (second.id, second.question) == ("0002", "w5 \U0001f431")
+
+
+def test_unreadable_replies_are_counted_apart_from_wrong_ones(made: Path, tmp_path: Path, capfd: Any) -> None:
+    line = {"video": str(made / "red.mp4"), "question": "w5", "options": ["w8", "w9"], "answer": "w9"}
+    (tmp_path / "items.jsonl").write_text(3 * (json.dumps(line) + "\n"))
+    ask = command(made, "--items", tmp_path / "items.jsonl", "--attention", "dense", "--out", tmp_path / "out")
+    assert main(ask) == 0
+    path = tmp_path / "out" / "answers.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    for row, reply in zip(rows, ("B", "A", "who knows"), strict=True):
+        row["reply"] = reply
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    capfd.readouterr()
+    assert main([*ask, "--json"]) == 0
+    told = json.loads(capfd.readouterr().out)["configurations"]["dense"]
+    assert (told["accuracy"], told["with_known_answer"], told["unreadable"]) == (pytest.approx(1 / 3), 3, 1)
+    assert main(ask) == 0
+    table = capfd.readouterr().out.splitlines()
+    assert table[0].split()[:4] == ["attention", "answers", "right", "unreadable"]
+    assert table[1].split()[:4] == ["dense", "3", "33.3%", "1"]
+    for reply, mark in (("B", "right"), ("A", "wrong"), ("who knows", "unreadable")):
+        question = Question("q", made / "red.mp4", "w5", ("w8", "w9"), "B")
+        marked = {"right": question.right(reply), "unreadable": question.unreadable(reply)}
+        print_answer({**rows[0], "reply": reply, **marked})
+        assert capfd.readouterr().out.rstrip().endswith(f", {mark})")
 
 
 def test_videos_that_cannot_be_read_are_named(made: Path, tmp_path: Path) -> None:
@@ -438,6 +484,8 @@ def test_videos_that_cannot_be_read_are_named(made: Path, tmp_path: Path) -> Non
             "--max-frames must be 2 or more, got 1",
         ),
         (("--video", "red.mp4", "--question", "w5", "--max-new-tokens", "0"), "--max-new-tokens must be 1 or more"),
+        (("--video", "red.mp4", "--question", "w5 \udcff"), "--question holds half of a surrogate pair"),
+        (("--video", "red.mp4", "--question", "w5", "--options", "a", "\udcff"), "--options holds half of a surrogate"),
         (("--video", "red.mp4", "--question", "w5", "--dtype", "half8"), "--dtype must be auto or a dtype"),
         (("--video", "red.mp4", "--question", "w5", "--options", *map(str, range(27))), "27 options, but only 26"),
         (("--video", "red.mp4", "--question", "w5", "--model", "nowhere"), "--model "),

@@ -19,7 +19,7 @@ from xattn_video_pipelines.common.environment import device_name, versions
 from xattn_video_pipelines.common.errors import UserError, one_line
 from xattn_video_pipelines.common.files import make_writable, write_texts
 from xattn_video_pipelines.common.program import for_people
-from xattn_video_pipelines.common.settings import Json
+from xattn_video_pipelines.common.settings import Json, option_name
 from xattn_video_pipelines.common.tables import aligned
 from xattn_video_pipelines.qa.frames import SampledVideo, sample_video
 from xattn_video_pipelines.qa.load import (
@@ -29,7 +29,7 @@ from xattn_video_pipelines.qa.load import (
     read_answers,
     weights_of,
 )
-from xattn_video_pipelines.qa.questions import Question, check_answer, check_options, read_questions
+from xattn_video_pipelines.qa.questions import Question, check_answer, check_options, check_text, read_questions
 from xattn_video_pipelines.qa.settings import ANSWERS, SUMMARY, QaSettings
 
 EXAMPLE = """\
@@ -98,8 +98,10 @@ def _answer_questions(settings: QaSettings, on_answer: Callable[[Row], None] | N
 def summary(rows: Sequence[Row]) -> dict[str, Any]:
     """Means over the answers of each attention, and where both answered, how far sparse is from dense.
 
-    `accuracy` is over the questions whose answer is known, `agreement` the share of equal replies (with options, of
-    equal choices), `kl` and `logit_error` are those of the first token, `answering.first_token_divergence`.
+    `accuracy` is over the questions whose answer is known. `unreadable` counts the replies that say nothing that could
+    be right or wrong, such as one that chooses no option; the accuracy has them as not right. `agreement` is the share
+    of equal replies (with options, of equal choices). `kl` and `logit_error` are those of the first token,
+    `answering.first_token_divergence`.
     `not_finite` counts the answers whose first logits were no numbers: nothing said of them means anything.
     """
     configurations = {}
@@ -111,6 +113,7 @@ def summary(rows: Sequence[Row]) -> dict[str, Any]:
             "answers": len(own),
             "accuracy": sum(known) / len(known) if known else None,
             "with_known_answer": len(known),
+            "unreadable": sum(row["unreadable"] for row in own),
             **{name: _mean(own, name) for name in ("prompt_tokens", "prefill_seconds", "decode_seconds")},
             "sparse_density": _mean(own, "sparse_density"),
             "agreement": _mean(compared, "agrees"),
@@ -124,10 +127,12 @@ def summary(rows: Sequence[Row]) -> dict[str, Any]:
 def summary_table(document: dict[str, Any]) -> str:
     """The summary for people: a line a configuration."""
     heads = {
-        "answers": "answers", "accuracy": "right", "prompt_tokens": "tokens", "prefill_seconds": "prefill s",
-        "decode_seconds": "decode s", "sparse_density": "density", "agreement": "as dense", "kl": "KL of 1st token",
+        "answers": "answers", "accuracy": "right", "unreadable": "unreadable", "prompt_tokens": "tokens",
+        "prefill_seconds": "prefill s", "decode_seconds": "decode s", "sparse_density": "density",
+        "agreement": "as dense", "kl": "KL of 1st token",
     }  # fmt: skip
-    styles = {"answers": "d", "accuracy": ".1%", "prompt_tokens": ",.0f", "agreement": ".1%", "kl": ".2g"}
+    styles = {"answers": "d", "accuracy": ".1%", "unreadable": "d", "prompt_tokens": ",.0f", "agreement": ".1%"}
+    styles["kl"] = ".2g"
     lines = [["attention", *heads.values()]]
     for label, values in document["configurations"].items():
         cells = ["-" if values[name] is None else format(values[name], styles.get(name, ".3f")) for name in heads]
@@ -262,7 +267,7 @@ def _answer(
         reply = processor.tokenizer.decode(answer.tokens, skip_special_tokens=True).strip()
         row: Row = {
             "id": question.id, "video": str(question.video), **_asked(question),
-            "attention": label, "reply": reply, "answer": question.answer, "right": question.right(reply),
+            "attention": label, "reply": reply, **_marked(question, reply),
             "frames": len(video.frames), "fps": video.fps, "prompt_tokens": answer.prompt_tokens,
             "prefill_seconds": round(answer.prefill_seconds, 4), "decode_seconds": round(answer.decode_seconds, 4),
             "sparse_density": told.get("sparse_density"), "dense_calls": told.get("dense_calls", {}),
@@ -331,7 +336,7 @@ def print_answer(row: Row, file: TextIO | None = None) -> None:
     """A line about an answer on stdout, or in `file`; it does not tear the bar on stderr."""
     from tqdm.auto import tqdm
 
-    mark = {True: "right", False: "wrong", None: ""}[row["right"]]
+    mark = "unreadable" if row["unreadable"] else {True: "right", False: "wrong", None: ""}[row["right"]]
     density = "" if row["sparse_density"] is None else f"density {row['sparse_density']:.2f}"
     parts = (f"{row['prompt_tokens']:,} tokens", f"prefill {row['prefill_seconds']:.2f} s", density, mark)
     line = f"{row['id']}  {row['attention']}: {row['reply']}  ({', '.join(part for part in parts if part)})"
@@ -344,6 +349,8 @@ def _questions(settings: QaSettings) -> list[Question]:
     assert settings.video is not None
     assert settings.question is not None
     video = settings.video
+    for name in ("question", "options", "answer"):
+        check_text(option_name(name), getattr(settings, name))
     if not video.is_file():
         raise UserError(f"--video {video}: no such video file")
     options = check_options("--options", settings.options)
@@ -374,6 +381,11 @@ def _asked(question: Question) -> Row:
     }  # fmt: skip
 
 
+def _marked(question: Question, reply: str) -> Row:
+    """What a row says of its reply. One that cannot be read is not right, and counted apart from wrong ones."""
+    return {"answer": question.answer, "right": question.right(reply), "unreadable": question.unreadable(reply)}
+
+
 def _still_valid(
     rows: dict[tuple[str, str], Row], questions: Sequence[Question], configs: dict[str, Any]
 ) -> dict[tuple[str, str], Row]:
@@ -390,8 +402,7 @@ def _still_valid(
                 continue
             if len(configs) > 1 and configs[label] is not None and row["agrees"] is None:
                 continue
-            marked = {"answer": question.answer, "right": question.right(row["reply"])}
-            valid[question.id, label] = {**row, **marked}
+            valid[question.id, label] = {**row, **_marked(question, row["reply"])}
     return valid
 
 

@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from xattn_video_pipelines.common.errors import UserError
+from xattn_video_pipelines.qa import choices
 
 LETTERS = string.ascii_uppercase
 # What stands around words without being of them.
 _AROUND = ".,;:!?\"'`*_()[]{}\u2018\u2019\u201c\u201d\u2026"
+_REASONING = "(?:think|thinking|thought|reasoning)"
 _KEYS = {"video", "question", "options", "answer", "id"}
 _ID = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
 
@@ -42,41 +44,47 @@ class Question:
     def right(self, reply: str) -> bool | None:
         """Whether a reply is the answer; None where none is given.
 
-        With options its choice counts, see `chosen`. Without them the whole reply, apart from case, articles and what
-        stands around its words.
+        With options its choice counts, see `chosen`. Without them all that it says after its reasoning, apart from
+        case, articles and what stands around its words.
         """
         if self.answer is None:
             return None
         if not self.options:
-            return _plain(reply) == _plain(self.answer)
+            return _plain(conclusion(reply)) == _plain(self.answer)
         return self.chosen(reply) == self.answer
+
+    def unreadable(self, reply: str) -> bool:
+        """Whether a reply says nothing that could be right or wrong: no choice among options, or only reasoning."""
+        return self.chosen(reply) is None if self.options else not conclusion(reply)
 
     def same(self, reply: str, other: str) -> bool:
         """Whether two replies say the same: with options make the same choice, else have the same words."""
-        choices = self.chosen(reply), self.chosen(other)
-        if self.options and any(choices):
-            return choices[0] == choices[1]
-        return reply.strip() == other.strip()
+        if self.options and (letters := (self.chosen(reply), self.chosen(other))) != (None, None):
+            return letters[0] == letters[1]
+        return conclusion(reply) == conclusion(other)
 
     def chosen(self, reply: str) -> str | None:
         """The letter that a reply to a question with options chooses, or None.
 
-        A letter alone or in front ("b", "(B)", "b) a cat"); else the one option whose text the reply is; else the
-        first capital letter that stands alone and is neither an article nor "I" ("The answer is B, since ...").
+        What counts, in this order, in what the reply says after its reasoning:
+
+        1. the last "answer is B", "answer: b" or `\\boxed{B}`;
+        2. a letter alone or in front ("b", "(B)", "b) a cat"), unless the reply lists several options;
+        3. the one option whose text the reply is;
+        4. the last letter that stands alone ("so it is B", "option b").
+
+        Letters that the reply rejects ("not A", "rules out C", "D is wrong"), articles, "I" and names ("Apartment B")
+        do not count, and a choice of two ("A or B") is none.
         """
-        letters = LETTERS[: len(self.options)]
-        if leading := re.match(rf"[\W_]*([{letters}])\s*(?:[).:\]]|\W*$)", reply, re.IGNORECASE):
-            return leading[1].upper()
-        same = [letter for letter, option in zip(letters, self.options, strict=True) if _plain(option) == _plain(reply)]
-        if len(same) == 1:
-            return same[0]
-        for alone in re.finditer(rf"(?<![A-Za-z0-9_'])([{letters}])(?![A-Za-z0-9_'])", reply):
-            before, behind = reply[: alone.start()].rstrip(), reply[alone.end() :]
-            word = re.match(r"\s+[a-z]", behind) is not None
-            article = alone[1] == "A" and word and (not before or before[-1] in ".!?:")
-            if not article and not (alone[1] == "I" and word):
-                return alone[1]
-        return None
+        letters, said = LETTERS[: len(self.options)], conclusion(reply)
+        same = [letter for letter, option in zip(letters, self.options, strict=True) if _plain(option) == _plain(said)]
+        return choices.chosen(said, letters, same[0] if len(same) == 1 else None)
+
+
+def conclusion(reply: str) -> str:
+    """What a reply says after its reasoning, `<think>...</think>`; nothing where the reasoning has no end."""
+    after = re.split(rf"</{_REASONING}>", reply, flags=re.IGNORECASE)[-1]
+    return re.split(rf"<{_REASONING}>", after, flags=re.IGNORECASE)[0].strip()
 
 
 def read_questions(path: Path) -> list[Question]:
@@ -104,6 +112,18 @@ def read_questions(path: Path) -> list[Question]:
     if not questions:
         raise UserError(f"{path}: no question in it")
     return list(questions.values())
+
+
+def check_text(what: str, *texts: Any) -> None:
+    """Raise UserError for a text, alone or in a list, that holds half of a surrogate pair; what is no text passes.
+
+    No tokenizer takes one. JSON can spell it, and so can a command line that is not in UTF-8.
+    """
+    for text in texts:
+        if isinstance(text, (list, tuple)):
+            check_text(what, *text)
+        elif isinstance(text, str) and any("\ud800" <= sign <= "\udfff" for sign in text):
+            raise UserError(f"{what} holds half of a surrogate pair, which is no text: {text!a}")
 
 
 def check_options(where: str, options: Any) -> tuple[str, ...]:
@@ -145,13 +165,18 @@ def _question(path: Path, number: int, line: str, default_id: str) -> Question:
     for name in ("video", "question"):
         if not isinstance(values.get(name), str) or not values[name].strip():
             raise UserError(f"{where}: needs {name}, a text")
-    id = values.get("id", default_id)
+    for name in ("video", "question", "options", "answer"):
+        check_text(f"{where}: {name}", values.get(name))
+    id = default_id if values.get("id") is None else values["id"]
+    if isinstance(id, int) and not isinstance(id, bool):
+        id = str(id)
     if not isinstance(id, str) or not _ID.fullmatch(id):
         raise UserError(f"{where}: id must be letters, digits, '.', '_' or '-', got {id!r}")
     video = path.parent / values["video"]
     if not video.is_file():
         raise UserError(f"{where}: no such video file: {video}")
-    options = check_options(where, values.get("options", []))
+    given = values.get("options")
+    options = check_options(where, [] if given is None else given)
     return Question(id, video, values["question"], options, check_answer(where, values.get("answer"), options))
 
 
