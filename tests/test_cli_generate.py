@@ -382,16 +382,6 @@ def test_a_model_that_works_in_sections_has_its_own_rule_for_frames(tmp_path):
     assert find_model(str(tmp_path)).geometry is None
 
 
-def test_a_photograph_is_turned_as_it_says(tmp_path):
-    from PIL import Image
-
-    image = Image.new("RGB", (40, 20))
-    exif = image.getexif()
-    exif[0x0112] = 6
-    image.save(tmp_path / "phone.jpg", exif=exif)
-    assert runner._load_image(tmp_path / "phone.jpg").size == (20, 40)
-
-
 def test_damaged_and_impossible_models_are_one_line(model, prompts, tmp_path, xattn):
     broken = shutil.copytree(model, tmp_path / "broken")
     weights = broken / "text_encoder" / "model.safetensors"

@@ -198,8 +198,9 @@ def load_video_model(settings: QaSettings) -> tuple[Any, Any]:
     from xattn_video_pipelines.qa.qwen_positions import repair_positions
 
     model, processor = load_model(
-        settings.model, VIDEO_MODEL, "AutoProcessor", device=settings.device, dtype=settings.dtype
-    )
+        settings.model, VIDEO_MODEL, "AutoProcessor", device=settings.device, dtype=settings.dtype,
+        trust_remote_code=settings.trust_remote_code,
+    )  # fmt: skip
     repair_positions(model)
     if getattr(processor, "video_processor", None) is None or not processor.chat_template:
         raise UserError(f"--model {settings.model}: its processor takes no video in a chat")
@@ -227,7 +228,15 @@ class Prompts:
             if said := self._seen[1].complaint:
                 _warn(f"{question.video}: ffmpeg says of it: {said}; the frames that it gives are used")
         video = self._seen[1]
-        return video, _inputs(self._settings, self._processor, question, video, self._model)
+        inputs = _inputs(self._settings, self._processor, question, video, self._model)
+        tokens, config = inputs["input_ids"].shape[1], self._model.config.get_text_config()
+        positions = getattr(config, "max_position_embeddings", None)
+        if positions is not None and tokens > positions:
+            _warn(
+                f"{question.id}: {tokens:,} tokens, and the model was made for {positions:,}; its answer may be worse "
+                "than with --fps, --max-frames or --max-pixels of less"
+            )
+        return video, inputs
 
 
 def _warn(line: str) -> None:

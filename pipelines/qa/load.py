@@ -20,7 +20,13 @@ _COMPLAINT = "not an answer of this program; use another --out"
 
 
 def load_model(
-    name: str, model_class: str, processor_class: str, *, device: str = "auto", dtype: str = "auto"
+    name: str,
+    model_class: str,
+    processor_class: str,
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    trust_remote_code: bool = False,
 ) -> tuple[Any, Any]:
     """A model of transformers and its tokenizer or processor, by the names of the classes that load them.
 
@@ -30,9 +36,11 @@ def load_model(
         device: `auto` takes a GPU if there is one.
         dtype: a dtype of torch by its name; `auto` is that of the weights, and float32 for weights in bfloat16 on a
             CPU that only emulates it.
+        trust_remote_code: run code that comes with the model. Otherwise it is never run, and nobody is asked.
 
     Raises:
-        UserError: neither here nor reachable, not such a model, damaged, or no such device or dtype.
+        UserError: neither here nor reachable, not such a model, damaged, in need of code of its own that is not
+            trusted, or no such device or dtype.
     """
     import torch
     from safetensors import SafetensorError
@@ -47,11 +55,17 @@ def load_model(
     if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
         raise UserError(f"--dtype must be auto or a dtype such as bfloat16, got {dtype}")
     try:
-        model = getattr(transformers, model_class).from_pretrained(source, dtype=dtype)
-        processor = getattr(transformers, processor_class).from_pretrained(source)
+        # Said outright: where it is left open, transformers asks on the terminal.
+        trust = {"trust_remote_code": trust_remote_code}
+        model = getattr(transformers, model_class).from_pretrained(source, dtype=dtype, **trust)
+        processor = getattr(transformers, processor_class).from_pretrained(source, **trust)
     except (OSError, ValueError, TypeError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         if isinstance(error, OSError) and not Path(source).is_dir():
             raise UserError(offline_message(name, error)) from None
+        if not trust_remote_code and "trust_remote_code" in str(error):
+            raise UserError(
+                f"--model {name}: comes with code of its own, which is run by `qa --trust-remote-code` only"
+            ) from None
         reason = one_line(error, 200)
         raise UserError(f"--model {name}: cannot be loaded ({type(error).__name__}: {reason})") from None
     try:

@@ -112,6 +112,9 @@ class QaSettings(LoadSettings, PrefillSettings):
     ] = 64
 
     max_new_tokens: Annotated[int, Option("of an answer", _MACHINE, "N")] = 64
+    trust_remote_code: Annotated[
+        bool, Option("run code that comes with the model; without this it is never run", _MACHINE)
+    ] = False
     max_hours: MaxHours = None
 
     @property

@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
 from importlib import metadata
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from xattn_video.extras import require
 from xattn_video_pipelines.common.batch import Batch, ItemError, Key, is_out_of_memory, note_plan
 from xattn_video_pipelines.common.errors import UserError, one_line
 from xattn_video_pipelines.common.files import claimed, make_writable, remove_dead_claim, remove_partial
+from xattn_video_pipelines.video.lengths import told_of_long_prompts
 from xattn_video_pipelines.video.manifest import (
     Record,
     append_record,
@@ -26,11 +26,11 @@ from xattn_video_pipelines.video.manifest import (
     remove_records,
 )
 from xattn_video_pipelines.video.models import Model, ResolvedSettings, check_available, offline_message
+from xattn_video_pipelines.video.pictures import load_picture
 from xattn_video_pipelines.video.plan import Job, Plan
 
 if TYPE_CHECKING:
     import torch
-    from PIL.Image import Image
 
     from xattn_video import XAttnConfig
     from xattn_video.ops import Call
@@ -95,7 +95,7 @@ def _with_pictures(batch: Batch, jobs: Sequence[Job]) -> list[Job]:
     for job in jobs:
         try:
             if job.prompt.image is not None:
-                _load_image(job.prompt.image)
+                load_picture(job.prompt.image)
             good.append(job)
         except Exception as error:
             batch.note(_key(job), f"{job.attention}/{job.name}", error)
@@ -124,6 +124,8 @@ def _make_videos(
     )
     if on_pipeline:
         on_pipeline(pipe)
+    for line in told_of_long_prompts(pipe, plan.recipe.model, [job.prompt for job in pending]):
+        print(line, file=sys.stderr)
     maker = _Maker(plan, pipe)
     # Every attention once: a model that cannot be sparse says so before hours of dense videos.
     for config in dict.fromkeys(job.config for job in pending):
@@ -352,7 +354,7 @@ def _arguments(model: Model, settings: ResolvedSettings, job: Job) -> dict[str, 
     if job.prompt.negative_prompt is not None:
         arguments["negative_prompt"] = job.prompt.negative_prompt
     if job.prompt.image is not None:
-        arguments["image"] = _load_image(job.prompt.image)
+        arguments["image"] = load_picture(job.prompt.image)
     return arguments
 
 
@@ -412,16 +414,6 @@ def attach(pipe: Any, config: XAttnConfig | None, on_call: Callable[[str, Call],
     except ValueError as error:
         raise UserError(f"--attention xattn: {error}") from None
     return processor
-
-
-def _load_image(path: Path) -> Image:
-    from PIL import Image, ImageOps
-
-    try:
-        # Upright: photographs of phones say beside their pixels how they are to be turned.
-        return ImageOps.exif_transpose(Image.open(path)).convert("RGB")
-    except OSError as error:
-        raise UserError(f"{path}: damaged image: {one_line(error)}") from None
 
 
 def _set_flow_shift(pipe: Any, flow_shift: float | None) -> None:

@@ -120,7 +120,7 @@ def _image_digest(path: Path) -> str:
     try:
         with Image.open(path):
             return hashlib.sha256(path.read_bytes()).hexdigest()
-    except OSError as error:
+    except (OSError, Image.DecompressionBombError) as error:
         raise UserError(f"{path}: cannot be read as an image: {one_line(error)}") from None
 
 
