@@ -18,10 +18,12 @@ import imageio_ffmpeg
 import numpy as np
 import pytest
 
+from tests.cli_tools import run_command
 from tests.language_families import save_video_model
 from xattn_video_pipelines.cli import main
 from xattn_video_pipelines.qa.frames import SampledVideo, sample_video
 from xattn_video_pipelines.video.io import VideoError, frame_times, iter_frames, read_video
+from xattn_video_pipelines.video.manifest import append_record
 
 # Left half red, right half blue: what is upright, square and in its place shows it.
 HALVES = "color=red:s=32x48:r=8:d=2[l];color=blue:s=32x48:r=8:d=2[r];[l][r]hstack"
@@ -88,6 +90,12 @@ def encoded(name: str, *words: object, source: str = HALVES) -> Callable[[Path],
 def rotated(folder: Path) -> Path:
     """As of a phone that was held upright: the pixels lie, and a matrix says how they are to be turned."""
     ffmpeg(*H264, folder / "lying.mp4", source=STACKED.replace("vstack", "vstack,transpose=dir=clock"))
+    ffmpeg("-display_rotation", "90", "-i", folder / "lying.mp4", "-c", "copy", folder / "turned.mp4", source=None)
+    return folder / "turned.mp4"
+
+
+def rotated_with_tall_pixels(folder: Path) -> Path:
+    ffmpeg(*H264, "-vf", "setsar=1/2", folder / "lying.mp4")
     ffmpeg("-display_rotation", "90", "-i", folder / "lying.mp4", "-c", "copy", folder / "turned.mp4", source=None)
     return folder / "turned.mp4"
 
@@ -186,7 +194,16 @@ ZOO = {
         encoded("a.mp4", *H264, "-g", 4, "-movflags", "frag_keyframe+empty_moov+default_base_moof"), 16, (48, 64)
     ),
     "ProRes": Animal(encoded("a.mov", "-c:v", "prores"), 16, (48, 64)),
+    "Flash": Animal(encoded("a.flv", *H264), 16, (48, 64)),
+    "Windows Media": Animal(encoded("a.wmv", "-c:v", "wmv2", "-qscale:v", 2), 16, (48, 64)),
+    "Ogg Theora": Animal(
+        encoded("a.ogv", "-c:v", "libtheora", "-qscale:v", 10, source=moving(2, 8)), 16, (48, 64), where=None
+    ),
+    "a time code beside": Animal(encoded("a.mov", *H264, "-timecode", "00:00:01:00"), 16, (48, 64)),
+    "a late start": Animal(encoded("a.mkv", *H264, "-output_ts_offset", 5), 16, (48, 64)),
+    "rounded time stamps of 30 a second": Animal(encoded("a.mkv", *H264, "-vf", "fps=30"), 16, (48, 64), read=60),
     "not square pixels": Animal(encoded("a.mp4", *H264, "-vf", "scale=32:48,setsar=2"), 16, (48, 64)),
+    "not square pixels, rotated": Animal(rotated_with_tall_pixels, 16, (64, 96), where=None),
     "odd sizes": Animal(encoded("a.mkv", *H264[:4], "-pix_fmt", "yuv444p", "-vf", "crop=63:47"), 16, (46, 62)),
     "grey": Animal(encoded("a.mkv", "-c:v", "ffv1", "-pix_fmt", "gray16le"), 16, (48, 64), where=None),
     "one frame": Animal(encoded("a.mp4", *H264, "-frames:v", 1), 2, (48, 64), read=1),
@@ -240,6 +257,21 @@ def test_times_are_those_of_the_file(tmp_path: Path) -> None:
     assert frame_times(tmp_path / "b.mp4").rate == pytest.approx(8, rel=1e-3)
 
 
+def test_no_frame_is_seen_twice_where_time_stamps_are_rounded(tmp_path: Path) -> None:
+    """Matroska counts milliseconds, so 30 frames a second are 33 or 34 of them apart."""
+    ffmpeg(*H264, tmp_path / "a.mkv", source=moving(2, 30))
+    video = sample_video(tmp_path / "a.mkv", fps=1000, max_frames=1000, max_pixels=10**6)
+    assert video.fps == pytest.approx(30, rel=1e-2)
+    assert abs(len(video.frames) - 60) <= 1
+
+
+def test_no_more_frames_are_seen_than_the_video_lasts(tmp_path: Path) -> None:
+    """Theora stores no frame that repeats the last one, and ffmpeg guesses how long the last one of all is shown."""
+    ffmpeg("-c:v", "libtheora", tmp_path / "a.ogv")
+    video = sample_video(tmp_path / "a.ogv", fps=8, max_frames=100, max_pixels=10**6)
+    assert len(video.frames) / video.fps == pytest.approx(video.seconds, rel=0.01)
+
+
 def test_a_change_of_size_moves_no_times(tmp_path: Path) -> None:
     """Six parts of a second, 1.5 frames of each: rounded part by part they would be 12."""
     video = sample_video(size_that_changes(tmp_path), fps=1.5, max_frames=100, max_pixels=10**6)
@@ -288,6 +320,20 @@ def test_a_video_of_which_much_cannot_be_decoded_is_refused(tmp_path: Path) -> N
                 sample_video(path, fps=16, max_frames=100, max_pixels=10**6)
         else:
             assert sample_video(path, fps=16, max_frames=100, max_pixels=10**6).complaint is not None
+
+
+def test_compare_refuses_a_video_about_which_qa_answers(tmp_path: Path, capfd: Any) -> None:
+    path = open_gop_cut(tmp_path)
+    for side, config in (("dense", None), ("sparse", {"stride": 8})):
+        (tmp_path / side).mkdir()
+        (tmp_path / side / "cat-s0.mp4").write_bytes(path.read_bytes())
+        record = {"id": "cat", "seed": 0, "file": "cat-s0.mp4", "lossless_file": None, "prompt": "a cat"}
+        record |= {"model": "tiny", "steps": 8, "device_name": "CPU", "seconds": 1.0, "mean_density": 1.0}
+        append_record(tmp_path / side, {**record, "config": config})
+    compared = ("compare", tmp_path / "dense", tmp_path / "sparse", "--no-lpips", "--out", tmp_path / "out")
+    done = run_command(capfd, *compared)
+    assert done.code == 2
+    assert "cat-s0.mp4: damaged or not a video" in done.err.splitlines()[-1]
 
 
 def test_qa_answers_about_a_damaged_video_with_one_warning(tmp_path: Path, capfd: Any) -> None:

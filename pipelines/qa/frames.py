@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -57,14 +58,15 @@ def sample_video(path: Path, *, fps: float, max_frames: int, max_pixels: int) ->
     # No frame twice while the next one is due, unless there is but one.
     rate = min(fps, times.rate, max_frames / times.seconds)
     rate = max(rate, _FEWEST / times.seconds)
+    count = min(max_frames, max(_FEWEST, math.ceil(times.seconds * rate)))
     # Even sides, in proportion, within the pixels.
     share = f"min(1,sqrt({max_pixels}/(iw*sar*ih)))"
     scale = ":".join(f"{name}='max(2,trunc({size}*{share}/2)*2)'" for name, size in (("w", "iw*sar"), ("h", "ih")))
     # Rounded up, a frame counts from the first time that is asked for after it appears.
     sampled = f"setpts=PTS-STARTPTS,fps={rate:.9g}:round=up,scale={scale}"
     frames: list[np.ndarray] = []
-    # To the end, also where the filter gives a frame too many: damage behind the last one taken counts too.
+    # To the end, also where the filter gives too many: damage behind the last one taken counts too.
     for frame in iter_frames(path, filters=sampled, strict=False):
-        if len(frames) < max_frames:
+        if len(frames) < count:
             frames.append(frame)
     return SampledVideo(np.stack(frames), rate, times.seconds, times.complaint)
