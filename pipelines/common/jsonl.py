@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from xattn_video_pipelines.common.errors import UserError
-from xattn_video_pipelines.common.files import alone_with, write_texts
+from xattn_video_pipelines.common.files import alone_with, open_own, reason_of, write_texts
 
 Row = dict[str, Any]
 
@@ -50,7 +50,7 @@ def append(path: Path, rows: Sequence[Row]) -> None:
     try:
         # Without a lock, a line that another process is writing would look like one that a kill cut short.
         with alone_with(path):
-            descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o644)
+            descriptor = open_own(path, os.O_RDWR | os.O_APPEND | os.O_CREAT)
             with os.fdopen(descriptor, "ab+", buffering=0) as file:
                 if file.seek(0, os.SEEK_END):
                     file.seek(-1, os.SEEK_END)
@@ -61,7 +61,7 @@ def append(path: Path, rows: Sequence[Row]) -> None:
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
                 os.fsync(file.fileno())
     except OSError as error:
-        raise UserError(f"{path}: cannot write: {error.strerror}") from None
+        raise UserError(f"{path}: cannot write: {reason_of(error)}") from None
 
 
 def repair(path: Path) -> None:
@@ -77,7 +77,7 @@ def keep(path: Path, wanted: Callable[[Row], bool]) -> None:
         with alone_with(path):
             write_texts({path: text(row for _, row in read(path) if wanted(row))})
     except OSError as error:
-        raise UserError(f"{path}: cannot write: {error.strerror}") from None
+        raise UserError(f"{path}: cannot write: {reason_of(error)}") from None
 
 
 class Follower:
@@ -97,13 +97,13 @@ class Follower:
 def _whole_lines(path: Path, offset: int = 0) -> list[bytes]:
     """The lines from `offset` bytes on that have an end. Only a line feed ends a line."""
     try:
-        with path.open("rb") as file:
+        with os.fdopen(open_own(path, os.O_RDONLY), "rb") as file:
             file.seek(offset)
             return file.read().split(b"\n")[:-1]
     except FileNotFoundError:
         return []
     except OSError as error:
-        raise UserError(f"{path}: cannot read: {error.strerror}") from None
+        raise UserError(f"{path}: cannot read: {reason_of(error)}") from None
 
 
 def _parse(line: bytes, complaint: str) -> Row:

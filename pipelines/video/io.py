@@ -116,8 +116,7 @@ def write_video(path: str | os.PathLike[str], frames: Frames, fps: float, *, los
     """Write `frames` to `path`, whole or not at all.
 
     The file is written under the temporary name of `files.whole_files` and renamed at the end, so a file under
-    `path` is always a finished one. After a kill the partial file stays and the next write of the same video
-    replaces it; two processes must not write the same path at once.
+    `path` is always a finished one. After a kill the partial file stays until the next run that writes there.
 
     Args:
         path: ends in `.mp4`, or in `.mkv` with `lossless`. The folder must exist.
@@ -143,6 +142,8 @@ def write_video(path: str | os.PathLike[str], frames: Frames, fps: float, *, los
     info = _check_frames(path, frames, lossless=lossless)
     if not 0 < fps < float("inf"):
         raise VideoError(f"{path}: fps must be a positive number, got {fps}")
+    if not path.parent.is_dir():
+        raise VideoError(f"{path}: cannot write the video: No such file or directory")
 
     rate = str(Fraction(fps).limit_denominator(100_000))
     command = [_ffmpeg(), "-hide_banner", "-nostdin", "-v", "error", "-y"]

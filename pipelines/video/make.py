@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from xattn_video.extras import require
 from xattn_video_pipelines.common.batch import Batch, ItemError, Key, is_out_of_memory, note_plan
 from xattn_video_pipelines.common.errors import UserError, one_line
-from xattn_video_pipelines.common.files import claimed, make_writable, remove_dead_claim, remove_partial
+from xattn_video_pipelines.common.files import claimed, make_writable, remove_dead_claim
 from xattn_video_pipelines.video.lengths import told_of_long_prompts
 from xattn_video_pipelines.video.manifest import (
     Record,
@@ -143,9 +143,6 @@ def _make_videos(
         for job in batch.items(pending):
             record: Record | None = None
             with progress.video(f"{job.attention}/{job.name}"), claimed(job.folder / job.name):
-                # What a killed run left half written.
-                for suffix in (".mp4", ".mkv"):
-                    remove_partial(job.path.with_suffix(suffix))
                 if made_meanwhile(job.path, job.key, job.found, job.identity):
                     continue
                 with batch.item(_key(job), f"{job.attention}/{job.name}"):
