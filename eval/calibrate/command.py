@@ -23,7 +23,7 @@ from xattn_video_eval.calibrate.choose import choose
 from xattn_video_eval.calibrate.settings import CalibrateSettings
 from xattn_video_pipelines.common.environment import versions
 from xattn_video_pipelines.common.errors import UserError
-from xattn_video_pipelines.common.files import make_writable, write_texts
+from xattn_video_pipelines.common.files import make_writable, read_input, write_texts
 from xattn_video_pipelines.common.program import for_people
 from xattn_video_pipelines.common.settings import Json
 from xattn_video_pipelines.common.tables import aligned
@@ -257,7 +257,7 @@ def _versions() -> tuple[tuple[str, str], ...]:
 
 def _text(path: Path) -> str:
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_input(path).decode("utf-8")
     except UnicodeDecodeError:
         raise UserError(f"{path}: not a text file in UTF-8") from None
     except OSError as error:

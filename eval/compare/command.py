@@ -36,7 +36,7 @@ from xattn_video_eval.compare.pairs import Pair, find_pairs
 from xattn_video_eval.compare.settings import FLOOR, FRAMES_CSV, METRICS_CSV, SUMMARY_JSON, CompareSettings
 from xattn_video_eval.compare.table import format_summary
 from xattn_video_pipelines.common.errors import UserError
-from xattn_video_pipelines.common.files import make_writable, write_texts
+from xattn_video_pipelines.common.files import check_stays, make_writable, write_texts
 from xattn_video_pipelines.common.program import for_people
 from xattn_video_pipelines.common.settings import Json
 from xattn_video_pipelines.video import Key, Record, read_manifest
@@ -123,6 +123,7 @@ def _floor_pairs(dense_dir: Path, sparse_dir: Path, pairs: Sequence[Pair]) -> li
         return []
     if folder.resolve() in (dense_dir.resolve(), sparse_dir.resolve()):
         return []
+    check_stays(folder, dense_dir.parent)
     there = read_manifest(folder)
     keys = [pair.key for pair in pairs if pair.key in there]
     return find_pairs(dense_dir, folder, keys=keys)[0] if keys else []

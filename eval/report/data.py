@@ -5,24 +5,23 @@ A summary is believed only where it is of these very videos; otherwise the folde
 
 from __future__ import annotations
 
-import json
 import os
 import re
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from xattn_video_eval.compare import FLOOR, SUMMARY_JSON, CompareSettings, compare
+from xattn_video_eval.compare import FLOOR, SUMMARY_JSON, CompareSettings, compare, read_summary
 from xattn_video_eval.report.settings import ReportSettings
 from xattn_video_eval.report.wording import in_words
 from xattn_video_pipelines.common.errors import UserError
+from xattn_video_pipelines.common.files import check_stays
+from xattn_video_pipelines.common.terminal import say
 from xattn_video_pipelines.video import MANIFEST, Key, Record, finished_videos, video_name
 
 DENSE = "dense"
-# A summary without these is of an older version.
-_NEEDED = ("pairs", "definitions", "unmatched", "psnr", "ssim", "lpips", "flicker", "border_excess_db", "speedup")
-_NEEDED_IN_ROWS = ("psnr", "ssim", "density", "dense_seconds", "sparse_seconds", "flicker_worst_frame", "worst_region")
 
 
 @dataclass(frozen=True)
@@ -101,6 +100,8 @@ def load_run(settings: ReportSettings, *, progress: bool = True) -> Run:
         )
     if labels == [DENSE]:
         raise UserError(f"{folder}: only {DENSE}/ is in it; xattn-video generate --attention all makes the rest")
+    for label in labels:
+        check_stays(folder / label, folder)
     dense_folder = folder / DENSE
     dense = finished_videos(dense_folder)
     compared = []
@@ -166,13 +167,20 @@ def settings(run: Run) -> list[tuple[str, list[str]]]:
         ("made", _span(told(records, "finished"))),
     ]
     # What differs between the configurations, in words; old manifests may lack it.
-    named += [(one.label, in_words(config)) for one in run.sparse if (config := _config(one))]
+    named += [(one.label, _words(one, config)) for one in run.sparse if (config := _config(one))]
     return [(name, values) for name, values in named if values]
 
 
 def _config(one: Compared) -> dict[str, Any] | None:
     """The settings of sparse attention, which are the same in all records of a folder."""
     return next((record["config"] for record in one.records.values() if record.get("config")), None)
+
+
+def _words(one: Compared, config: dict[str, Any]) -> list[str]:
+    try:
+        return in_words(config)
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{one.folder / MANIFEST}: config: {error}") from None
 
 
 def mean_density_by_step(records: Mapping[Key, Record]) -> list[float]:
@@ -220,19 +228,16 @@ def _current_summary(
     """summary.json, if it is of these manifests' videos and has what a report needs; else None."""
     path = folder / SUMMARY_JSON
     try:
-        summary = json.loads(path.read_text(encoding="utf-8"))
-        written = os.stat(path).st_mtime_ns
+        written = os.lstat(path).st_mtime_ns
         if any(written < os.stat(place / MANIFEST).st_mtime_ns for place in (dense_folder, folder)):
             return None
-    except (OSError, ValueError):
+        summary = read_summary(folder)
+    except FileNotFoundError:
         return None
-    rows = summary.get("videos") if isinstance(summary, dict) else None
-    if (
-        not rows
-        or any(name not in summary for name in _NEEDED)
-        or any(n not in row for row in rows for n in _NEEDED_IN_ROWS)
-    ):
+    except (OSError, ValueError) as error:
+        say(f"{path}: not of this version, so the folder is compared again: {error}", sys.stderr)
         return None
+    rows = summary["videos"]
     by_key = {(row["id"], row["seed"]): row for row in rows}
     if by_key.keys() != dense.keys() & records.keys():
         return None

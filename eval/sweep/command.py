@@ -174,7 +174,8 @@ def forecast(plan: Plan, configs: int, left: int) -> str:
     A sparse video is counted with a dense one's time, so the figure is a bound where sparse is not slower.
     """
     folder = next(job.folder for job in plan.jobs if job.attention == "dense")
-    seconds = [record["seconds"] for record in read_manifest(folder).values()]
+    told = [record.get("seconds") for record in read_manifest(folder).values()]
+    seconds = [value for value in told if value is not None]
     text = f"{configs} configurations, {left} of {len(plan.jobs)} videos to make"
     if not left or not seconds:
         return text
@@ -234,7 +235,8 @@ def _measured(settings: SweepSettings, plan: Plan, label: str, keys: Sequence[Ke
     manifest = read_manifest(folder)
     records = [manifest[key] for key in keys]
     if label == "dense":
-        seconds = sum(record["seconds"] for record in records) / len(records)
+        told = [record.get("seconds") for record in records]
+        seconds = None if None in told else sum(told) / len(told)
         values: dict[str, Any] = dict.fromkeys((*_COMPARED, "psnr_worst", "psnr_low", "psnr_high")) | {
             "density": 1.0, "dense_seconds": seconds, "sparse_seconds": seconds, "speedup": 1.0,
         }  # fmt: skip
@@ -277,7 +279,7 @@ def _environment(plan: Plan) -> dict[str, Any]:
         **vars(plan.recipe.settings),
         "tokens": plan.recipe.tokens,
         "dtype": plan.dtype,
-        "devices": sorted({record["device_name"] for record in records}),
+        "devices": sorted({record["device_name"] for record in records if record.get("device_name")}),
         **provenance("diffusers", "transformers"),
     }
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import itertools
-import json
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from xattn_video_pipelines.common.errors import UserError
+from xattn_video_pipelines.common.files import read_input
+from xattn_video_pipelines.common.schema import parse_json
 from xattn_video_pipelines.common.settings import Option, option_name, sparse_config
 from xattn_video_pipelines.video import GenerateSettings, VideoPreset, VideoSettings, steps_or_share
 
@@ -133,7 +134,9 @@ class SweepSettings(VideoSettings):
 def _read(path: Path) -> dict[str, dict[str, Any]]:
     """Settings by name. Raises UserError."""
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
+        document = parse_json(read_input(path))
+    except UserError as error:
+        raise UserError(f"--points {error}") from None
     except (OSError, ValueError) as error:
         raise UserError(f"--points {path}: cannot be read: {error}") from None
     if not isinstance(document, dict) or not all(isinstance(values, dict) for values in document.values()):

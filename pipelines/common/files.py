@@ -258,6 +258,36 @@ def _note_no_locks(folder: str, reason: str) -> None:
     print(f"{folder}: no locks on this file system ({reason}): run one process at a time there", file=sys.stderr)
 
 
+def read_input(path: Path, most: int = 2**26) -> bytes:
+    """The bytes of a file that a user names: a regular file, or a link to one, of at most `most` bytes.
+
+    Raises:
+        OSError: it cannot be read, or is a folder.
+        UserError: it is a device or a pipe, or it is too large.
+    """
+    # Without this flag, opening a pipe waits for a writer.
+    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+    with os.fdopen(os.open(path, flags), "rb") as file:
+        kind = os.fstat(file.fileno())
+        if not stat.S_ISREG(kind.st_mode):
+            raise UserError(f"{path}: must be a regular file, and not a device or a pipe")
+        if kind.st_size > most:
+            raise UserError(f"{path}: must have at most {most:,} bytes, got {kind.st_size:,}")
+        return file.read(most)
+
+
+def check_stays(path: Path, folder: Path) -> None:
+    """Raise UserError for a link, in or below `folder`, that leads out of it: what it names is somebody else's."""
+    if not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder)):
+        raise UserError(f"{path}: is a link that leads out of {folder}; put the file itself there")
+
+
+def read_own(path: Path, most: int) -> bytes:
+    """The first `most` bytes of a file of the program's own. Raises OSError as `open_own`."""
+    with os.fdopen(open_own(path, os.O_RDONLY), "rb") as file:
+        return file.read(most)
+
+
 @contextlib.contextmanager
 def whole_folder(folder: Path) -> Iterator[Path]:
     """A name beside `folder` to write to; it replaces `folder` at the end, and not if anything fails before."""

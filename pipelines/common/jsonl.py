@@ -11,8 +11,13 @@ from typing import Any
 
 from xattn_video_pipelines.common.errors import UserError
 from xattn_video_pipelines.common.files import alone_with, open_own, reason_of, write_texts
+from xattn_video_pipelines.common.schema import complaint as schema_complaint
+from xattn_video_pipelines.common.schema import parse_json
 
 Row = dict[str, Any]
+# A row tells a video in some ten thousand bytes. Memory has a bound, whatever a file holds.
+_LONGEST_LINE = 2**26
+_TAIL = 4096
 
 
 def text(rows: Iterable[Row]) -> str:
@@ -23,18 +28,21 @@ def text(rows: Iterable[Row]) -> str:
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
-def read(path: Path, complaint: str = "not a JSON object") -> Iterator[tuple[str, Row]]:
+def read(path: Path, complaint: str = "not a JSON object", schema: Any = None) -> Iterator[tuple[str, Row]]:
     """The rows of a log, each with its place as messages name it, such as `manifest.jsonl:3`.
 
     A last line without its end is one that a kill cut short, or that another process is writing: it is left out.
     A missing file has no rows.
 
+    Args:
+        path: of the log; a link is not followed.
+        complaint: what is said of a line that is no JSON object.
+        schema: what each row must be, as of `schema.complaint`; with one, lines are read as by `schema.parse_json`.
+
     Raises:
-        UserError: the file cannot be read, or a whole line is no JSON object: place and `complaint`.
+        UserError: the file cannot be read, or a whole line is no such row: place and `complaint`.
     """
-    for number, line in enumerate(_whole_lines(path), start=1):
-        if line.strip():
-            yield f"{path}:{number}", _parse(line, f"{path}:{number}: {complaint}")
+    yield from _rows(path, _whole_lines(path), complaint, schema)
 
 
 def append(path: Path, rows: Sequence[Row]) -> None:
@@ -81,36 +89,89 @@ def keep(path: Path, wanted: Callable[[Row], bool]) -> None:
 
 
 class Follower:
-    """Reads the rows that are added to a log from now on."""
+    """Reads a log once, and then the rows that are added to it.
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._offset = path.stat().st_size if path.exists() else 0
+    Args:
+        path: of the log, which need not be there yet.
+        from_start: give the rows that are there already first.
+        complaint, schema: as of `read`.
+    """
+
+    def __init__(
+        self, path: Path, *, from_start: bool = False, complaint: str = "not a JSON object", schema: Any = None
+    ) -> None:
+        self._path, self._complaint, self._schema = path, complaint, schema
+        self._offset = path.stat().st_size if path.exists() and not from_start else 0
+        self._lines = 0
+        # The last bytes that were read: a log that was replaced or edited does not have them at that place.
+        self._file: os.stat_result | None = None
+        self._tail = b""
 
     def new(self) -> list[Row]:
         """The rows that were added since the last call; a line that is not complete yet waits."""
-        lines = _whole_lines(self._path, self._offset)
-        self._offset += sum(len(line) + 1 for line in lines)
-        return [_parse(line, f"{self._path}: not a JSON object") for line in lines if line.strip()]
+        return self.news()[1]
+
+    def news(self) -> tuple[bool, list[Row]]:
+        """Whether the log was replaced or edited since the last call, and the new rows, then all of them.
+
+        Raises:
+            UserError: as `read`.
+        """
+        rewritten = self._is_rewritten()
+        if rewritten:
+            self._offset, self._lines, self._tail, self._file = 0, 0, b"", None
+        lines = list(_whole_lines(self._path, self._offset))
+        rows = [row for _, row in _rows(self._path, lines, self._complaint, self._schema, self._lines)]
+        if lines:
+            self._lines += len(lines)
+            self._offset += sum(map(len, lines))
+            self._tail = lines[-1][-_TAIL:]
+            self._file = os.lstat(self._path)
+        return rewritten, rows
+
+    def _is_rewritten(self) -> bool:
+        if self._file is None:
+            return False
+        try:
+            with os.fdopen(open_own(self._path, os.O_RDONLY), "rb") as file:
+                file.seek(self._offset - len(self._tail))
+                same = os.path.samestat(os.fstat(file.fileno()), self._file)
+                return not same or file.read(len(self._tail)) != self._tail
+        except OSError:
+            return True
 
 
-def _whole_lines(path: Path, offset: int = 0) -> list[bytes]:
-    """The lines from `offset` bytes on that have an end. Only a line feed ends a line."""
+def _rows(
+    path: Path, lines: Iterable[bytes], complaint: str, schema: Any, before: int = 0
+) -> Iterator[tuple[str, Row]]:
+    """The rows of lines, of which `before` lines come first in the file."""
+    for number, line in enumerate(lines, start=before + 1):
+        if line.strip():
+            yield f"{path}:{number}", _parse(line, f"{path}:{number}: {complaint}", schema)
+
+
+def _whole_lines(path: Path, offset: int = 0) -> Iterator[bytes]:
+    """The lines from `offset` bytes on that have an end, with it. Only a line feed ends a line."""
     try:
         with os.fdopen(open_own(path, os.O_RDONLY), "rb") as file:
             file.seek(offset)
-            return file.read().split(b"\n")[:-1]
+            while (line := file.readline(_LONGEST_LINE)).endswith(b"\n"):
+                yield line
+        if len(line) == _LONGEST_LINE:
+            raise UserError(f"{path}: a line must have less than {_LONGEST_LINE:,} bytes")
     except FileNotFoundError:
-        return []
+        return
     except OSError as error:
         raise UserError(f"{path}: cannot read: {reason_of(error)}") from None
 
 
-def _parse(line: bytes, complaint: str) -> Row:
+def _parse(line: bytes, complaint: str, schema: Any = None) -> Row:
     try:
-        row = json.loads(line)
+        row = json.loads(line) if schema is None else parse_json(line)
     except (ValueError, RecursionError):
         row = None
     if not isinstance(row, dict):
         raise UserError(complaint)
+    if schema is not None and (wrong := schema_complaint(row, schema)) is not None:
+        raise UserError(f"{complaint} ({wrong})")
     return row

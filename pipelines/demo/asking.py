@@ -13,7 +13,7 @@ import numpy as np
 from xattn_video_pipelines.common import jsonl
 from xattn_video_pipelines.common.files import make_writable, write_texts
 from xattn_video_pipelines.demo import stories, world
-from xattn_video_pipelines.video import read_manifest, read_video, write_video
+from xattn_video_pipelines.video import read_manifest, read_video, video_file, write_video
 
 STORY, QUESTIONS = "story.mp4", "questions.jsonl"
 
@@ -32,12 +32,12 @@ def write_story(folder: Path, keys: Sequence[tuple[str, int]], out: Path) -> Pat
     """
     records = read_manifest(folder)
     told = [records[key] for key in keys]
-    clips = [read_video(folder / record["file"])[: stories.SCENE_FRAMES] for record in told]
+    clips = [read_video(video_file(folder, record))[: stories.SCENE_FRAMES] for record in told]
     if len(clips) > len(stories.ORDINALS) or min(map(len, clips)) < stories.SCENE_FRAMES:
         return None
     lines = []
     for number, record in enumerate(told):
-        wanted = world.asked(record["prompt"])
+        wanted = world.asked(record.get("prompt") or "")
         kinds = [kind for kind in stories.BY_PLACE if kind in wanted]
         if not kinds:
             return None

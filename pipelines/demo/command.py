@@ -109,7 +109,8 @@ def _summary(dense: Path, sparse: Path) -> dict[str, Any]:
     names = ("pairs", "dense_seconds", "sparse_seconds", "speedup", "density", "psnr", "ssim")
     keys = [(video["id"], video["seed"]) for video in compared["videos"]]
     records = [read_manifest(folder) for folder in (dense, sparse)]
-    steps = [sum(side[key]["seconds_per_step"] for key in keys) for side in records]
+    # Videos that were there already may lack their times.
+    steps = [sum(side[key].get("seconds_per_step") or 0.0 for key in keys) for side in records]
     judged = [judge_folder(folder, keys=keys, progress=False) for folder in (dense, sparse)]
     by_key = [{(video["id"], video["seed"]): video for video in side["videos"]} for side in judged]
     videos = [
@@ -121,7 +122,7 @@ def _summary(dense: Path, sparse: Path) -> dict[str, Any]:
         }
         for key, video in zip(keys, compared["videos"], strict=True)
     ]
-    means = {name: compared[name] for name in names} | {"speedup_of_steps": steps[0] / steps[1]}
+    means = {name: compared[name] for name in names} | {"speedup_of_steps": steps[0] / steps[1] if all(steps) else None}
     right = {
         side: document["totals"]["right"]["all"] for side, document in zip(("dense", "sparse"), judged, strict=True)
     }
@@ -155,7 +156,7 @@ def _table(summary: dict[str, Any]) -> str:
         "sparse s": f"{summary['sparse_seconds']:.1f}",
         # Where the two were not made on the same device, or with as many threads, there is none.
         "speed-up": "-" if summary["speedup"] is None else f"{summary['speedup']:.2f}",
-        "steps alone": f"{summary['speedup_of_steps']:.2f}",
+        "steps alone": "-" if summary["speedup_of_steps"] is None else f"{summary['speedup_of_steps']:.2f}",
         "density": f"{summary['density']:.3f}",
         "PSNR dB": f"{summary['psnr']:.2f}",
         "SSIM": f"{summary['ssim']:.4f}",

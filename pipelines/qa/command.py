@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from json import dumps
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, TextIO, TypedDict
 
 from xattn_video_pipelines.common import jsonl
 from xattn_video_pipelines.common.batch import Batch, ItemError, Key, is_out_of_memory, note_plan
@@ -19,6 +19,7 @@ from xattn_video_pipelines.common.environment import device_name, versions
 from xattn_video_pipelines.common.errors import UserError, one_line
 from xattn_video_pipelines.common.files import make_writable, write_texts
 from xattn_video_pipelines.common.program import for_people
+from xattn_video_pipelines.common.schema import Count, Seconds, Share
 from xattn_video_pipelines.common.settings import Json, option_name
 from xattn_video_pipelines.common.tables import aligned
 from xattn_video_pipelines.qa.frames import SampledVideo, sample_video
@@ -43,6 +44,23 @@ exit code 3: some questions failed, the others are answered; the same command tr
 
 
 _PACKAGES = ("xattn-video", "torch", "triton", "transformers")
+
+
+class _Answer(TypedDict):
+    """What is taken from an answer of an earlier run."""
+
+    id: str
+    attention: str
+    reply: str
+    right: bool | None
+    agrees: bool | None
+    finite: bool
+    prompt_tokens: Count
+    prefill_seconds: Seconds
+    decode_seconds: Seconds
+    sparse_density: Share | None
+    kl: float | None
+    logit_error: float | None
 
 
 def command(settings: QaSettings, *, json: Json = False) -> int:
@@ -82,7 +100,7 @@ def _answer_questions(settings: QaSettings, on_answer: Callable[[Row], None] | N
     if settings.out is not None:
         make_writable(settings.out)
         path = settings.out / ANSWERS
-        earlier = read_answers(path, ("id", "attention"), _signature(settings), weights_of(settings.model))
+        earlier = read_answers(path, ("id", "attention"), _signature(settings), weights_of(settings.model), _Answer)
         rows = _still_valid(earlier, questions, configs)
         note_plan(settings.out, "answers", list(configs), [(question.id, None) for question in questions])
     wanted = [(question, label) for question in questions for label in configs]

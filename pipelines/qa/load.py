@@ -91,20 +91,25 @@ def _demo_source(model_class: str) -> str:
 
 
 def read_answers(
-    path: Path, names: tuple[str, str], signature: Mapping[str, Any], weights: str | None = None
+    path: Path,
+    names: tuple[str, str],
+    signature: Mapping[str, Any],
+    weights: str | None = None,
+    schema: Any = dict[str, Any],
 ) -> dict[tuple[str, str], Row]:
     """The answers of earlier runs by the two fields that `names` gives; one that a kill cut short is cut off.
 
     Args:
         signature: fields that must have these values for an answer to be taken.
-        weights: of `weights_of`; answers of other weights are left out, to be asked anew. None takes all.
+        weights: of `weights_of`; answers of other weights are left out, to be asked again. None takes all.
+        schema: what an answer must hold, as of `schema.complaint`.
 
     Raises:
         UserError: a line is no answer, or one with another signature.
     """
     jsonl.repair(path)
     rows = {}
-    for place, row in jsonl.read(path, _COMPLAINT):
+    for place, row in jsonl.read(path, _COMPLAINT, schema):
         try:
             if weights is None or row.get("weights") == weights:
                 rows[row[names[0]], row[names[1]]] = row

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import string
 from dataclasses import dataclass
@@ -11,6 +10,8 @@ from typing import Any
 
 from xattn_video_pipelines.common.errors import UserError
 from xattn_video_pipelines.qa import choices
+from xattn_video_pipelines.common.files import read_input
+from xattn_video_pipelines.common.schema import parse_json
 
 LETTERS = string.ascii_uppercase
 # What stands around words without being of them.
@@ -96,7 +97,7 @@ def read_questions(path: Path) -> list[Question]:
     """
     try:
         # With or without the mark that some editors put first.
-        text = path.read_text(encoding="utf-8-sig")
+        text = read_input(path).decode("utf-8-sig")
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
     except UnicodeDecodeError:
@@ -155,9 +156,9 @@ def check_answer(where: str, answer: Any, options: tuple[str, ...]) -> str | Non
 def _question(path: Path, number: int, line: str, default_id: str) -> Question:
     where = f"{path}:{number}"
     try:
-        values = json.loads(line)
-    except (ValueError, RecursionError):
-        raise UserError(f"{where}: not a JSON object") from None
+        values = parse_json(line)
+    except ValueError as error:
+        raise UserError(f"{where}: not a JSON object: {error}") from None
     if not isinstance(values, dict):
         raise UserError(f"{where}: not a JSON object")
     if unknown := sorted(set(values) - _KEYS):

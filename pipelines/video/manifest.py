@@ -5,16 +5,82 @@ from __future__ import annotations
 import json
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Required, TypedDict
 
 from xattn_video_pipelines.common import jsonl
 from xattn_video_pipelines.common.errors import UserError
+from xattn_video_pipelines.common.files import check_stays
+from xattn_video_pipelines.common.schema import Count, Range, Seconds, Share
 from xattn_video_pipelines.video.io import lossless_path
+from xattn_video_pipelines.video.prompts import MAX_SEED
 
 NAME = "manifest.jsonl"
 
 Key = tuple[str, int]
 Record = jsonl.Row
+
+
+def _plain_name(value: str) -> str | None:
+    """A rule of a schema: a foreign manifest must not name files elsewhere, on any system."""
+    if value in ("", ".", "..") or any(sign in value for sign in "/\\:\0"):
+        return "the plain name of a file in the manifest's folder"
+    return None
+
+
+_File = Annotated[str, _plain_name]
+_Number = float | None
+_Text = str | None
+
+
+class _Row(TypedDict, total=False):
+    """A line of a manifest as this version and earlier ones wrote it; what an earlier one did not know is missing."""
+
+    id: Required[str]
+    seed: Required[Annotated[int, Range(0, MAX_SEED)]]
+    file: _File | None
+    lossless_file: _File | None
+    bytes: Count | None
+    sha256: _Text
+    lossless_bytes: Count | None
+    lossless_sha256: _Text
+    prompt: _Text
+    negative_prompt: _Text
+    image: _Text
+    image_sha256: _Text
+    model: _Text
+    model_name: _Text
+    weights: _Text
+    attention: _Text
+    config: dict[str, Any] | None
+    height: Count | None
+    width: Count | None
+    num_frames: Count | None
+    fps: _Number
+    steps: Count | None
+    guidance_scale: _Number
+    guidance_scale_2: _Number
+    flow_shift: _Number
+    dtype: _Text
+    tokens: Count | None
+    seconds: Seconds | None
+    seconds_per_step: Seconds | None
+    peak_memory_bytes: Count | None
+    mean_density: Share | None
+    density_by_step: list[Share] | None
+    density_by_layer: dict[str, Share] | None
+    density_by_layer_and_step: dict[str, list[Share | None]] | None
+    dense_reasons: dict[str, Count] | None
+    residual_bytes: Count | None
+    calls_without_residual: Count | None
+    finished: _Text
+    device: _Text
+    device_name: _Text
+    offload: _Text
+    compile: bool | None
+    versions: dict[str, _Text] | None
+    commit: _Text
+
+
 _COMPLAINT = "not a manifest line; correct or remove it, or use another --out"
 
 
@@ -24,14 +90,26 @@ def read_manifest(folder: Path) -> dict[Key, Record]:
     A last line that a kill cut short is left out; the next `append_record` removes it.
 
     Raises:
-        UserError: another line is no record; the message names file and line.
+        UserError: another line is no record, or it names a file elsewhere; the message names file and line.
     """
-    records: dict[Key, Record] = {}
-    for place, record in jsonl.read(folder / NAME, _COMPLAINT):
-        if not (isinstance(record.get("id"), str) and isinstance(record.get("seed"), int)):
-            raise UserError(f"{place}: {_COMPLAINT}")
-        records[record["id"], record["seed"]] = record
-    return records
+    return Manifest(folder).records()
+
+
+class Manifest:
+    """The manifest of a folder, read once. Afterwards only the lines are read that this and other processes add."""
+
+    def __init__(self, folder: Path) -> None:
+        self._log = jsonl.Follower(folder / NAME, from_start=True, complaint=_COMPLAINT, schema=_Row)
+        self._records: dict[Key, Record] = {}
+
+    def records(self) -> dict[Key, Record]:
+        """As of `read_manifest`, with what was added since the last call. It is the same dictionary at each call."""
+        rewritten, rows = self._log.news()
+        if rewritten:
+            self._records.clear()
+        for record in rows:
+            self._records[record["id"], record["seed"]] = record
+        return self._records
 
 
 def finished_videos(folder: Path) -> dict[Key, Record]:
@@ -59,18 +137,26 @@ def video_file(folder: Path, record: Record) -> Path:
     """The mp4 file of a record.
 
     Raises:
-        UserError: the record names no file.
+        UserError: the record names no file, or one that is a link out of the folder.
     """
     file = record.get("file")
-    if not isinstance(file, str):
+    if file is None:
         raise UserError(f"{folder / NAME}: {video_name((record['id'], record['seed']))} names no file")
+    check_stays(folder / file, folder)
     return folder / file
 
 
 def lossless_copy(folder: Path, record: Record) -> Path | None:
-    """The copy that the record names (`lossless_file`, None if made without one), if it is there."""
+    """The copy that the record names (`lossless_file`, None if made without one), if it is there.
+
+    Raises:
+        UserError: it is a link out of the folder.
+    """
     name = record.get("lossless_file", lossless_path(video_file(folder, record)).name)
-    return folder / name if name and (folder / name).is_file() else None
+    if not name or not (folder / name).is_file():
+        return None
+    check_stays(folder / name, folder)
+    return folder / name
 
 
 def check_exists(file: Path) -> None:

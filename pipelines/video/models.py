@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import importlib
 import inspect
-import json
 import math
 import re
 from collections.abc import Callable, Sequence
@@ -20,6 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 from xattn_video_pipelines.common.demo_data import DEMO_WEIGHTS
 from xattn_video_pipelines.common.errors import UserError, one_line
+from xattn_video_pipelines.common.files import read_input
+from xattn_video_pipelines.common.schema import parse_json
 from xattn_video_pipelines.common.settings import option_name
 
 if TYPE_CHECKING:
@@ -478,7 +479,7 @@ def _completed(config: dict[str, Any]) -> dict[str, Any]:
 
 def _read_json(path: Path) -> dict[str, Any] | None:
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = parse_json(read_input(path))
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:

@@ -16,6 +16,7 @@ from xattn_video_pipelines.common.environment import (
     versions,
 )
 from xattn_video_pipelines.common.errors import UserError
+from xattn_video_pipelines.common.files import check_stays
 from xattn_video_pipelines.video.manifest import Key, Record, is_finished, read_manifest
 from xattn_video_pipelines.video.models import Recipe, settle
 from xattn_video_pipelines.video.prompts import Prompt, choose, read_prompts
@@ -151,7 +152,8 @@ def _labels(settings: GenerateSettings) -> list[Labelled]:
 
 
 def _check_folder(out: Path, folder: Path) -> None:
-    """Refuse, before anything is loaded, an output path that runs through a file."""
+    """Refuse, before anything is loaded, an output path that runs through a file, or a link that leads out of it."""
+    check_stays(folder, out)
     for path in (folder, *folder.parents):
         if path.is_dir():
             return

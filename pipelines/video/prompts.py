@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from xattn_video_pipelines.common.errors import UserError, one_line
+from xattn_video_pipelines.common.files import read_input
+from xattn_video_pipelines.common.schema import parse_json
 
 MAX_ID_LENGTH = 100
 MAX_SEED = 2**63 - 1
@@ -126,7 +128,7 @@ def _image_digest(path: Path) -> str:
 
 def _read_lines(path: Path) -> list[tuple[int, str]]:
     try:
-        data = path.read_bytes()
+        data = read_input(path)
     except FileNotFoundError:
         raise UserError(f"{path}: no such prompt file") from None
     except OSError as error:
@@ -143,13 +145,9 @@ def _read_lines(path: Path) -> list[tuple[int, str]]:
 
 def _parse_record(path: Path, number: int, line: str) -> dict[str, Any]:
     try:
-        record = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        if isinstance(error, json.JSONDecodeError):
-            reason = f"{error.msg}, column {error.colno}"
-        else:
-            reason = "a number is too long" if isinstance(error, ValueError) else "nested too deep"
-        raise UserError(f"{path}:{number}: not a JSON object: {reason}") from None
+        record = parse_json(line)
+    except ValueError as error:
+        raise UserError(f"{path}:{number}: not a JSON object: {error}") from None
     if not isinstance(record, dict):
         raise UserError(f'{path}:{number}: each line must be a JSON object such as {{"prompt": "..."}}')
     return record

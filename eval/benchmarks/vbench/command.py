@@ -19,10 +19,11 @@ from typing import Annotated, Any
 
 from xattn_video_pipelines.common import jsonl
 from xattn_video_pipelines.common.errors import UserError
-from xattn_video_pipelines.common.files import make_writable, write_texts
+from xattn_video_pipelines.common.files import make_writable, read_input, write_texts
 from xattn_video_pipelines.common.program import add_command, guarded, program, run_app
+from xattn_video_pipelines.common.schema import parse_json
 from xattn_video_pipelines.common.settings import Option, Settings
-from xattn_video_pipelines.video import finished_videos
+from xattn_video_pipelines.video import finished_videos, video_file
 
 EXAMPLE = """\
 example:
@@ -129,7 +130,7 @@ def full_info(folder: Path, entries: Sequence[dict[str, Any]]) -> list[dict[str,
     """
     videos: dict[str, list[str]] = {}
     for (_, _), record in sorted(finished_videos(folder).items(), key=lambda item: item[0][1]):
-        videos.setdefault(record["prompt"], []).append(str((folder / record["file"]).resolve()))
+        videos.setdefault(record.get("prompt") or "", []).append(str(video_file(folder, record).resolve()))
     missing = [entry["prompt_en"] for entry in entries if entry["prompt_en"] not in videos]
     if missing:
         raise UserError(
@@ -142,10 +143,12 @@ def full_info(folder: Path, entries: Sequence[dict[str, Any]]) -> list[dict[str,
 def _entries(info: Path, dimensions: Sequence[str]) -> list[tuple[int, dict[str, Any]]]:
     """VBench's entries that name one of the dimensions, each with its place in the file."""
     try:
-        entries = json.loads(info.read_text(encoding="utf-8"))
+        entries = parse_json(read_input(info))
         known = {name for entry in entries for name in entry["dimension"] if isinstance(entry["prompt_en"], str)}
     except OSError as error:
         raise UserError(f"--info {info}: {error.strerror}") from None
+    except UserError as error:
+        raise UserError(f"--info {error}") from None
     except (ValueError, TypeError, KeyError):
         raise UserError(f"--info {info}: not VBench's list, objects with prompt_en and dimension") from None
     unknown = sorted(set(dimensions) - known)
