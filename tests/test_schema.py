@@ -49,6 +49,15 @@ GOOD = {
             {"inner": {"x": {"name": "n", "shares": [1, 2]}}},
             "inner.x.shares[1] must be a number from 0 to 1, or null, got 2",
         ),
+        (
+            {"inner": {"x": {"name": "n", "shares": [0.5, float("nan")]}}},
+            "inner.x.shares[1] must be a number from 0 to 1, or null, got NaN",
+        ),
+        (
+            {"inner": {"x": {"name": "n", "shares": [0.5] * 99 + [True]}}},
+            "inner.x.shares[99] must be a number from 0 to 1, or null, got true",
+        ),
+        ({"inner": {"x": {"name": "n", "shares": [0.1] * 99 + [1]}}}, None),
         ({"inner": []}, "inner must be an object, got []"),
         ({"either": None}, "either must be a whole number or a text, got null"),
         ({"flag": 0}, "flag must be true or false, got 0"),

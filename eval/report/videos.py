@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +30,8 @@ def embed(run: Run, cases: Sequence[Case], max_megabytes: float, progress: bool 
     A case that does not fit is left out; a later, smaller one may still fit.
 
     Raises:
-        UserError: a file is missing, damaged or cut off, or it has another number of frames than its dense one.
+        UserError: a file is missing, damaged, cut off or not the one of its record, or it has another number of frames
+            than its dense one.
     """
     from tqdm import tqdm
 
@@ -37,6 +39,7 @@ def embed(run: Run, cases: Sequence[Case], max_megabytes: float, progress: bool 
     limit = max_megabytes * 1e6
     videos: dict[str, str] = {}
     frames: dict[str, int] = {}
+    digests: dict[str, str | None] = {}
     kept, left_out, total = [], [], 0
     for case in tqdm(cases, desc="videos", unit="case", disable=not progress):
         paths = {}
@@ -46,6 +49,7 @@ def embed(run: Run, cases: Sequence[Case], max_megabytes: float, progress: bool 
             if name not in videos:
                 paths[name] = video_file(folder, records[case.key])
                 check_exists(paths[name])
+                digests[name] = records[case.key].get("sha256")
         size = sum(_encoded_size(path) for path in paths.values())
         if total + size > limit:
             left_out.append(case)
@@ -53,7 +57,7 @@ def embed(run: Run, cases: Sequence[Case], max_megabytes: float, progress: bool 
         for name, path in paths.items():
             # Whole or not at all: a browser would stop at the damage without a word.
             frames[name] = video_info(path).frames
-            videos[name] = data_url(path)
+            videos[name] = data_url(path, digests[name])
         counts = frames[f"{DENSE}/{video_name(case.key)}"], frames[case.id]
         if counts[0] != counts[1]:
             raise UserError(f"{case.id}: {counts[1]} frames in the mp4, but {counts[0]} in the dense one")
@@ -62,9 +66,15 @@ def embed(run: Run, cases: Sequence[Case], max_megabytes: float, progress: bool 
     return Embedded(videos, kept, left_out, total)
 
 
-def data_url(path: Path) -> str:
-    """The file as a `data:` URL."""
-    return "data:video/mp4;base64," + base64.b64encode(path.read_bytes()).decode("ascii")
+def data_url(path: Path, digest: str | None = None) -> str:
+    """The file as a `data:` URL. Raises UserError unless its SHA-256 is `digest`, where one is known."""
+    data = path.read_bytes()
+    if digest is not None and hashlib.sha256(data).hexdigest() != digest:
+        raise UserError(
+            f"{path}: not the file that generate wrote, its SHA-256 is not the manifest's; "
+            "remove it and run generate again"
+        )
+    return "data:video/mp4;base64," + base64.b64encode(data).decode("ascii")
 
 
 def player_cases(run: Run, embedded: Embedded) -> list[dict[str, Any]]:

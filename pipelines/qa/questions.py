@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from xattn_video_pipelines.common.errors import UserError
-from xattn_video_pipelines.qa import choices
 from xattn_video_pipelines.common.files import read_input
 from xattn_video_pipelines.common.schema import parse_json
+from xattn_video_pipelines.qa import choices
 
 LETTERS = string.ascii_uppercase
 # What stands around words without being of them.

@@ -24,6 +24,7 @@ from xattn_video_pipelines.video.manifest import (
     density,
     made_meanwhile,
     remove_records,
+    size_and_digest,
 )
 from xattn_video_pipelines.video.models import Model, ResolvedSettings, check_available, offline_message
 from xattn_video_pipelines.video.pictures import load_picture
@@ -143,7 +144,7 @@ def _make_videos(
         for job in batch.items(pending):
             record: Record | None = None
             with progress.video(f"{job.attention}/{job.name}"), claimed(job.folder / job.name):
-                if made_meanwhile(job.path, job.key, job.found, job.identity):
+                if made_meanwhile(plan.manifests[job.folder], job.path, job.key, job.found, job.identity):
                     continue
                 with batch.item(_key(job), f"{job.attention}/{job.name}"):
                     record = maker.make(job, progress)
@@ -272,6 +273,9 @@ class _Maker:
         }
         try:
             _write(job, frames, settings.fps, lossless=plan.given.lossless)
+            record |= size_and_digest(job.path)
+            if plan.given.lossless:
+                record |= size_and_digest(lossless_path(job.path), "lossless_")
             append_record(job.folder, record)
         except UserError as error:
             raise ItemError("output", str(error)) from error

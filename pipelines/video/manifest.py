@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import sys
 from collections.abc import Collection
 from pathlib import Path
 from typing import Annotated, Any, Required, TypedDict
@@ -11,6 +13,7 @@ from xattn_video_pipelines.common import jsonl
 from xattn_video_pipelines.common.errors import UserError
 from xattn_video_pipelines.common.files import check_stays
 from xattn_video_pipelines.common.schema import Count, Range, Seconds, Share
+from xattn_video_pipelines.common.terminal import say
 from xattn_video_pipelines.video.io import lossless_path
 from xattn_video_pipelines.video.prompts import MAX_SEED
 
@@ -166,7 +169,9 @@ def check_exists(file: Path) -> None:
 
 
 def is_finished(path: Path, found: Record, identity: Record, *, lossless: bool) -> bool:
-    """Whether the video is there, with its lossless copy where one is asked for.
+    """Whether the video is there in full size, with its lossless copy where one is asked for.
+
+    A file that is empty or has another size than its record says is named on stderr.
 
     Args:
         path: of the mp4 file.
@@ -177,7 +182,7 @@ def is_finished(path: Path, found: Record, identity: Record, *, lossless: bool) 
     Raises:
         UserError: the video is there, but was made with other settings.
     """
-    if not path.is_file():
+    if not _is_whole(path, found.get("bytes")):
         return False
     changes = _changes(found, identity)
     if changes:
@@ -186,16 +191,45 @@ def is_finished(path: Path, found: Record, identity: Record, *, lossless: bool) 
             "use another --out, or --overwrite to make it again"
         )
     copy = found.get("lossless_file")
-    return not lossless or bool(copy and (path.parent / copy).is_file())
+    return not lossless or bool(copy and _is_whole(path.parent / copy, found.get("lossless_bytes")))
 
 
-def made_meanwhile(path: Path, key: Key, found: Record | None, identity: Record) -> bool:
+def _is_whole(path: Path, size: int | None) -> bool:
+    """Whether a file is there and has the size that the manifest tells; None is told by manifests of earlier versions.
+
+    The digest is not compared: that would read all videos each time a run goes on.
+    """
+    if not path.is_file():
+        return False
+    there = path.stat().st_size
+    if there == 0 or (size is not None and there != size):
+        told = "" if size is None else f", and its manifest says {size:,}"
+        say(f"{path}: has {there:,} bytes{told}; it is made again", sys.stderr)
+        return False
+    return True
+
+
+def size_and_digest(path: Path, prefix: str = "") -> Record:
+    """What a record says of a file that was just written: by its size, a run that goes on sees that it is not whole.
+
+    The digest serves who reads the file as a whole anyway, such as `report`, and who has copied the folder.
+    """
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return {f"{prefix}bytes": path.stat().st_size, f"{prefix}sha256": digest}
+
+
+def made_meanwhile(manifest: Manifest, path: Path, key: Key, found: Record | None, identity: Record) -> bool:
     """Whether another run has made this very video since this run read the manifest and found the record `found`.
+
+    Args:
+        manifest: of the video's folder; only what was added to it since then is read.
+        path, key, identity: of the video.
 
     Raises:
         UserError: it has made another video under this name, which must not be written over.
     """
-    record = read_manifest(path.parent).get(key)
+    record = manifest.records().get(key)
     if record is None or record == found:
         return False
     if _changes(record, identity):

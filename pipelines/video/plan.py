@@ -17,7 +17,7 @@ from xattn_video_pipelines.common.environment import (
 )
 from xattn_video_pipelines.common.errors import UserError
 from xattn_video_pipelines.common.files import check_stays
-from xattn_video_pipelines.video.manifest import Key, Record, is_finished, read_manifest
+from xattn_video_pipelines.video.manifest import Key, Manifest, Record, is_finished
 from xattn_video_pipelines.video.models import Recipe, settle
 from xattn_video_pipelines.video.prompts import Prompt, choose, read_prompts
 from xattn_video_pipelines.video.settings import GenerateSettings
@@ -70,7 +70,7 @@ class Plan:
     """Everything a run is going to do, known before any weights are loaded.
 
     `environment` is what every record says of the machine, the versions and the commit. `pending` are those of `jobs`
-    that are to be made, in the order in which they are made.
+    that are to be made, in the order in which they are made. `manifests` are those of the folders, read so far.
     """
 
     given: GenerateSettings
@@ -80,6 +80,7 @@ class Plan:
     environment: Record
     jobs: tuple[Job, ...]
     pending: tuple[Job, ...]
+    manifests: dict[Path, Manifest]
 
 
 def make_plan(settings: GenerateSettings, labels: Sequence[Labelled] | None = None) -> Plan:
@@ -116,7 +117,8 @@ def make_plan(settings: GenerateSettings, labels: Sequence[Labelled] | None = No
         "versions": versions(("xattn-video", "torch", "triton", "diffusers", "transformers")),
         "commit": source_commit(),
     }
-    manifests = {label: read_manifest(folder) for label, folder in folders.items()}
+    manifests = {folder: Manifest(folder) for folder in folders.values()}
+    finished = {label: manifests[folder].records() for label, folder in folders.items()}
     jobs = []
     for label, config in labels:
         attention: Record = {"attention": label, "config": None}
@@ -126,7 +128,7 @@ def make_plan(settings: GenerateSettings, labels: Sequence[Labelled] | None = No
             identity = {**prompt.identity, **recipe.identity, "dtype": dtype, **attention}
             for seed in settings.seeds or (prompt.seed or 0,):
                 # The records of videos that are made again are removed before the first one is made.
-                found = None if settings.overwrite else manifests[label].get((prompt.id, seed))
+                found = None if settings.overwrite else finished[label].get((prompt.id, seed))
                 jobs.append(Job(label, config, prompt, seed, folders[label], identity, found))
     lossless = settings.lossless
     pending = [
@@ -134,7 +136,7 @@ def make_plan(settings: GenerateSettings, labels: Sequence[Labelled] | None = No
         for job in jobs
         if job.found is None or not is_finished(job.path, job.found, job.identity, lossless=lossless)
     ]
-    return Plan(settings, recipe, device, dtype, environment, tuple(jobs), tuple(pending))
+    return Plan(settings, recipe, device, dtype, environment, tuple(jobs), tuple(pending), manifests)
 
 
 def _labels(settings: GenerateSettings) -> list[Labelled]:
