@@ -69,6 +69,9 @@ class HeadThresholds:
             ValueError: there is no such file, or it is not one of these; the message names file, field, rule and value.
         """
         path = Path(path)
+        if path.exists() and not path.is_file() and not path.is_dir():
+            # Reading a pipe would wait for a writer.
+            raise ValueError(f"threshold file {path}: must be a regular file, and not a device or a pipe")
         try:
             with open(path, "rb") as file:
                 content = file.read(_MAX_BYTES + 1)

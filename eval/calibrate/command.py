@@ -8,7 +8,6 @@ The file goes to `XAttnConfig(threshold=FILE)`. It is the paper's minimum thresh
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from json import dumps
@@ -27,6 +26,7 @@ from xattn_video_pipelines.common.files import make_writable, read_input, write_
 from xattn_video_pipelines.common.program import for_people
 from xattn_video_pipelines.common.settings import Json
 from xattn_video_pipelines.common.tables import aligned
+from xattn_video_pipelines.common.terminal import say
 from xattn_video_pipelines.qa import generate_answer, load_model, load_video_model, prompts_of, read_questions
 from xattn_video_pipelines.video import evenly_spaced, make_plan, observe
 
@@ -46,8 +46,8 @@ example:
 def command(settings: CalibrateSettings, *, json: Json = False) -> int:
     """`xattn-video calibrate`: measure, choose, write, print; returns 0. Raises UserError."""
     document = calibrate(settings)
-    print(dumps(document) if json else table(document), file=sys.stdout)
-    print(f"wrote {settings.out}", file=for_people(json))
+    say(dumps(document) if json else table(document))
+    say(f"wrote {settings.out}", for_people(json))
     return 0
 
 

@@ -34,11 +34,13 @@ from xattn_video_eval.compare.metrics.psnr_ssim import (
 )
 from xattn_video_eval.compare.pairs import Pair, find_pairs
 from xattn_video_eval.compare.settings import FLOOR, FRAMES_CSV, METRICS_CSV, SUMMARY_JSON, CompareSettings
+from xattn_video_eval.compare.summary import read_summary
 from xattn_video_eval.compare.table import format_summary
 from xattn_video_pipelines.common.errors import UserError
-from xattn_video_pipelines.common.files import check_stays, make_writable, write_texts
+from xattn_video_pipelines.common.files import check_stays, claimed, make_writable, write_texts
 from xattn_video_pipelines.common.program import for_people
 from xattn_video_pipelines.common.settings import Json
+from xattn_video_pipelines.common.terminal import say
 from xattn_video_pipelines.video import Key, Record, read_manifest
 
 EXAMPLE = """\
@@ -54,7 +56,8 @@ def compare(settings: CompareSettings, *, keys: Collection[Key] | None = None, p
     Videos are paired by the (id, seed) of each folder's manifest.jsonl. The lossless copies (.mkv) are decoded
     where both sides of a pair have one, otherwise both mp4 files. Only a few frames are held at a time.
     metrics.csv has a row per video, metrics_frames.csv a row per frame. The three files appear together at the end;
-    an error writes none of them.
+    an error writes none of them. Where another process compares into the same folder, this one waits for it, and takes
+    its summary if it is of the same videos and settings.
 
     Args:
         settings: the folders, which `xattn-video generate` wrote, and how they are compared.
@@ -71,13 +74,57 @@ def compare(settings: CompareSettings, *, keys: Collection[Key] | None = None, p
             or damaged, a pair differs in size, frame count, prompt or settings, `lpips_weights` do not load, or
             the files cannot be written.
     """
-    from tqdm import tqdm
-
     dense_dir, sparse_dir = settings.dense_dir, settings.sparse_dir
     pairs, unmatched = find_pairs(dense_dir, sparse_dir, keys=keys, allow_unmatched=settings.allow_unmatched)
     make_writable(settings.folder)
-    distance, lpips_unavailable = _lpips(settings)
+    asked = _asked(settings, pairs)
+    with claimed(settings.folder / SUMMARY_JSON, wait=True) as waited:
+        found = _made_meanwhile(settings, asked) if waited else None
+        if found is not None:
+            return found
+        summary = _measured(settings, pairs, progress) | {"unmatched": unmatched, "asked": asked}
+        rows, frame_rows = summary["videos"], summary.pop("frame_rows")
+        write_texts(
+            {
+                settings.folder / METRICS_CSV: _csv(rows),
+                settings.folder / FRAMES_CSV: _csv(frame_rows),
+                settings.folder / SUMMARY_JSON: dumps(summary, indent=2, allow_nan=False) + "\n",
+            }
+        )
+    return summary
 
+
+def _asked(settings: CompareSettings, pairs: Sequence[Pair]) -> dict[str, Any]:
+    """What a summary is of: with equal values, another process measures the same."""
+    return {
+        "lpips_net": settings.lpips_net if settings.lpips else None,
+        "lpips_weights": settings.lpips_weights and str(settings.lpips_weights),
+        "floor": settings.floor,
+        "device": settings.device,
+        "videos": [[*pair.key, pair.dense.get("finished"), pair.sparse.get("finished")] for pair in pairs],
+    }
+
+
+def _made_meanwhile(settings: CompareSettings, asked: dict[str, Any]) -> dict[str, Any] | None:
+    """The summary that another process has written while this one waited, if it is the one that is wanted."""
+    try:
+        summary = read_summary(settings.folder)
+    except (OSError, ValueError):
+        return None
+    same = (summary.get("dense"), summary.get("sparse")) == (str(settings.dense_dir), str(settings.sparse_dir))
+    found = summary.get("asked")
+    if not same or not isinstance(found, dict):
+        return None
+    # A noise floor that nobody asked for does no harm.
+    return summary if found == asked or (not settings.floor and {**found, "floor": False} == asked) else None
+
+
+def _measured(settings: CompareSettings, pairs: Sequence[Pair], progress: bool) -> dict[str, Any]:
+    """The summary but for what was asked, and under "frame_rows" the rows of metrics_frames.csv."""
+    from tqdm import tqdm
+
+    dense_dir, sparse_dir = settings.dense_dir, settings.sparse_dir
+    distance, lpips_unavailable = _lpips(settings)
     floor_pairs = _floor_pairs(dense_dir, sparse_dir, pairs) if settings.floor else []
 
     rows: list[Record] = []
@@ -91,7 +138,7 @@ def compare(settings: CompareSettings, *, keys: Collection[Key] | None = None, p
         rows.append(_row(pair, values))
         frame_rows += _frame_rows(pair, values)
 
-    summary = {
+    return {
         "dense": str(dense_dir),
         "sparse": str(sparse_dir),
         "config": pairs[0].sparse.get("config"),
@@ -102,18 +149,10 @@ def compare(settings: CompareSettings, *, keys: Collection[Key] | None = None, p
         "lpips_unavailable": lpips_unavailable,
         "psnr_cap_db": PSNR_CAP_DB,
         "definitions": definitions(settings.lpips_net) | DEFINITIONS,
-        "unmatched": unmatched,
         "floor": _means(floor_rows) if floor_rows else None,
         "videos": rows,
+        "frame_rows": frame_rows,
     }
-    write_texts(
-        {
-            settings.folder / METRICS_CSV: _csv(rows),
-            settings.folder / FRAMES_CSV: _csv(frame_rows),
-            settings.folder / SUMMARY_JSON: dumps(summary, indent=2, allow_nan=False) + "\n",
-        }
-    )
-    return summary
 
 
 def _floor_pairs(dense_dir: Path, sparse_dir: Path, pairs: Sequence[Pair]) -> list[Pair]:
@@ -133,8 +172,8 @@ def command(settings: CompareSettings, *, json: Json = False) -> int:
     """`xattn-video compare`: write the files, print the table; returns the exit code. Raises UserError."""
     summary = compare(settings)
     people = for_people(json)
-    print(format_summary(summary), file=people)
-    print(f"wrote {METRICS_CSV}, {FRAMES_CSV} and {SUMMARY_JSON} in {settings.folder}", file=people)
+    say(format_summary(summary), people)
+    say(f"wrote {METRICS_CSV}, {FRAMES_CSV} and {SUMMARY_JSON} in {settings.folder}", people)
     if json:
         print(dumps(summary, allow_nan=False))
     return 0

@@ -20,6 +20,7 @@ from xattn_video_pipelines.common.errors import UserError
 from xattn_video_pipelines.common.files import make_writable, whole_files
 from xattn_video_pipelines.common.program import run_alone
 from xattn_video_pipelines.common.settings import Option, Settings
+from xattn_video_pipelines.common.terminal import say
 from xattn_video_pipelines.video import iter_frames
 
 EXAMPLE = "example: python -m xattn_video_eval.compare.contact_sheet out/dense out/xattn-s8-t0.90-w5 --out sheet.png"
@@ -97,7 +98,7 @@ def command(settings: SheetSettings) -> int:
     sheet = contact_sheet(settings.dense_dir, settings.sparse_dir, settings.prompts, settings.frames)
     with whole_files(settings.out) as (partial,):
         Image.fromarray(sheet).save(partial, optimize=True)
-    print(f"wrote {settings.out} ({sheet.shape[1]} x {sheet.shape[0]})")
+    say(f"wrote {settings.out} ({sheet.shape[1]} x {sheet.shape[0]})")
     return 0
 
 

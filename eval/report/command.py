@@ -15,6 +15,7 @@ from xattn_video_eval.report.settings import ReportSettings
 from xattn_video_eval.report.videos import embed
 from xattn_video_pipelines.common.errors import UserError
 from xattn_video_pipelines.common.files import write_texts
+from xattn_video_pipelines.common.terminal import say
 
 EXAMPLE = """\
 example:
@@ -26,7 +27,7 @@ example:
 def command(settings: ReportSettings) -> int:
     """`xattn-video report`: write the page; returns the exit code. Raises UserError."""
     out = write_report(settings)
-    print(f"wrote {out} ({out.stat().st_size / 1e6:.1f} MB); it needs no other file and no network")
+    say(f"wrote {out} ({out.stat().st_size / 1e6:.1f} MB); it needs no other file and no network")
     return 0
 
 

@@ -30,6 +30,7 @@ from xattn_video_pipelines.common.files import write_texts
 from xattn_video_pipelines.common.program import for_people
 from xattn_video_pipelines.common.settings import Json, Option
 from xattn_video_pipelines.common.tables import aligned
+from xattn_video_pipelines.common.terminal import say
 from xattn_video_pipelines.demo import asked, judge_folder
 from xattn_video_pipelines.video import Job, Key, Plan, Record, make_plan, print_video, produce, read_manifest
 
@@ -72,17 +73,17 @@ def command(
     people = for_people(json)
     if dry_run:
         plan, labels = _plan(settings)
-        print(forecast(plan, len(settings.configs), len(plan.pending)), file=sys.stderr)
-        print("\n".join(str(settings.out / label) for label, _ in labels))
+        say(forecast(plan, len(settings.configs), len(plan.pending)), sys.stderr)
+        say("\n".join(str(settings.out / label) for label, _ in labels))
         return 0
     rows, batch = _sweep(settings, None if json else print_video)
     if rows:
-        print(table(rows), file=people)
-        print(f"wrote sweep.csv, sweep.json{' and sweep.png' if settings.plot else ''} in {settings.out}", file=people)
+        say(table(rows), people)
+        say(f"wrote sweep.csv, sweep.json{' and sweep.png' if settings.plot else ''} in {settings.out}", people)
     if json:
         print(dumps({"rows": rows}))
     for line in batch.told():
-        print(line, file=sys.stderr)
+        say(line, sys.stderr)
     return batch.code
 
 
@@ -118,7 +119,7 @@ def _sweep(
     if settings.plot:
         _check_matplotlib()
     configs, names = len(settings.configs), settings.names
-    print(forecast(plan, configs, len(plan.pending)), file=sys.stderr)
+    say(forecast(plan, configs, len(plan.pending)), sys.stderr)
     made = 0
 
     def tell(job: Job, record: Record) -> None:
@@ -128,7 +129,7 @@ def _sweep(
         if on_video:
             on_video(job, record)
         if made == 1 and job.kind == "dense":
-            print(f"\n{forecast(plan, configs, len(plan.pending) - made)}", file=sys.stderr)
+            say(f"\n{forecast(plan, configs, len(plan.pending) - made)}", sys.stderr)
 
     batch = produce(plan, on_video=tell).batch
     keys = _made_by_all(plan)
@@ -236,7 +237,8 @@ def _measured(settings: SweepSettings, plan: Plan, label: str, keys: Sequence[Ke
     records = [manifest[key] for key in keys]
     if label == "dense":
         told = [record.get("seconds") for record in records]
-        seconds = None if None in told else sum(told) / len(told)
+        known = [value for value in told if value is not None]
+        seconds = sum(known) / len(known) if len(known) == len(told) else None
         values: dict[str, Any] = dict.fromkeys((*_COMPARED, "psnr_worst", "psnr_low", "psnr_high")) | {
             "density": 1.0, "dense_seconds": seconds, "sparse_seconds": seconds, "speedup": 1.0,
         }  # fmt: skip

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 from xattn_video_pipelines.common import jsonl
 from xattn_video_pipelines.common.errors import UserError, one_line
+from xattn_video_pipelines.common.terminal import say
 
 FAILURES, PLAN = "failures.jsonl", "plan.jsonl"
 # The exit code of a run in which an item failed.
@@ -147,8 +148,6 @@ class Batch:
 
     def note(self, key: Key, name: str, error: Exception) -> None:
         """An item failed: write it down, say it on stderr, and decide whether the run goes on. Raises UserError."""
-        from tqdm import tqdm
-
         kind = kind_of(error)
         # a failure of a library may have no text
         message = one_line(error, 500) or type(error).__name__
@@ -163,7 +162,7 @@ class Batch:
         self.failed.append(row)
         if self._path is not None:
             jsonl.append(self._path, [row])
-        tqdm.write(f"{name} failed: {kind}: {message}", file=sys.stderr)
+        say(f"{name} failed: {kind}: {message}", sys.stderr)
         self._row = [*self._row, kind] if kind in self._row[-1:] else [kind]
         if kind in _NO_ITEMS_FAULT and len(self._row) == _IN_A_ROW:
             cause = _NO_ITEMS_FAULT[kind]

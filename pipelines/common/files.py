@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from xattn_video_pipelines.common.errors import UserError
+from xattn_video_pipelines.common.terminal import say
 
 # A claim is refused only after this long: who removes a dead claim holds it for a moment.
 _CLAIM_SECONDS = 0.2
@@ -146,8 +147,10 @@ def write_texts(texts: Mapping[Path, str]) -> None:
 
 
 @contextlib.contextmanager
-def claimed(name: Path, *, wait: bool = False) -> Iterator[None]:
+def claimed(name: Path, *, wait: bool = False) -> Iterator[bool]:
     """While it is open, no other process of this machine can claim `name`; a killed process gives its claim back.
+
+    Gives whether it had to wait, so that what another process has just made can be looked at first.
 
     Args:
         name: what is claimed; the lock file is beside it.
@@ -157,6 +160,7 @@ def claimed(name: Path, *, wait: bool = False) -> Iterator[None]:
         UserError: another process has claimed it, or the lock file cannot be written.
     """
     lock = name.with_name(f".{name.name}.lock")
+    waited = False
     with contextlib.ExitStack() as stack:
         try:
             try:
@@ -164,14 +168,15 @@ def claimed(name: Path, *, wait: bool = False) -> Iterator[None]:
             except BlockingIOError:
                 if not wait:
                     raise
-                print(f"{name}: another process is making it; this one waits for it", file=sys.stderr)
+                say(f"{name}: another process is making it; this one waits for it", sys.stderr)
                 stack.enter_context(_locked(lock))
+                waited = True
         except BlockingIOError:
             raise UserError(f"{name}: another process is making it") from None
         except OSError as error:
             raise UserError(f"{lock}: cannot write: {reason_of(error)}") from None
         try:
-            yield
+            yield waited
         finally:
             # Removed while the lock is held: a process that opened it meanwhile then sees that it is gone.
             # Windows cannot remove an open file, and leaves an empty one.
@@ -255,7 +260,7 @@ def reason_of(error: OSError) -> str:
 
 @functools.cache
 def _note_no_locks(folder: str, reason: str) -> None:
-    print(f"{folder}: no locks on this file system ({reason}): run one process at a time there", file=sys.stderr)
+    say(f"{folder}: no locks on this file system ({reason}): run one process at a time there", sys.stderr)
 
 
 def read_input(path: Path, most: int = 2**26) -> bytes:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TextIO, get_args, ge
 from xattn_video.extras import explain
 from xattn_video_pipelines.common.errors import UserError
 from xattn_video_pipelines.common.settings import Option, Settings
+from xattn_video_pipelines.common.terminal import printable
 
 if TYPE_CHECKING:
     from cyclopts import App, CycloptsError, Token
@@ -129,6 +130,7 @@ def guarded(name: str, call: Callable[[], int]) -> int:
     Returns:
         What `call` gives, 2 for bad input, 130 for Ctrl-C, 141 for a reader of stdout that has left.
     """
+    _open_closed_streams()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             # a prompt may hold what the terminal's encoding lacks
@@ -139,13 +141,13 @@ def guarded(name: str, call: Callable[[], int]) -> int:
         sys.stdout.flush()
         return code
     except UserError as error:
-        print(f"{name}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        _complain(name, error)
         return 2
     except ModuleNotFoundError as error:
         line = explain(error)
         if line is None:
             raise
-        print(f"{name}: error: {line}", file=sys.stderr)
+        _complain(name, line)
         return 2
     except KeyboardInterrupt:
         print(
@@ -155,18 +157,55 @@ def guarded(name: str, call: Callable[[], int]) -> int:
         return 130
     except OSError as error:
         if error.errno == errno.ENAMETOOLONG:
-            print(f"{name}: error: {str(error.filename)[:60]}...: the name is too long", file=sys.stderr)
+            _complain(name, f"{str(error.filename)[:60]}...: the name is too long")
             return 2
         if error.filename is not None:
-            print(f"{name}: error: {error.filename}: {error.strerror or error}", file=sys.stderr)
+            _complain(name, f"{error.filename}: {error.strerror or error}")
             return 2
         # The reader of stdout (head, less) has left, or its disk is full; Python must not try again at exit.
         with contextlib.suppress(OSError, ValueError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if isinstance(error, BrokenPipeError):
             return 141
-        print(f"{name}: error: {error.strerror or error}", file=sys.stderr)
+        _complain(name, error.strerror or error)
         return 2
+
+
+def _complain(name: str, message: object) -> None:
+    """The one line on stderr. It may quote what others wrote."""
+    print(f"{name}: error: {printable(' '.join(str(message).split()))}", file=sys.stderr)
+
+
+class _Log(io.FileIO):
+    """stderr, written as far as it goes: a full disk, or a reader that has left, must not end hours of work."""
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data) or len(data)
+        except OSError:
+            return len(data)
+
+
+def _open_closed_streams() -> None:
+    """Make stdin, stdout and stderr safe to use where a caller has closed them or their disk is full.
+
+    A closed number would be given to the next file that is opened, such as a manifest, and what is printed then goes
+    into that file.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            descriptor = os.open(os.devnull, os.O_RDWR)
+            if descriptor != number:
+                os.dup2(descriptor, number)
+                os.close(descriptor)
+    if sys.stdout is None:
+        sys.stdout = io.TextIOWrapper(io.FileIO(1, "w", closefd=False), "utf-8", write_through=True)
+    if sys.stderr is None or sys.stderr is sys.__stderr__:
+        encoding = getattr(sys.stderr, "encoding", "utf-8")
+        raw = io.BufferedWriter(_Log(2, "w", closefd=False))
+        sys.stderr = io.TextIOWrapper(raw, encoding, "backslashreplace", line_buffering=True, write_through=True)
 
 
 def for_people(json: bool) -> TextIO:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
+from xattn_video_pipelines.common.terminal import printable
+
 
 def aligned(lines: Sequence[Sequence[str]], *, left: int = 0, rules: Collection[int] = ()) -> str:
     """Cells in columns, each as wide as its widest cell, with two spaces between them.
 
-    Widths are those that a terminal shows, where a Chinese character takes two places.
+    Control characters in a cell are written as escapes. Widths are those that a terminal shows, where a Chinese
+    character takes two places.
 
     Args:
         lines: the cells of each line, as many in each; the first line has the columns' names.
@@ -17,6 +20,7 @@ def aligned(lines: Sequence[Sequence[str]], *, left: int = 0, rules: Collection[
     """
     from rich.cells import cell_len
 
+    lines = [[printable(cell).replace("\n", "\\n") for cell in line] for line in lines]
     widths = [max(map(cell_len, column)) for column in zip(*lines, strict=True)]
     rule = "-" * (sum(widths) + 2 * len(widths) - 2)
     text = []

@@ -17,6 +17,7 @@ from xattn_video_pipelines.common.errors import UserError
 from xattn_video_pipelines.common.program import for_people
 from xattn_video_pipelines.common.settings import Json, Settings
 from xattn_video_pipelines.common.tables import aligned
+from xattn_video_pipelines.common.terminal import say
 from xattn_video_pipelines.demo.judging import judge_folder
 from xattn_video_pipelines.demo.settings import DemoSettings
 from xattn_video_pipelines.video import read_manifest
@@ -71,15 +72,15 @@ def demo(settings: DemoSettings) -> dict[str, Any]:
     _announce("compare", comparing)
     compare.command(comparing)
     summary = _summary(dense, sparse)
-    print(_judged(summary["videos"]))
-    print(_table(summary))
+    say(_judged(summary["videos"]))
+    say(_table(summary))
     _ask(settings.out, [(row["dense"]["id"], row["dense"]["seed"]) for row in summary["videos"]])
-    print(f"videos: {dense} and {sparse}")
+    say(f"videos: {dense} and {sparse}")
     return summary
 
 
 def _announce(command: str, settings: Settings) -> None:
-    print(f"\n$ xattn-video {shlex.join([command, *settings.arguments()])}", flush=True)
+    say(f"\n$ xattn-video {shlex.join([command, *settings.arguments()])}")
 
 
 def _ask(out: Path, keys: list[tuple[str, int]]) -> None:

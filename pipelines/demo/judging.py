@@ -12,6 +12,7 @@ from xattn_video_pipelines.common.files import make_writable, write_texts
 from xattn_video_pipelines.common.program import for_people
 from xattn_video_pipelines.common.settings import Json
 from xattn_video_pipelines.common.tables import aligned
+from xattn_video_pipelines.common.terminal import say
 from xattn_video_pipelines.demo.settings import JUDGED_JSON, JudgeSettings
 from xattn_video_pipelines.demo.world import asked
 from xattn_video_pipelines.video import (
@@ -44,8 +45,8 @@ def command(settings: JudgeSettings, *, json: Json = False) -> int:
     documents = judge_folders(settings)
     people = for_people(json)
     for document in documents:
-        print(_table(document), file=people)
-        print(f"wrote {Path(document['folder']) / JUDGED_JSON}\n", file=people)
+        say(_table(document), people)
+        say(f"wrote {Path(document['folder']) / JUDGED_JSON}\n", people)
     if json:
         print(dumps(documents, allow_nan=False))
     return 0

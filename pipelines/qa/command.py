@@ -6,9 +6,10 @@ questions -> sampled frames -> answers, dense and sparse of one question after t
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from functools import cache, partial
 from json import dumps
 from pathlib import Path
 from typing import Any, TextIO, TypedDict
@@ -17,11 +18,12 @@ from xattn_video_pipelines.common import jsonl
 from xattn_video_pipelines.common.batch import Batch, ItemError, Key, is_out_of_memory, note_plan
 from xattn_video_pipelines.common.environment import device_name, versions
 from xattn_video_pipelines.common.errors import UserError, one_line
-from xattn_video_pipelines.common.files import make_writable, write_texts
+from xattn_video_pipelines.common.files import claimed, make_writable, write_texts
 from xattn_video_pipelines.common.program import for_people
 from xattn_video_pipelines.common.schema import Count, Seconds, Share
 from xattn_video_pipelines.common.settings import Json, option_name
 from xattn_video_pipelines.common.tables import aligned
+from xattn_video_pipelines.common.terminal import say
 from xattn_video_pipelines.qa.frames import SampledVideo, sample_video
 from xattn_video_pipelines.qa.load import (
     VIDEO_MODEL,
@@ -66,9 +68,9 @@ class _Answer(TypedDict):
 def command(settings: QaSettings, *, json: Json = False) -> int:
     """`xattn-video qa`: answer everything, print and write it; 0, or 3 if a question failed. Raises UserError."""
     document, batch = _answer_questions(settings, partial(print_answer, file=for_people(json)))
-    print(dumps(document) if json else summary_table(document))
+    say(dumps(document) if json else summary_table(document))
     for line in batch.told():
-        print(line, file=sys.stderr)
+        say(line, sys.stderr)
     return batch.code
 
 
@@ -95,22 +97,35 @@ def _answer_questions(settings: QaSettings, on_answer: Callable[[Row], None] | N
     """The summary of all answers that there are, and what failed."""
     batch = Batch(settings.out, "questions", versions(_PACKAGES), settings.max_hours)
     questions = _questions(settings)
-    configs = settings.configurations
-    rows: dict[tuple[str, str], Row] = {}
-    if settings.out is not None:
-        make_writable(settings.out)
-        path = settings.out / ANSWERS
+    if settings.out is None:
+        return _summary_of_all(settings, questions, {}, batch, on_answer), batch
+    make_writable(settings.out)
+    path = settings.out / ANSWERS
+    # Of several processes one asks, and the others find its answers.
+    with claimed(path, wait=True):
         earlier = read_answers(path, ("id", "attention"), _signature(settings), weights_of(settings.model), _Answer)
-        rows = _still_valid(earlier, questions, configs)
-        note_plan(settings.out, "answers", list(configs), [(question.id, None) for question in questions])
+        rows = _still_valid(earlier, questions, settings.configurations)
+        note_plan(settings.out, "answers", list(settings.configurations), [(asked.id, None) for asked in questions])
+        document = _summary_of_all(settings, questions, rows, batch, on_answer)
+        write_texts({settings.out / SUMMARY: dumps(document, indent=2) + "\n"})
+    return document, batch
+
+
+def _summary_of_all(
+    settings: QaSettings,
+    questions: Sequence[Question],
+    rows: dict[tuple[str, str], Row],
+    batch: Batch,
+    on_answer: Callable[[Row], None] | None,
+) -> dict[str, Any]:
+    """The summary of all answers that there are, after the questions that `rows` lacks were asked."""
+    configs = settings.configurations
     wanted = [(question, label) for question in questions for label in configs]
     if any((question.id, label) not in rows for question, label in wanted):
         _answer_all(settings, questions, configs, rows, batch, on_answer)
     document = summary([rows[question.id, label] for question, label in wanted if (question.id, label) in rows])
     document["failures"] = batch.brief()
-    if settings.out is not None:
-        write_texts({settings.out / SUMMARY: dumps(document, indent=2) + "\n"})
-    return document, batch
+    return document
 
 
 def summary(rows: Sequence[Row]) -> dict[str, Any]:
@@ -361,13 +376,11 @@ def _inputs(
 
 def print_answer(row: Row, file: TextIO | None = None) -> None:
     """A line about an answer on stdout, or in `file`; it does not tear the bar on stderr."""
-    from tqdm.auto import tqdm
-
     mark = "unreadable" if row["unreadable"] else {True: "right", False: "wrong", None: ""}[row["right"]]
     density = "" if row["sparse_density"] is None else f"density {row['sparse_density']:.2f}"
     parts = (f"{row['prompt_tokens']:,} tokens", f"prefill {row['prefill_seconds']:.2f} s", density, mark)
     line = f"{row['id']}  {row['attention']}: {row['reply']}  ({', '.join(part for part in parts if part)})"
-    tqdm.write(line, file=file or sys.stdout)
+    say(line, file)
 
 
 def _questions(settings: QaSettings) -> list[Question]:
@@ -402,10 +415,19 @@ def _signature(settings: QaSettings) -> Row:
 def _asked(question: Question) -> Row:
     """What must be equal for an answer to a question of this id to be taken from an earlier run; else it is asked."""
     file = question.video.stat()
-    return {
-        "question": question.question, "options": list(question.options),
-        "video_bytes": file.st_size, "video_changed": int(file.st_mtime),
-    }  # fmt: skip
+    # Each write changes the last of these, and nobody can set it.
+    digest = _digest(question.video, file.st_ino, file.st_size, file.st_mtime_ns, file.st_ctime_ns)
+    return {"question": question.question, "options": list(question.options), "video_sha256": digest}
+
+
+@cache
+def _digest(path: Path, *_state: int) -> str:
+    """The SHA-256 of a video. Size and time cannot tell it from another one that took its place within a moment.
+
+    A copied folder keeps its answers too. Reading a video takes far less time than its answer.
+    """
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _marked(question: Question, reply: str) -> Row:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from json import dumps
 from typing import Annotated
 
 from xattn_video_pipelines.common.settings import Json, Option
+from xattn_video_pipelines.common.terminal import say
 from xattn_video_pipelines.video.make import Produced, produce
 from xattn_video_pipelines.video.manifest import Record
 from xattn_video_pipelines.video.plan import Job, Plan, make_plan
@@ -64,13 +64,11 @@ def generate(settings: GenerateSettings) -> list[Record]:
 
 def print_video(job: Job, record: Record) -> None:
     """A line on stdout about a video that was made; it does not tear the bars on stderr."""
-    from tqdm import tqdm
-
     line = f"{job.path}  {record['seconds']:.1f} s  density {record['mean_density']:.2f}"
     if job.config is not None and record["mean_density"] == 1.0:
         # Asked for sparse and got dense throughout: say why at once.
         line += f" (dense calls: {', '.join(f'{n} {reason}' for reason, n in record['dense_reasons'].items())})"
-    tqdm.write(line, file=sys.stdout)
+    say(line)
 
 
 def _report_dry_run(plan: Plan, *, as_json: bool) -> None:
@@ -95,19 +93,19 @@ def _report_dry_run(plan: Plan, *, as_json: bool) -> None:
         print(dumps(document))
         return
     tokens = "unknown" if recipe.tokens is None else f"{recipe.tokens:,}"
-    print(f"model   {recipe.model.identity} ({recipe.model.pipeline})")
-    print(f"size    {settings.width} x {settings.height}, {settings.num_frames} frames at {settings.fps} a second")
-    print(f"tokens  {tokens} video tokens a forward pass, {settings.steps} steps")
+    say(f"model   {recipe.model.identity} ({recipe.model.pipeline})")
+    say(f"size    {settings.width} x {settings.height}, {settings.num_frames} frames at {settings.fps} a second")
+    say(f"tokens  {tokens} video tokens a forward pass, {settings.steps} steps")
     residual = document["residual_bytes"]
     if residual is None and any(job.config is not None and job.config.residual != "off" for job in plan.jobs):
-        print("memory  of the residuals is not known for this model; it is bounded by what the GPU has left")
+        say("memory  of the residuals is not known for this model; it is bounded by what the GPU has left")
     if residual is not None:
         size = f"{residual / 2**30:.1f} GiB" if residual >= 2**30 else f"{residual / 2**20:.1f} MiB"
-        print(f"memory  {size} for the residuals of a forward; guidance as two forwards takes twice")
-    print(f"device  {plan.device}, {plan.dtype}")
+        say(f"memory  {size} for the residuals of a forward; guidance as two forwards takes twice")
+    say(f"device  {plan.device}, {plan.dtype}")
     for video in document["videos"]:
-        print(f"{video['status']:8}  {video['file']}")
-    print(f"{len(pending)} of {len(plan.jobs)} videos to make; nothing was loaded or written")
+        say(f"{video['status']:8}  {video['file']}")
+    say(f"{len(pending)} of {len(plan.jobs)} videos to make; nothing was loaded or written")
 
 
 def _residual_bytes(plan: Plan) -> int | None:
@@ -137,6 +135,6 @@ def _report(plan: Plan, made: Produced, seconds: float, *, as_json: bool) -> Non
         print(dumps(document | {"failures": made.batch.brief(), "videos": videos}))
     else:
         folders = ", ".join(dict.fromkeys(str(job.folder) for job in plan.jobs))
-        print(f"videos: {counts['made']} made, {counts['kept']} kept, in {folders}")
+        say(f"videos: {counts['made']} made, {counts['kept']} kept, in {folders}")
     for line in made.batch.told():
-        print(line, file=sys.stderr)
+        say(line, sys.stderr)

@@ -30,6 +30,11 @@ def _plain_name(value: str) -> str | None:
     return None
 
 
+def _one_line_name(value: str) -> str | None:
+    """A rule of a schema: an id stands in tables and in names of files."""
+    return None if value.isprintable() else "a text without control characters"
+
+
 _File = Annotated[str, _plain_name]
 _Number = float | None
 _Text = str | None
@@ -38,7 +43,7 @@ _Text = str | None
 class _Row(TypedDict, total=False):
     """A line of a manifest as this version and earlier ones wrote it; what an earlier one did not know is missing."""
 
-    id: Required[str]
+    id: Required[Annotated[str, _one_line_name]]
     seed: Required[Annotated[int, Range(0, MAX_SEED)]]
     file: _File | None
     lossless_file: _File | None
@@ -145,8 +150,9 @@ def video_file(folder: Path, record: Record) -> Path:
     file = record.get("file")
     if file is None:
         raise UserError(f"{folder / NAME}: {video_name((record['id'], record['seed']))} names no file")
-    check_stays(folder / file, folder)
-    return folder / file
+    path = folder / str(file)
+    check_stays(path, folder)
+    return path
 
 
 def lossless_copy(folder: Path, record: Record) -> Path | None:
@@ -156,10 +162,11 @@ def lossless_copy(folder: Path, record: Record) -> Path | None:
         UserError: it is a link out of the folder.
     """
     name = record.get("lossless_file", lossless_path(video_file(folder, record)).name)
-    if not name or not (folder / name).is_file():
+    path = folder / str(name)
+    if not name or not path.is_file():
         return None
-    check_stays(folder / name, folder)
-    return folder / name
+    check_stays(path, folder)
+    return path
 
 
 def check_exists(file: Path) -> None:

@@ -17,6 +17,7 @@ from xattn_video_pipelines.common.environment import (
 )
 from xattn_video_pipelines.common.errors import UserError
 from xattn_video_pipelines.common.files import check_stays
+from xattn_video_pipelines.common.terminal import say
 from xattn_video_pipelines.video.manifest import Key, Manifest, Record, is_finished
 from xattn_video_pipelines.video.models import Recipe, settle
 from xattn_video_pipelines.video.prompts import Prompt, choose, read_prompts
@@ -100,7 +101,7 @@ def make_plan(settings: GenerateSettings, labels: Sequence[Labelled] | None = No
     prompt_file = read_prompts(settings.prompts)
     if prompt_file.ignored_keys:
         ignored = ", ".join(prompt_file.ignored_keys)
-        print(f"note: {prompt_file.path}: keys without a meaning here: {ignored}", file=sys.stderr)
+        say(f"note: {prompt_file.path}: keys without a meaning here: {ignored}", sys.stderr)
     prompts = choose(prompt_file.prompts, settings.sample, settings.limit)
     recipe = settle(settings, prompts)
     device = resolve_device(settings.device)

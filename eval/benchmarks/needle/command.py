@@ -23,6 +23,7 @@ from xattn_video_pipelines.common.errors import UserError
 from xattn_video_pipelines.common.files import make_writable, write_texts
 from xattn_video_pipelines.common.program import run_alone
 from xattn_video_pipelines.common.tables import aligned
+from xattn_video_pipelines.common.terminal import say
 from xattn_video_pipelines.qa import (
     load_model,
     read_answers,
@@ -76,9 +77,9 @@ def needle(settings: NeedleSettings) -> dict[str, Any]:
         **provenance("transformers"),
     }
     write_texts({settings.out / SUMMARY: json.dumps(summary, indent=2) + "\n"})
-    print(table(wanted))
+    say(table(wanted))
     if _draw(wanted, settings.out / PICTURE):
-        print(f"picture: {settings.out / PICTURE}")
+        say(f"picture: {settings.out / PICTURE}")
     return summary
 
 
