@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +17,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.cli_tools import Run, tool
+from tests.cli_tools import SIZE, Run, save_tiny_wan, tool
+from xattn_video_pipelines.common.demo_data import DEMO_WATCHER
 from xattn_video_pipelines.video import write_video
 from xattn_video_pipelines.video.manifest import append_record
 
@@ -243,3 +245,136 @@ def test_planted_links_are_never_written_through(run, xattn, name, form):
         assert xattn(*COMMANDS[command](run)).code == 0
     assert everything(run.parent / "victim") == before
     assert not (folder / name).is_symlink()
+
+
+# --- pickles and code ---------------------------------------------------------------------------------------------
+
+
+class Evil:
+    """A pickle that, when it is loaded, makes a folder."""
+
+    def __init__(self, proof: Path) -> None:
+        self.proof = proof
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(self.proof),)
+
+
+def evil_checkpoint(path: Path, proof: Path, *, zipped: bool) -> None:
+    """A checkpoint as torch writes it, or a bare pickle."""
+    import torch
+
+    if zipped:
+        torch.save({"weight": torch.zeros(2), "more": Evil(proof)}, path)
+    else:
+        path.write_bytes(pickle.dumps(Evil(proof)))
+
+
+def test_the_pickle_would_do_harm(tmp_path):
+    pickle.loads(pickle.dumps(Evil(tmp_path / "proof")))
+    assert (tmp_path / "proof").is_dir()
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_wan(tmp_path_factory.mktemp("model"))
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_pickles_are_never_run(prepared, run, model, tmp_path, xattn, zipped):
+    proof = tmp_path / "proof"
+    weights = tmp_path / "weights"
+    weights.mkdir()
+    evil_checkpoint(weights / "alexnet-owt-7be5be79.pth", proof, zipped=zipped)
+    generator = Path(shutil.copytree(model, tmp_path / "generator"))
+    for file in generator.rglob("*.safetensors"):
+        evil_checkpoint(file.with_suffix(".bin"), proof, zipped=zipped)
+        file.unlink()
+    (generator / "text_encoder/model.bin").rename(generator / "text_encoder/pytorch_model.bin")
+    watcher = Path(shutil.copytree(DEMO_WATCHER, tmp_path / "watcher", ignore=shutil.ignore_patterns("*.safetensors")))
+    evil_checkpoint(watcher / "pytorch_model.bin", proof, zipped=zipped)
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a red circle\n")
+    for command in (
+        ("compare", run / DENSE, run / SPARSE, "--lpips-weights", weights),
+        ("report", run, "--lpips-weights", weights),
+        ("generate", "--model", generator, "--prompts", prompts, "--out", tmp_path / "out", *SIZE),
+        ("sweep", "--model", generator, "--prompts", prompts, "--out", tmp_path / "sweep", *SIZE, "--no-lpips"),
+        ("qa", "--model", watcher, "--video", run / DENSE / "cat-s0.mp4", "--question", "what?"),
+    ):
+        done = xattn(*command)
+        assert done.code == 2, (command, done.err)
+        assert "Traceback" not in done.err
+        assert len([line for line in done.err.splitlines() if line.startswith("xattn-video: error: ")]) == 1
+        assert not proof.exists()
+
+
+def test_code_of_a_model_is_never_run(model, tmp_path, xattn):
+    proof, folder = tmp_path / "proof", Path(shutil.copytree(model, tmp_path / "custom"))
+    (folder / "code.py").write_text(f"import os\nos.mkdir({str(proof)!r})\n")
+    (folder / "pipeline.py").write_text(f"import os\nos.mkdir({str(proof)!r})\n")
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a red circle\n")
+    index = json.loads((folder / "model_index.json").read_text())
+    for change in ({"_class_name": ["code", "Pipeline"]}, {"transformer": ["code", "Transformer"]}):
+        (folder / "model_index.json").write_text(json.dumps(index | change))
+        done = xattn("generate", "--model", folder, "--prompts", prompts, "--out", tmp_path / "out", *SIZE)
+        assert (done.code, "Traceback" in done.err) == (2, False), done.err
+        assert not proof.exists()
+
+
+@pytest.mark.parametrize("command", ["generate", "sweep"])
+def test_an_output_folder_of_somebody_hostile(model, tmp_path, xattn, command):
+    """Links under every name that the command writes; what is outside stays as it is."""
+    victim, out = tmp_path / "victim", tmp_path / "out"
+    (out / "dense").mkdir(parents=True)
+    victim.mkdir()
+    (victim / "text.txt").write_text("precious")
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a red circle\n")
+    options = ("--model", model, "--prompts", prompts, "--out", out, *SIZE)
+    options += ("--attention", "dense") if command == "generate" else ("--no-lpips", "--no-plot", "--thresholds", 0.9)
+    lines = []
+    for name, target in (
+        ("dense-alt", "."), ("xattn-s8-t0.90-w5", "."), ("dense/manifest.jsonl", "text.txt"),
+        ("dense/manifest.jsonl", "new.txt"), ("dense/.0001-s0.lock", "text.txt"), ("dense/.0001-s0.lock", "new.txt"),
+    ):  # fmt: skip
+        if command == "generate" and not name.startswith("dense/"):
+            continue
+        (out / name).symlink_to(victim / target)
+        done = xattn(command, *options)
+        assert (done.code, "Traceback" in done.err) == (2, False), (name, done.err)
+        lines.append(done.err.splitlines()[-1])
+        (out / name).unlink()
+        assert everything(victim) == {str(victim / "text.txt"): (b"precious", (victim / "text.txt").stat().st_mtime_ns)}
+    assert all("link" in line for line in lines), lines
+    for name in ("dense/0001-s0.mp4", "dense/0001-s0.mkv", "dense/.0001-s0.partial.mp4", "sweep.json", "sweep.csv"):
+        (out / name).symlink_to(victim / "text.txt")
+    done = xattn(command, *options)
+    assert done.code == 0, done.err
+    assert (victim / "text.txt").read_text() == "precious"
+    assert os.listdir(victim) == ["text.txt"]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        "[" * 200_000, "NaN", b"\xff", '{"id": "a", "id": "b"}', '{"id": "question"}', "3",
+        json.dumps({"id": "question", "attention": "dense", "reply": 7}), json.dumps({"id": [], "attention": {}}),
+    ],
+    ids=lambda row: str(row)[:12],
+)  # fmt: skip
+def test_answers_of_somebody_else_are_one_line(run, tmp_path, xattn, row):
+    out = tmp_path / "answers"
+    out.mkdir()
+    (out / "answers.jsonl").write_bytes((row if isinstance(row, bytes) else row.encode()) + b"\n")
+    done = xattn("qa", "--model", "demo", "--video", run / DENSE / "cat-s0.mp4", "--question", "what?", "--out", out)
+    assert done.code == 2
+    (line,) = done.err.splitlines()
+    assert "answers.jsonl:1: not an answer of this program; use another --out" in line
+    (out / "answers.jsonl").unlink()
+    (out / "answers.jsonl").symlink_to(run.parent / "victim/manifest.jsonl")
+    before = everything(run.parent / "victim")
+    done = xattn("qa", "--model", "demo", "--video", run / DENSE / "cat-s0.mp4", "--question", "what?", "--out", out)
+    assert (done.code, everything(run.parent / "victim")) == (2, before)
+    assert "answers.jsonl: cannot write: it is a symbolic link" in done.err

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 from xattn_video_pipelines.common import jsonl
@@ -59,7 +60,9 @@ def load_model(
         trust = {"trust_remote_code": trust_remote_code}
         model = getattr(transformers, model_class).from_pretrained(source, dtype=dtype, **trust)
         processor = getattr(transformers, processor_class).from_pretrained(source, **trust)
-    except (OSError, ValueError, TypeError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
+    except (
+        OSError, ValueError, TypeError, KeyError, RuntimeError, ImportError, SafetensorError, UnpicklingError,
+    ) as error:  # fmt: skip
         if isinstance(error, OSError) and not Path(source).is_dir():
             raise UserError(offline_message(name, error)) from None
         if not trust_remote_code and "trust_remote_code" in str(error):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from json import dumps
 from typing import Annotated

@@ -11,12 +11,14 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
 from importlib import metadata
+from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 
 from xattn_video.extras import require
 from xattn_video_pipelines.common.batch import Batch, ItemError, Key, is_out_of_memory, note_plan
 from xattn_video_pipelines.common.errors import UserError, one_line
 from xattn_video_pipelines.common.files import claimed, make_writable, remove_dead_claim
+from xattn_video_pipelines.common.terminal import say
 from xattn_video_pipelines.video.lengths import told_of_long_prompts
 from xattn_video_pipelines.video.manifest import (
     Record,
@@ -126,7 +128,7 @@ def _make_videos(
     if on_pipeline:
         on_pipeline(pipe)
     for line in told_of_long_prompts(pipe, plan.recipe.model, [job.prompt for job in pending]):
-        print(line, file=sys.stderr)
+        say(line, sys.stderr)
     maker = _Maker(plan, pipe)
     # Every attention once: a model that cannot be sparse says so before hours of dense videos.
     for config in dict.fromkeys(job.config for job in pending):
@@ -382,7 +384,8 @@ def load_pipeline(
     argument = "dtype" if (major, minor) >= (0, 40) else "torch_dtype"
     try:
         pipe = pipeline_class.from_pretrained(model.source, **{argument: dtypes})
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    # Checkpoints that are pickles are read as plain tensors only; one that holds more is refused so.
+    except (OSError, ValueError, RuntimeError, SafetensorError, UnpicklingError) as error:
         raise UserError(_load_message(model, error)) from None
     _set_flow_shift(pipe, settings.flow_shift)
     if settings.guidance_scale is not None and "guidance_scale" not in model.parameters:
