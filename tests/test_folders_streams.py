@@ -217,6 +217,14 @@ def test_report_and_compare_at_once_all_end_well(run):
     assert not list(run.rglob(".*"))
 
 
+def test_a_report_removes_the_claim_of_a_comparison_that_was_killed(run, xattn):
+    assert xattn("compare", run / DENSE, run / SPARSE, "--no-lpips").code == 0
+    lock = run / SPARSE / ".summary.json.lock"
+    lock.touch()
+    assert xattn("report", run, "--no-lpips").code == 0
+    assert not lock.exists()
+
+
 def story(folder: Path, seed: int) -> Path:
     """A video of the shapes world would do as well; the demo's model answers about any."""
     from tests.test_hostile_folder import clip

@@ -17,7 +17,7 @@ from xattn_video_eval.compare import FLOOR, SUMMARY_JSON, CompareSettings, compa
 from xattn_video_eval.report.settings import ReportSettings
 from xattn_video_eval.report.wording import in_words
 from xattn_video_pipelines.common.errors import UserError
-from xattn_video_pipelines.common.files import check_stays
+from xattn_video_pipelines.common.files import check_stays, remove_dead_claim
 from xattn_video_pipelines.common.terminal import say
 from xattn_video_pipelines.video import MANIFEST, Key, Record, finished_videos, video_name
 
@@ -108,6 +108,8 @@ def load_run(settings: ReportSettings, *, progress: bool = True) -> Run:
     for label in labels:
         if label != DENSE:
             records = finished_videos(folder / label)
+            # Of a comparison that was killed after it had written its summary.
+            remove_dead_claim(folder / label / SUMMARY_JSON)
             summary = _current_summary(dense_folder, dense, folder / label, records)
             if summary is None:
                 asked = CompareSettings(
