@@ -24,7 +24,6 @@ import numpy as np
 
 from xattn_video import XAttnConfig
 from xattn_video.integrations.diffusers import pipeline_transformers
-from xattn_video.integrations.diffusers.models import find_self_attention
 from xattn_video_eval.compare import CompareSettings, compare
 from xattn_video_eval.results import RESULTS, append_rows, mean_interval, provenance
 from xattn_video_eval.studies.held_out import write_prompts
@@ -122,9 +121,9 @@ def _make(plan: Plan, folder: Path, values: Mapping[str, Any]) -> None:
 
     def prepare(pipe: Any) -> None:
         nonlocal modules, calls
-        found = [
-            module for model in pipeline_transformers(pipe).values() for module in find_self_attention(model).values()
-        ]
+        models = pipeline_transformers(pipe).values()
+        # the name of self-attention in Wan, which models of the shapes world are
+        found = [module for model in models for path, module in model.named_modules() if path.endswith(".attn1")]
         modules = len(found)
         for module in found:
             module.register_forward_hook(count)
