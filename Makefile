@@ -23,7 +23,7 @@ LOWEST_TRANSFORMERS := 4.57.1
 LOWEST_READY := $(LOWEST)/.installed-$(LOWEST_DIFFUSERS)-$(LOWEST_TRANSFORMERS)
 
 .PHONY: help demo test test-gpu memcheck-gpu test-lowest lint bench bench-gpu first-gpu goals-gpu \
-	bench-static clean
+	bench-static soak clean
 
 help:
 	@echo "make demo          generate dense and sparse videos with a small model and compare them"
@@ -37,6 +37,7 @@ help:
 	@echo "make first-gpu     a first look at an H100 or H200: results and times in under eight minutes, and goals reached"
 	@echo "make goals-gpu     measure on a GPU what this package wants to reach, and say what it does"
 	@echo "make bench-static  compile every kernel for every GPU target and print what the compiler made"
+	@echo "make soak          kill every program 200 times at random moments, and look at what is left (an hour)"
 
 .PHONY: new-enough
 new-enough:
@@ -109,6 +110,10 @@ first-gpu: gpu
 # Under 5 minutes on an H200.
 goals-gpu: gpu
 	$(BIN)/python -m xattn_video_pipelines.cli bench --device cuda --goals --rounds 3 --record --out $(GOALS_OUT)
+
+soak: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.soak
+	XATTN_VIDEO_FUZZ=2000 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_WORKERS) tests/test_fuzz_files.py
 
 bench-static: $(READY)
 	$(BIN)/python -m xattn_video_eval.studies.static_evidence
