@@ -12,6 +12,7 @@ from xattn_video_pipelines.common.batch import Key, read_failures, read_plan
 from xattn_video_pipelines.common.errors import UserError, one_line
 from xattn_video_pipelines.common.settings import Json, Option, Settings
 from xattn_video_pipelines.common.tables import aligned
+from xattn_video_pipelines.common.terminal import say
 from xattn_video_pipelines.qa import ANSWERS
 from xattn_video_pipelines.video import read_manifest, video_name
 
@@ -32,7 +33,7 @@ class StatusSettings(Settings):
 def command(settings: StatusSettings, *, json: Json = False) -> int:
     """`xattn-video status`: print the counts, and the failures that are still open; 0. Raises UserError."""
     document = status(settings)
-    print(dumps(document) if json else _text(document))
+    say(dumps(document) if json else _text(document))
     return 0
 
 
