@@ -221,7 +221,8 @@ def _answers(out: Path) -> Finished:
 def _pages(out: Path) -> Finished:
     """Pages and tables, which are there whole or not at all; one that is made again is no other one."""
     found: Finished = {}
-    for path in out.glob("*"):
+    # A name with a dot is not finished. Until the next run a kill may leave one; at the end it would be a stranger.
+    for path in out.glob("[!.]*"):
         if path.suffix == ".json":
             try:
                 json.loads(path.read_text())
