@@ -13,7 +13,7 @@ from tests import soak
 from tests.soak import Figures, Subject
 
 KILLS = 5
-ITEMS = {"generate": 8, "qa": 8, "compare": 1, "report": 1, "sweep": 8}
+ITEMS = {"generate": 8, "qa": 8, "compare": 1, "report": 1, "sweep": 6}
 
 
 @pytest.fixture(scope="module")

@@ -8,11 +8,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from tests.test_stories import answered
 from xattn_video_eval.studies import story_quality
 from xattn_video_eval.studies.story_quality import main, table, write_stories
 from xattn_video_pipelines.common.demo_data import WATCHER_FPS
+from xattn_video_pipelines.common.environment import emulates_bfloat16
 from xattn_video_pipelines.demo import stories, watcher, world
 from xattn_video_pipelines.demo.judge import judge
 from xattn_video_pipelines.qa.frames import sample_video
@@ -71,7 +73,9 @@ def test_a_row_compares_dense_and_sparse_answers_and_a_run_goes_on(
     assert 2 * 256 < row["prompt_tokens"] < 2 * 256 + 20
     assert 0 < row["sparse_density"] < 0.95
     assert row["kl"] > 0
-    assert (row["config"]["stride"], row["config"]["threshold"], row["dtype"]) == (16, 0.5, "bfloat16")
+    assert (row["config"]["stride"], row["config"]["threshold"]) == (16, 0.5)
+    # The weights are in bfloat16.
+    assert row["dtype"] == ("float32" if emulates_bfloat16(torch.device("cpu")) else "bfloat16")
     assert row["device"]
 
     # As if dense had said the right colours, and sparse the shape of the second story.
