@@ -18,7 +18,7 @@ from xattn_video import extras
 ROOT = Path(__file__).resolve().parent.parent
 OWN = {"xattn_video", "xattn_video_pipelines", "xattn_video_eval"}
 # Tools that are run where the user has them; each user of one says itself how to install it.
-FOREIGN = {"flashinfer", "lm_eval", "lmms_eval", "vbench"}
+FOREIGN = {"cache_dit", "flashinfer", "lm_eval", "lmms_eval", "vbench"}
 
 
 def in_a_fresh_python(code: str, without: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
