@@ -7,6 +7,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "eval" / "results"
 
@@ -115,21 +117,38 @@ def test_what_each_setting_costs_is_what_was_measured() -> None:
     assert told == set(busy)
 
 
-def test_what_residuals_bring_is_what_was_measured() -> None:
-    measured = {row["name"]: row for row in rows_of("residual_quality.jsonl")}
-    shown = table("quality.md", "| attention | density of all calls")
-    for name, *cells in shown:
+@pytest.mark.parametrize(
+    ("title", "steps", "tokens"),
+    [
+        ("| attention | density of all calls", 20, 4352),
+        ("| attention, 8 steps | density of all calls", 8, 4352),
+    ],
+)
+def test_what_residuals_bring_is_what_was_measured(title: str, steps: int, tokens: int) -> None:
+    rows = rows_of("residual_quality.jsonl")
+    measured = {row["name"]: row for row in rows if (row["steps"], row["tokens"]) == (steps, tokens)}
+    for name, *cells in table("quality.md", title):
         row = measured.pop(name.removeprefix("preset ").strip("`"))
-        assert row["right"] == {"dense": row["videos"], "sparse": row["videos"]}, name
-        assert cells == [
-            f"{row['density']:.3f}",
-            f"{row['psnr']:.1f} [{row['psnr_low']:.1f}, {row['psnr_high']:.1f}]",
-            f"{row['psnr_worst']:.1f}",
-            f"{row['ssim']:.3f}",
-            f"{row['flicker']:.4f}",
-            f"{row['sparse_seconds']:.1f}",
-        ], name
+        assert cells == [*likeness_of(row), f"{row['right']['sparse']} of {row['videos']}"], name
     assert not measured
+
+
+def test_what_step_caches_keep_is_what_was_measured() -> None:
+    measured = {row["name"]: row for row in rows_of("step_caches.jsonl")}
+    for name, *cells in table("quality.md", "| step cache | density of all calls"):
+        row = measured.pop(name.replace("`", ""))
+        assert cells == [*likeness_of(row), f"{row['right']['cached']} of {row['videos']}"], name
+    assert not measured
+
+
+def likeness_of(row: dict[str, Any]) -> list[str]:
+    return [
+        f"{row['density']:.3f}",
+        f"{row['psnr']:.1f} [{row['psnr_low']:.1f}, {row['psnr_high']:.1f}]",
+        f"{row['psnr_worst']:.1f}",
+        f"{row['ssim']:.3f}",
+        f"{row['flicker']:.4f}",
+    ]
 
 
 def setting_of(row: dict[str, Any]) -> Any:

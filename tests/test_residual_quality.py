@@ -73,3 +73,10 @@ def test_a_file_without_configurations_is_one_line(tmp_path, capsys, text):
     errors = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
     assert len(errors) == 1
     assert f"--points {file}" in errors[0]
+
+
+def test_the_configurations_for_few_steps_keep_the_warm_up_to_a_quarter(tmp_path):
+    file = CONFIGURATIONS.with_name("few_steps.json")
+    names = SweepSettings(model="demo", prompts=tmp_path / "p.txt", preset="fast", points=file).names
+    assert set(names.values()) == set(json.loads(file.read_text()))
+    assert {config.warmup for config in names} == {0.25}
