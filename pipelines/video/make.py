@@ -171,8 +171,6 @@ def observe(plan: Plan, on_call: Callable[[int, str, Call], None]) -> Any:
     Raises:
         UserError: the model cannot be loaded or made sparse, or the device is out of memory.
     """
-    import torch
-
     from xattn_video_pipelines.video.progress import VideoProgress
 
     given, recipe = plan.given, plan.recipe
@@ -188,7 +186,10 @@ def observe(plan: Plan, on_call: Callable[[int, str, Call], None]) -> Any:
             with progress.video(job.name):
                 try:
                     pipe(**{**_arguments(recipe.model, recipe.settings, job), "output_type": "latent"})
-                except torch.OutOfMemoryError:
+                except Exception as error:
+                    # a CPU says so with an exception of no class of its own
+                    if not is_out_of_memory(error):
+                        raise
                     advice = "--offload model (or sequential), --dtype bfloat16, fewer frames or a smaller size"
                     raise UserError(f"{job.name}: {plan.device} is out of memory; try {advice}") from None
     return pipe
