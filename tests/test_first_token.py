@@ -99,7 +99,7 @@ def test_the_model_stays_dense_in_its_own_rounds(model: Path) -> None:
         (["--heads", "4"], "--heads does not go with --model"),
         (["--inputs", "text"], "--inputs does not go with --model"),
         (["--causal"], "--causal does not go with --model"),
-        (["--dtype", "fp32", "bf16"], "--dtype takes one type with --model, got fp32 bf16"),
+        (["--dtype", "fp32", "bf16"], "--dtype takes one type with --model, got float32 bfloat16"),
         (["--tokens", "5"], "--tokens: "),
         (["--model", "/nowhere"], "--model /nowhere"),
     ],

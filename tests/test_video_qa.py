@@ -486,7 +486,10 @@ def test_videos_that_cannot_be_read_are_named(made: Path, tmp_path: Path) -> Non
         (("--video", "red.mp4", "--question", "w5", "--max-new-tokens", "0"), "--max-new-tokens must be 1 or more"),
         (("--video", "red.mp4", "--question", "w5 \udcff"), "--question holds half of a surrogate pair"),
         (("--video", "red.mp4", "--question", "w5", "--options", "a", "\udcff"), "--options holds half of a surrogate"),
-        (("--video", "red.mp4", "--question", "w5", "--dtype", "half8"), "--dtype must be auto or a dtype"),
+        (
+            ("--video", "red.mp4", "--question", "w5", "--dtype", "half8"),
+            "argument --dtype: invalid choice: 'half8' (choose from 'auto', 'bfloat16'",
+        ),
         (("--video", "red.mp4", "--question", "w5", "--options", *map(str, range(27))), "27 options, but only 26"),
         (("--video", "red.mp4", "--question", "w5", "--model", "nowhere"), "--model "),
         (("--video", "red.mp4", "--question", "w5", "--threshold", "0"), "threshold must be in (0, 1]"),

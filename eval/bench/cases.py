@@ -10,7 +10,7 @@ from torch import Tensor
 from xattn_video.testing import causal_text_like_qkv, video_like_qkv
 from xattn_video_eval.bench.settings import BenchSettings
 from xattn_video_pipelines.common.errors import UserError
-from xattn_video_pipelines.common.settings import option_name
+from xattn_video_pipelines.common.settings import option_name, short_dtype
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -71,7 +71,8 @@ def chosen_cases(settings: BenchSettings, device: torch.device) -> list[Case]:
     full_tokens = GPU_FULL_TOKENS if gpu else CPU_FULL_TOKENS
     tokens = settings.tokens or (full_tokens if settings.full else full_tokens[:1])
     head_dims = settings.head_dim or ((64, 128) if settings.full else (64,))
-    dtypes = settings.dtype or (("bf16",) if gpu else ("fp32", "bf16") if settings.full else ("fp32",))
+    usual = ("bf16",) if gpu else ("fp32", "bf16") if settings.full else ("fp32",)
+    dtypes = tuple(map(short_dtype, settings.dtype)) or usual
     heads = 4 if settings.heads is None else settings.heads
     for name, values, least in (("--tokens", tokens, 128), ("--heads", [heads], 1), ("--head-dim", head_dims, 8)):
         for value in values:
@@ -125,7 +126,7 @@ def _demo_cases(settings: BenchSettings) -> list[Case]:
     return [
         Case(f"demo-{entry.name}", *entry.grid, 0, 1, entry.query.shape[3], dtype, inputs="demo")
         for entry in entries
-        for dtype in settings.dtype or ("bf16",)
+        for dtype in tuple(map(short_dtype, settings.dtype)) or ("bf16",)
     ]
 
 

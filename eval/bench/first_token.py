@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from xattn_video import XAttnConfig
-from xattn_video_eval.bench.cases import DTYPES
 from xattn_video_eval.bench.settings import BenchSettings
 from xattn_video_eval.bench.timing import seconds_of
 from xattn_video_eval.benchmarks.needle import make_item
@@ -26,6 +25,7 @@ from xattn_video_eval.results import RESULTS, append_rows, provenance
 from xattn_video_pipelines.common.environment import device_name
 from xattn_video_pipelines.common.errors import UserError
 from xattn_video_pipelines.common.tables import aligned
+from xattn_video_pipelines.common.terminal import say
 from xattn_video_pipelines.qa import load_model
 
 LEDGER = RESULTS / "first_token.jsonl"
@@ -42,7 +42,7 @@ def time_first_token(settings: BenchSettings) -> dict[str, Any]:
         UserError: the model cannot be loaded, or a length is too short.
     """
     assert settings.model is not None
-    dtype = str(DTYPES[settings.dtype[0]]).removeprefix("torch.") if settings.dtype else "auto"
+    dtype = settings.dtype[0] if settings.dtype else "auto"
     config = settings.config.replace(warmup_steps=0)
     model, tokenizer = load_model(
         settings.model, "AutoModelForCausalLM", "AutoTokenizer", device=settings.device, dtype=dtype
@@ -110,7 +110,7 @@ def _measure(model: Any, prompt: Tensor, config: XAttnConfig, rounds: int) -> di
     sides = {"dense": None, "sparse": config}
     for done in range(rounds + 1):
         told = "warm-up" if done == 0 else f"round {done} of {rounds}"
-        print(f"{prompt.shape[1]:,} tokens: {told}", file=sys.stderr)
+        say(f"{prompt.shape[1]:,} tokens: {told}", sys.stderr, progress=True)
         for name, side in sides.items():
             stats = _attach(model, side)
             taken = seconds_of(partial(_forward, model, prompt), model.device)

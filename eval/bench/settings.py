@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from xattn_video_pipelines.common.errors import UserError
-from xattn_video_pipelines.common.settings import Option, Settings, option_name, sparse_config
+from xattn_video_pipelines.common.settings import Dtype, Option, Settings, not_percent, option_name, sparse_config
 
 if TYPE_CHECKING:
     from xattn_video import XAttnConfig
@@ -23,14 +23,14 @@ _RESULTS = "where the results go"
 class BenchSettings(Settings):
     """Which attention calls are timed, and how often.
 
-    Empty and None leave a value to the device: 7168 tokens, 4 heads of 64 and fp32 on a CPU, the sizes of Wan and
+    Empty and None leave a value to the device: 7168 tokens, 4 heads of 64 and float32 on a CPU, the sizes of Wan and
     HunyuanVideo on a GPU. With `model` the time to the first token of a language model is measured instead.
     """
 
     device: Annotated[str, Option("cpu, cuda, or auto (a GPU if there is one)")] = "auto"
     rounds: Annotated[int, Option("interleaved repetitions")] = 5
 
-    tokens: Annotated[tuple[int, ...], Option("sequence lengths (default: 7168 on a CPU)", _PROBLEM)] = ()
+    tokens: Annotated[tuple[int, ...], Option("sequence lengths; default: 7168 on a CPU", _PROBLEM)] = ()
     model: Annotated[
         str | None,
         Option(
@@ -39,16 +39,14 @@ class BenchSettings(Settings):
             "NAME",
         ),
     ] = None
-    heads: Annotated[int | None, Option("attention heads (default 4)", _PROBLEM)] = None
-    head_dim: Annotated[tuple[int, ...], Option("head dimensions (default 64)", _PROBLEM)] = ()
-    dtype: Annotated[
-        tuple[Literal["bf16", "fp16", "fp32"], ...], Option("data types (default: fp32 on a CPU)", _PROBLEM)
-    ] = ()
+    heads: Annotated[int | None, Option("attention heads; default: 4", _PROBLEM)] = None
+    head_dim: Annotated[tuple[int, ...], Option("head dimensions; default: 64", _PROBLEM)] = ()
+    dtype: Annotated[tuple[Dtype, ...], Option("data types; default: float32 on a CPU", _PROBLEM)] = ()
     inputs: Annotated[
         Literal["video", "demo", "text"] | None,
         Option(
-            "what attention is computed on: video-like (default), tensors that the demo model computed while it made "
-            "a video (bf16, one head each), or text-like (implies --causal)",
+            "what attention is computed on: video-like, the default, tensors that the demo model computed while it "
+            "made a video (bfloat16, one head each), or text-like (implies --causal)",
             _PROBLEM,
         ),
     ] = None
@@ -93,7 +91,7 @@ class BenchSettings(Settings):
     def check(self) -> None:
         self.check_at_least(1, "rounds")
         if not 0 <= self.locality <= 1:
-            raise UserError(f"--locality must be from 0 to 1, got {self.locality}")
+            raise UserError(f"--locality must be from 0 to 1, got {self.locality}{not_percent(self.locality)}")
         if self.dense_last and self.model is None:
             raise UserError("--dense-last goes with --model")
         if self.model is not None:

@@ -20,10 +20,12 @@ class HarnessSettings(PrefillSettings):
     """
 
     model: Annotated[str, Option("Hub id or local folder")]
-    tasks: Annotated[tuple[str, ...], Option("the tool's names of its tasks", metavar="NAME")]
+    tasks: Annotated[tuple[str, ...], Option("the tool's names of its tasks", metavar="NAME", commas=True)]
     task_folder: Annotated[str | None, Option("more tasks, in the tool's .yaml files", metavar="DIR")] = None
     out: Annotated[Path, Option(f"{RESULTS_JSON} goes there", metavar="DIR")]
-    limit: Annotated[int | None, Option("items of each task (all); not the benchmark's score", metavar="N")] = None
+    limit: Annotated[
+        int | None, Option("items of each task, whose score is then not the benchmark's; default: all", metavar="N")
+    ] = None
 
 
 @dataclass(frozen=True, kw_only=True)

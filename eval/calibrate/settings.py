@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from xattn_video import XAttnConfig
 from xattn_video_pipelines.common.errors import UserError
-from xattn_video_pipelines.common.settings import Option, Settings, option_name, sparse_config
+from xattn_video_pipelines.common.settings import DtypeOrAuto, Option, Settings, not_percent, option_name, sparse_config
 from xattn_video_pipelines.qa import QaSettings
 from xattn_video_pipelines.video import GenerateSettings
 
@@ -41,13 +41,13 @@ class CalibrateSettings(Settings):
     limit: Annotated[int | None, Option("the first N inputs", _INPUTS, "N")] = None
 
     budget: Annotated[
-        float | None, Option("mean relative error of a head (default: that of start * factor for all)", _CHOICE)
+        float | None, Option("mean relative error of a head; default: that of start * factor for all", _CHOICE)
     ] = None
     start: Annotated[float, Option("the largest threshold, in (0, 1]; 1 lets heads stay dense", _CHOICE)] = 0.9
     factor: Annotated[float, Option("from a threshold to the next one, in (0, 1)", _CHOICE)] = 0.9
     values: Annotated[int, Option("thresholds that are tried", _CHOICE, "N")] = 8
 
-    stride: Annotated[int | None, Option("antidiagonal stride (default: 8; with --items 16)", _ATTENTION)] = None
+    stride: Annotated[int | None, Option("antidiagonal stride; default: 8, with --items 16", _ATTENTION)] = None
     block_size: Annotated[int, Option("tokens a block, a multiple of the stride", _ATTENTION)] = 128
     min_tokens: Annotated[int, Option("calls with fewer tokens stay dense", _ATTENTION)] = 1024
 
@@ -58,11 +58,11 @@ class CalibrateSettings(Settings):
     width: Annotated[int | None, Option("pixels", _VIDEO)] = None
     num_frames: Annotated[int | None, Option("frames of a video", _VIDEO)] = None
 
-    fps: Annotated[float | None, Option("frames a second (default: as of qa)", _SEEN)] = None
+    fps: Annotated[float | None, Option("frames a second; default: as of qa", _SEEN)] = None
     max_frames: Annotated[int, Option("of a video", _SEEN, "N")] = QaSettings.max_frames
     max_pixels: Annotated[int, Option("of a frame", _SEEN, "N")] = QaSettings.max_pixels
 
-    dtype: Annotated[Literal["auto", "float32", "float16", "bfloat16"], Option("of the model", _MACHINE)] = "auto"
+    dtype: Annotated[DtypeOrAuto, Option("of the model", _MACHINE)] = "auto"
     device: Annotated[str, Option("auto, cpu, cuda, cuda:1", _MACHINE)] = "auto"
     offload: Annotated[
         Literal["none", "model", "sequential"],
@@ -104,7 +104,7 @@ class CalibrateSettings(Settings):
         for name, most_too in (("start", True), ("factor", False)):
             value = getattr(self, name)
             if not 0 < value <= 1 or (value == 1 and not most_too):
-                raise UserError(f"--{name} must be in (0, 1{']' if most_too else ')'}, got {value}")
+                raise UserError(f"--{name} must be in (0, 1{']' if most_too else ')'}, got {value}{not_percent(value)}")
         self.check_from_zero("budget")
         self.check_at_least(1, "limit", "measured_steps", "stride")
         if not 2 <= self.values <= _MOST_VALUES:

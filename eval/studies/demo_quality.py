@@ -13,7 +13,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import numpy as np
 
@@ -24,7 +24,7 @@ from xattn_video_eval.studies.held_out import write_prompts
 from xattn_video_pipelines.cli import module_of
 from xattn_video_pipelines.common.errors import UserError
 from xattn_video_pipelines.common.program import run_alone
-from xattn_video_pipelines.common.settings import Option, Settings
+from xattn_video_pipelines.common.settings import DtypeOrAuto, Option, Settings
 from xattn_video_pipelines.demo import judge_folder
 from xattn_video_pipelines.video import GenerateSettings, Key, read_manifest
 
@@ -49,7 +49,7 @@ class DemoQualitySettings(Settings):
     steps: Annotated[int, Option("denoising steps, of which 5 are dense")] = 20
     num_frames: Annotated[int, Option("frames a video")] = 33
     device: Annotated[str, Option("as of xattn-video generate")] = "auto"
-    dtype: Annotated[Literal["auto", "bfloat16", "float16", "float32"], Option("as of xattn-video generate")] = "auto"
+    dtype: Annotated[DtypeOrAuto, Option("as of xattn-video generate")] = "auto"
     record: Annotated[bool, Option(f"append the rows to eval/results/{LEDGER.name}")] = False
 
 

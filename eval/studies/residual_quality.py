@@ -13,7 +13,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from xattn_video_eval.results import RESULTS, append_rows, provenance
 from xattn_video_eval.studies import selection_plots
@@ -21,7 +21,7 @@ from xattn_video_eval.studies.held_out import write_prompts
 from xattn_video_eval.sweep import SweepSettings, sweep, table
 from xattn_video_pipelines.common.files import whole_files
 from xattn_video_pipelines.common.program import run_alone
-from xattn_video_pipelines.common.settings import Option, Settings
+from xattn_video_pipelines.common.settings import DtypeOrAuto, Option, Settings
 from xattn_video_pipelines.video import print_video, read_manifest
 
 EXAMPLE = """\
@@ -48,7 +48,7 @@ class ResidualQualitySettings(Settings):
     steps: Annotated[int, Option("denoising steps, of which 5 are dense")] = 20
     num_frames: Annotated[int, Option("frames a video")] = 33
     device: Annotated[str, Option("as of xattn-video generate")] = "auto"
-    dtype: Annotated[Literal["auto", "bfloat16", "float16", "float32"], Option("as of xattn-video generate")] = "auto"
+    dtype: Annotated[DtypeOrAuto, Option("as of xattn-video generate")] = "auto"
     plot: Annotated[Path | None, Option("picture of the rows; needs matplotlib", metavar="FILE.png")] = None
     record: Annotated[bool, Option(f"append the rows to eval/results/{LEDGER.name}")] = False
 

@@ -22,7 +22,7 @@ from xattn_video_pipelines.common import jsonl
 from xattn_video_pipelines.common.demo_data import WATCHER_FPS
 from xattn_video_pipelines.common.files import make_writable, write_texts
 from xattn_video_pipelines.common.program import run_alone
-from xattn_video_pipelines.common.settings import Option, Settings
+from xattn_video_pipelines.common.settings import DtypeOrAuto, Option, Settings
 from xattn_video_pipelines.common.tables import aligned
 from xattn_video_pipelines.demo import FPS, KINDS, SCENE_FRAMES, draw_question, draw_story
 from xattn_video_pipelines.qa import (
@@ -59,7 +59,7 @@ class StoryQualitySettings(Settings):
     threshold: Annotated[float, Option("of the sparse prefill", metavar="T")] = 0.9
     dense_last: Annotated[int, Option("tokens at a prompt's end whose blocks stay dense", metavar="N")] = 0
     device: Annotated[str, Option("as of xattn-video qa")] = "auto"
-    dtype: Annotated[str, Option("as of xattn-video qa")] = "auto"
+    dtype: Annotated[DtypeOrAuto, Option("as of xattn-video qa")] = "auto"
     record: Annotated[bool, Option(f"append the rows to eval/results/{LEDGER.name}")] = False
 
     def check(self) -> None:

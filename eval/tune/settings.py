@@ -6,10 +6,9 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from xattn_video_pipelines.common.errors import UserError
-from xattn_video_pipelines.common.settings import Option, Settings
+from xattn_video_pipelines.common.settings import Dtype, Option, Settings
 
 Kernel = Literal["antidiagonal_scores", "block_sparse", "attention_hopper"]
-Dtype = Literal["bf16", "fp16", "fp32"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,7 +19,7 @@ class TuneSettings(Settings):
         "antidiagonal_scores", "block_sparse", "attention_hopper",
     )  # fmt: skip
     head_dim: Annotated[tuple[int, ...], Option("head dimensions")] = (128,)
-    dtype: Annotated[tuple[Dtype, ...], Option("data types")] = ("bf16",)
+    dtype: Annotated[tuple[Dtype, ...], Option("data types")] = ("bfloat16",)
     tokens: Annotated[int, Option("length of the timed problem")] = 32768
     heads: Annotated[int, Option("heads of the timed problem")] = 8
     rounds: Annotated[int, Option("timed launches of each configuration")] = 10

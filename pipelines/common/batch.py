@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 from xattn_video_pipelines.common import jsonl
 from xattn_video_pipelines.common.errors import UserError, one_line
+from xattn_video_pipelines.common.run_file import note_run
 from xattn_video_pipelines.common.terminal import say
 
 FAILURES, PLAN = "failures.jsonl", "plan.jsonl"
@@ -214,7 +215,7 @@ def read_failures(folder: Path) -> dict[Key, jsonl.Row]:
 
 
 def note_plan(folder: Path, of: str, attention: Sequence[str], items: Sequence[tuple[str, int | None]]) -> None:
-    """Write down what a run is going to make, so that `xattn-video status` can tell what is left.
+    """Write down what a run is going to make, so that `xattn-video status` can tell what is left, and its settings.
 
     Args:
         folder: that of the run's outputs.
@@ -228,6 +229,7 @@ def note_plan(folder: Path, of: str, attention: Sequence[str], items: Sequence[t
     row: jsonl.Row = {"of": of, "attention": list(attention), "items": [list(item) for item in items]}
     if row not in [known for _, known in jsonl.read(folder / PLAN, _COMPLAINT)]:
         jsonl.append(folder / PLAN, [row])
+    note_run(folder)
 
 
 def read_plan(folder: Path) -> dict[str, dict[Key, None]]:

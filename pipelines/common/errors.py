@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
 
 class UserError(ValueError):
     """Something the user can put right: bad input, a missing file, folders that do not belong together.
@@ -14,3 +17,13 @@ class UserError(ValueError):
 def one_line(message: object, most: int | None = None) -> str:
     """A message without its line ends, cut to `most` characters, as a part of an error's one line."""
     return " ".join(str(message).split())[:most]
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """The end of a message about an unknown word: the known word that is most like it, or nothing.
+
+    >>> did_you_mean("--treshold", ["--threshold", "--stride"])
+    '; did you mean --threshold?'
+    """
+    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    return f"; did you mean {near[0]}?" if near else ""

@@ -9,18 +9,35 @@ import functools
 import inspect
 import io
 import os
+import re
 import sys
-from collections.abc import Callable, Sequence
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import MISSING, fields
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TextIO, get_args, get_origin, get_type_hints
 
 from xattn_video.extras import explain
-from xattn_video_pipelines.common.errors import UserError
-from xattn_video_pipelines.common.settings import Option, Settings
-from xattn_video_pipelines.common.terminal import printable
+from xattn_video_pipelines.common.errors import UserError, did_you_mean
+from xattn_video_pipelines.common.run_file import RUN_FILE, read_run, run_text, running
+from xattn_video_pipelines.common.settings import (
+    OUTPUT,
+    Option,
+    Settings,
+    choices_of,
+    long_dtype,
+    option_name,
+    option_of,
+)
+from xattn_video_pipelines.common.terminal import is_verbose, loudness, printable, say
 
 if TYPE_CHECKING:
-    from cyclopts import App, CycloptsError, Token
+    from cyclopts import App, ArgumentCollection, CycloptsError, Token
+
+# Under the help of every command.
+EXIT_CODES = """\
+exit codes: 0 all is well; 1 what was checked is not well (bench, doctor); 2 bad input, said in one line;
+3 some items failed and the others are made, the same command tries them again; 130 stopped by Ctrl-C"""
 
 
 class UsageError(UserError):
@@ -80,7 +97,15 @@ def add_command(app: App, run: Callable[..., int], name: str, about: str, exampl
         name, about, example: as of `program`.
         place: commands are listed in the order of this number.
     """
-    app.command(_flat(run), name=name, help=about, help_epilogue=example.rstrip(), sort_key=place)
+    settings = _settings_of(run)
+    app.command(
+        _flat(run, name),
+        name=name,
+        help=about,
+        help_epilogue=f"{example.rstrip()}\n\n{EXIT_CODES}",
+        sort_key=place,
+        config=functools.partial(_take_from_file, name, settings) if settings else (),
+    )
 
 
 def run_app(app: App, arguments: Sequence[str], commands: Sequence[str] = ()) -> int:
@@ -96,8 +121,12 @@ def run_app(app: App, arguments: Sequence[str], commands: Sequence[str] = ()) ->
     if commands and command is None and not {"-h", "--help", "--version"}.intersection(arguments):
         raise UsageError(name, "the following arguments are required: COMMAND")
     if commands and command is not None and command not in commands:
-        choices = ", ".join(map(repr, commands))
-        raise UsageError(name, f"argument COMMAND: invalid choice: {command!r} (choose from {choices})")
+        listed = did_you_mean(command, commands) or f" (choose from {', '.join(map(repr, commands))})"
+        raise UsageError(name, f"argument COMMAND: invalid choice: {command!r}{listed}")
+    if command is not None and commands:
+        _check_options(app[command], f"{name} {command}", arguments)
+    else:
+        _check_options(app, name, arguments)
     try:
         return app(list(arguments)) or 0
     except CycloptsError as error:
@@ -117,8 +146,8 @@ def run_alone(run: Callable[..., int], module: str, about: str, example: str, ar
     """
 
     def call() -> int:
-        app = program(f"python -m {module}", about, example)
-        app.default(_flat(run))
+        app = program(f"python -m {module}", about, f"{example.rstrip()}\n\n{EXIT_CODES}")
+        app.default(_flat(run, None))
         return run_app(app, sys.argv[1:] if arguments is None else arguments)
 
     return guarded(module.rpartition(".")[2], call)
@@ -216,8 +245,27 @@ def for_people(json: bool) -> TextIO:
 # --- options from settings ------------------------------------------------------------------------------------
 
 
-def _flat(run: Callable[..., int]) -> Callable[..., int]:
-    """`run` with a parameter for each field of its settings, annotated as cyclopts reads it."""
+# Options that every command has, beside those of its settings.
+_Config = Annotated[
+    Path | None, Option(f"take settings from this file, such as the {RUN_FILE} of a run; options win", metavar="FILE")
+]
+_Quiet = Annotated[bool, Option("print results and errors, and no progress", OUTPUT)]
+_Verbose = Annotated[bool, Option("print the settings first, and where in the code an error comes from", OUTPUT)]
+
+
+def _settings_of(run: Callable[..., int]) -> type[Settings] | None:
+    """The class of a command's settings, if it has any."""
+    hints = get_type_hints(run).values()
+    return next((hint for hint in hints if isinstance(hint, type) and issubclass(hint, Settings)), None)
+
+
+def _flat(run: Callable[..., int], command: str | None) -> Callable[..., int]:
+    """`run` with a parameter for each field of its settings, annotated as cyclopts reads it.
+
+    Args:
+        run: as of `add_command`.
+        command: its name, under which a file has its settings; None for a program that takes no such file.
+    """
     hints = get_type_hints(run, include_extras=True)
     hints.pop("return", None)
     groups = functools.cache(_group)
@@ -233,44 +281,102 @@ def _flat(run: Callable[..., int]) -> Callable[..., int]:
                 parameters.append(made)
                 if made.name != field.name:
                     off[made.name] = field.name
+            if command is not None:
+                parameters.append(_parameter("config", _Config, None, False, groups))
         else:
             default = MISSING if parameter.default is parameter.empty else parameter.default
             parameters.append(_parameter(name, hint, default, False, groups))
+    parameters.append(_parameter("quiet", _Quiet, False, False, groups, short="-q"))
+    parameters.append(_parameter("verbose", _Verbose, False, False, groups, short="-v"))
     positional = [parameter.name for parameter in parameters if parameter.kind is parameter.POSITIONAL_ONLY]
 
     def call(*places: Any, **named: Any) -> int:
         values = dict(zip(positional, places, strict=False)) | named
         values |= {field: not values.pop(switch) for switch, field in off.items() if switch in values}
-        if not settings_name:
-            return run(**values)
-        own = {field.name: values.pop(field.name) for field in fields(settings_class) if field.name in values}
-        return run(settings_class(**own), **values)
+        # What it held is among the values already.
+        values.pop("config", None)
+        with loudness(quiet=values.pop("quiet", False), verbose=values.pop("verbose", False)), _told_where():
+            if not settings_name:
+                return run(**values)
+            own = {field.name: values.pop(field.name) for field in fields(settings_class) if field.name in values}
+            settings = settings_class(**own)
+            if command is None:
+                return run(settings, **values)
+            if is_verbose():
+                say(run_text(command, settings), sys.stderr)
+            with running(command, settings):
+                return run(settings, **values)
 
     call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     return call
 
 
-def _parameter(name: str, hint: Any, default: Any, positional: bool, groups: Callable[[str], Any]) -> inspect.Parameter:
+@contextlib.contextmanager
+def _told_where() -> Iterator[None]:
+    """With `--verbose`: where in the code an error comes from, before the one line about it."""
+    try:
+        yield
+    except Exception as error:
+        if is_verbose():
+            say("".join(traceback.format_exception(error)), sys.stderr)
+        raise
+
+
+def _take_from_file(
+    command: str, settings: type[Settings], app: App, commands: tuple[str, ...], arguments: ArgumentCollection
+) -> None:
+    """Give the arguments that the command line leaves out what the file of `--config` says.
+
+    Raises:
+        UserError: as `read_run`.
+    """
+    from cyclopts import Token
+
+    by_name = {argument.field_info.name: argument for argument in arguments}
+    given = by_name["config"].tokens
+    if not given:
+        return
+    path = Path(given[-1].value)
+    for name, value in read_run(path, command, settings).items():
+        argument = by_name[name if name in by_name else f"no_{name}"]
+        if argument.tokens:
+            continue
+        several = get_origin(argument.hint) is tuple
+        is_switch = argument.hint in (bool, bool | None)
+        if isinstance(value, list) != several or isinstance(value, bool) != is_switch:
+            kind = "a list" if several else "true or false" if is_switch else "one value, and not true or false"
+            raise UserError(f"--config {path}: {name} must be {kind}, got {value!r}")
+        source: dict[str, Any] = {"keyword": option_name(name), "source": str(path)}
+        if isinstance(value, bool):
+            argument.append(Token(implicit_value=value == (name in by_name), **source))
+            continue
+        for index, one in enumerate(value if isinstance(value, list) else [value]):
+            argument.append(Token(value=str(one), index=index, **source))
+
+
+def _parameter(
+    name: str, hint: Any, default: Any, positional: bool, groups: Callable[[str], Any], short: str | None = None
+) -> inspect.Parameter:
     from cyclopts import Parameter
 
-    if get_origin(hint) is not Annotated:
-        raise TypeError(f"{name} needs an Option with its help text in its annotation, got {hint!r}")
-    kind, *metadata = get_args(hint)
-    (option,) = (extra for extra in metadata if isinstance(extra, Option))
+    option, kind = option_of(hint), get_args(hint)[0]
     if default is True:
         name, default = f"no_{name}", False
-    many = "..." if get_origin(kind) is tuple else ""
-    metavar = option.metavar and f"{option.metavar}{many}"
+    many = get_origin(kind) is tuple
+    metavar = f"{option.metavar or _metavar(kind)}{'...' if many else ''}"
     shown: dict[str, Any] = {"help": option.help, "metavar": metavar}
     if kind == (bool | None):
         # Its default may be yes or no, so both can be given.
         shown["negative"] = f"--no-{name.replace('_', '-')}"
-    if many and not positional:
-        shown["converter"] = _last_given
+    if (many and not positional) or "bfloat16" in choices_of(kind):
+        texts = many and not choices_of(kind) and get_args(kind)[0] in (str, Path)
+        shown["converter"] = functools.partial(_converted, commas=option.commas or not texts)
     if option.group is not None:
         shown["group"] = groups(option.group)
     if positional:
         shown["name"] = metavar
+    elif short is not None:
+        shown["name"] = (option_name(name), short)
     return inspect.Parameter(
         name,
         inspect.Parameter.POSITIONAL_ONLY if positional else inspect.Parameter.KEYWORD_ONLY,
@@ -279,12 +385,29 @@ def _parameter(name: str, hint: Any, default: Any, positional: bool, groups: Cal
     )
 
 
-def _last_given(kind: Any, tokens: Sequence[Token]) -> Any:
-    """The values of an option that is given twice: those of the last time, as for an option with one value."""
+def _metavar(kind: Any) -> str:
+    """What stands for a value in `--help`, where its option does not say it."""
+    if choices_of(kind):
+        return "CHOICE"
+    kinds = get_args(kind) or (kind,)
+    return "N" if int in kinds or float in kinds else "PATH" if Path in kinds else "NAME"
+
+
+def _converted(kind: Any, tokens: Sequence[Token], *, commas: bool) -> Any:
+    """The value of an option: of a list that is given twice the last one, as for an option with one value.
+
+    Args:
+        kind: the type of the value.
+        tokens: what was given.
+        commas: whether the items of a list may be separated by commas too.
+    """
     from cyclopts import convert
 
-    last = max(place for place, token in enumerate(tokens) if token.index == 0)
-    return convert(kind, tokens[last:])
+    if get_origin(kind) is tuple:
+        tokens = tokens[max(place for place, token in enumerate(tokens) if token.index == 0) :]
+        if commas:
+            tokens = [token.evolve(value=part) for token in tokens for part in re.split(r",\s*", token.value) if part]
+    return convert(kind, [token.evolve(value=long_dtype(token.value)) for token in tokens])
 
 
 def _group(title: str) -> Any:
@@ -324,7 +447,8 @@ def _message(error: CycloptsError) -> str:
 
     argument = error.argument
     if isinstance(error, UnknownOptionError):
-        return f"unrecognized arguments: {error.token.keyword or error.token.value}"
+        word = str(error.token.keyword or error.token.value)
+        return _unrecognized(word, (name for known in error.argument_collection for name in known.names))
     if isinstance(error, UnusedCliTokensError):
         return f"unrecognized arguments: {' '.join(error.unused_tokens or [])}"
     if argument is None:
@@ -335,13 +459,39 @@ def _message(error: CycloptsError) -> str:
         expected = "at least one argument" if get_origin(argument.hint) is tuple else "one argument"
         return f"argument {error.keyword or argument.name}: expected {expected}"
     if isinstance(error, CoercionError) and error.token is not None:
-        choices = argument.get_choices()
+        value, source = error.token.value, "" if error.token.source == "cli" else f" in {error.token.source}"
+        choices = choices_of(argument.hint)
         if choices:
             listed = ", ".join(map(repr, choices))
-            return f"argument {argument.name}: invalid choice: {error.token.value!r} (choose from {listed})"
+            return (
+                f"argument {argument.name}: invalid choice: {value!r}{source} (choose from {listed})"
+                f"{did_you_mean(value, choices)}"
+            )
         kind = getattr(error.target_type, "__name__", error.target_type)
-        return f"argument {argument.name}: invalid {kind} value: {error.token.value!r}"
+        return f"argument {argument.name}: invalid {kind} value: {value!r}{source}"
     return str(error)
+
+
+def _check_options(app: App, name: str, arguments: Sequence[str]) -> None:
+    """Raise UsageError for an option that there is not: the first thing to say, as it may be a required one."""
+    if app.default_command is None:
+        return
+    known = [name for argument in app.assemble_argument_collection() for name in argument.names]
+    known += [*app.help_flags, *app.version_flags]
+    for word in arguments:
+        if word == "--":
+            return
+        option = word.partition("=")[0]
+        one_dash = re.fullmatch(r"-[a-z][a-z-]+", option) and not {f"-{letter}" for letter in option[1:]} <= {*known}
+        if (option.startswith("--") and option not in known) or one_dash:
+            raise UsageError(name, _unrecognized(word, known))
+
+
+def _unrecognized(word: str, known: Iterable[str]) -> str:
+    """The message about an option that there is not."""
+    name = word.partition("=")[0]
+    # One dash may be one too few.
+    return f"unrecognized arguments: {word}{did_you_mean(name if name.startswith('--') else f'-{name}', known)}"
 
 
 # --- programs with a parser of argparse -----------------------------------------------------------------------
@@ -351,7 +501,8 @@ class Parser(argparse.ArgumentParser):
     """A usage error in one line, as for every other bad input; `--help` keeps the lines of its texts."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **{"formatter_class": argparse.RawDescriptionHelpFormatter, **kwargs})
+        usual = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
+        super().__init__(*args, **{**usual, **kwargs})
 
     @property
     def program(self) -> str:
@@ -360,6 +511,9 @@ class Parser(argparse.ArgumentParser):
         return rest[1].rpartition(".")[2] if first == "python" else first
 
     def error(self, message: str) -> NoReturn:
+        wrong, _, word = message.partition(": ")
+        if wrong == "unrecognized arguments":
+            message = _unrecognized(word, self._option_string_actions)
         self.exit(2, f"{self.program}: error: {message} (see: {self.prog} --help)\n")
 
 

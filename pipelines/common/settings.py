@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
-from xattn_video_pipelines.common.errors import UserError
+from xattn_video_pipelines.common.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
     from xattn_video import XAttnConfig
@@ -23,12 +23,22 @@ class Option:
 
     The name of the option comes from the field: `num_frames` is `--num-frames`. A field that need not be given by name
     in Python is positional on the command line too. A switch that is on by default, such as `lpips`, becomes
-    `--no-lpips`, and its text says what that does.
+    `--no-lpips`, and its text says what that does. `commas` says that a list of texts may also be written with commas,
+    as all lists of numbers and of choices may. A setting that is `command_line_only` is not taken from a file of
+    settings, which may be somebody else's.
     """
 
     help: str
     group: str | None = None
     metavar: str | None = None
+    commas: bool = False
+    command_line_only: bool = False
+
+
+# Floating-point types, by their names in torch; each may also be given by its short name.
+Dtype = Literal["bfloat16", "float16", "float32"]
+DtypeOrAuto = Literal["auto", "bfloat16", "float16", "float32"]
+SHORT_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
 
 @dataclass(frozen=True)
@@ -38,11 +48,15 @@ class Settings:
     def __post_init__(self) -> None:
         hints = get_type_hints(type(self))
         for field in fields(self):
-            choices, given = _choices(hints[field.name]), getattr(self, field.name)
+            choices, given = choices_of(hints[field.name]), getattr(self, field.name)
+            if "bfloat16" in choices:
+                given = tuple(map(long_dtype, given)) if isinstance(given, tuple) else long_dtype(given)
+                object.__setattr__(self, field.name, given)
             for value in given if isinstance(given, tuple) else (given,):
                 if choices and value is not None and value not in choices:
                     listed = ", ".join(choices)
-                    raise UserError(f"{option_name(field.name)} must be one of {listed}, got {value!r}")
+                    hint = did_you_mean(str(value), choices)
+                    raise UserError(f"{option_name(field.name)} must be one of {listed}, got {value!r}{hint}")
         self.check()
 
     def arguments(self) -> list[str]:
@@ -52,7 +66,7 @@ class Settings:
             value = getattr(self, field.name)
             given = [str(one) for one in (value if isinstance(value, tuple) else (value,))]
             if not field.kw_only:
-                words += given
+                words += [] if value is None else given
             elif isinstance(value, bool) and value != field.default:
                 words.append(option_name(field.name if value else f"no_{field.name}"))
             elif value != field.default:
@@ -81,11 +95,39 @@ class Settings:
                 raise UserError(f"{option_name(name)} must be a number from 0, got {value}")
 
 
-def _choices(hint: Any) -> tuple[str, ...]:
+def options_of(settings: type[Settings]) -> dict[str, Option]:
+    """The option of each setting, by the field's name."""
+    hints = get_type_hints(settings, include_extras=True)
+    return {field.name: option_of(hints[field.name]) for field in fields(settings)}
+
+
+def option_of(hint: Any) -> Option:
+    """The Option in an annotation. Raises TypeError if there is none."""
+    for extra in get_args(hint)[1:] if get_origin(hint) is Annotated else ():
+        if isinstance(extra, Option):
+            return extra
+    raise TypeError(f"needs an Option with its help text in its annotation, got {hint!r}")
+
+
+def long_dtype(name: Any) -> Any:
+    """The name that torch has for a floating-point type; what is no short name stays as it is.
+
+    >>> long_dtype("bf16")
+    'bfloat16'
+    """
+    return SHORT_DTYPES.get(name, name) if isinstance(name, str) else name
+
+
+def short_dtype(name: str) -> str:
+    """The name that the rows of measurements have for a floating-point type: `bf16` for `bfloat16`."""
+    return {long: short for short, long in SHORT_DTYPES.items()}.get(name, name)
+
+
+def choices_of(hint: Any) -> tuple[str, ...]:
     """The words that a setting may be: those of a Literal, also in a tuple or beside None. () if any will do."""
     if get_origin(hint) is Literal:
         return get_args(hint)
-    return next((found for part in get_args(hint) if (found := _choices(part))), ())
+    return next((found for part in get_args(hint) if (found := choices_of(part))), ())
 
 
 def option_name(field: str) -> str:
@@ -104,7 +146,21 @@ def sparse_config(preset: str | None = None, **values: Any) -> XAttnConfig:
     try:
         return XAttnConfig.from_dict(values) if preset is None else XAttnConfig.preset(preset, **values)
     except (ValueError, TypeError) as error:
-        raise UserError(str(error)) from None
+        shares = (values.get(name) for name in _SHARES if str(error).startswith(f"{name} must"))
+        raise UserError(f"{error}{''.join(map(not_percent, shares))}") from None
+
+
+# The settings of XAttnConfig that are shares of 1, and never more than 1.
+_SHARES = ("threshold", "threshold_ramp", "warmup")
+
+
+def not_percent(value: Any) -> str:
+    """The end of a message about a share that is more than 1: what was meant, if it looks like percent.
+
+    >>> not_percent(90)
+    '; 0.9, not 90?'
+    """
+    return f"; {value / 100:g}, not {value:g}?" if isinstance(value, int | float) and 2 <= value <= 100 else ""
 
 
 # The time that a run over many items may take.
@@ -120,5 +176,7 @@ def check_max_hours(hours: float | None) -> None:
         raise UserError(f"--max-hours must be a positive number, got {hours:g}")
 
 
+# What the help of every command calls the options that say what is printed.
+OUTPUT = "output"
 # What `--json` says in every program that has it.
-Json = Annotated[bool, Option("print the result as one JSON document, and nothing else on stdout")]
+Json = Annotated[bool, Option("print the result as one JSON document, and nothing else on stdout", OUTPUT)]

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from xattn_video_pipelines.common.demo_data import WATCHER_FPS
 from xattn_video_pipelines.common.errors import UserError
 from xattn_video_pipelines.common.settings import (
+    DtypeOrAuto,
     MaxHours,
     Option,
     Settings,
@@ -75,8 +76,7 @@ class LoadSettings(Settings):
 
     device: Annotated[str, Option("auto, cpu, cuda, cuda:1", _MACHINE)] = "auto"
     dtype: Annotated[
-        str,
-        Option("auto (the weights'; float32 on a CPU that emulates bfloat16), float32, bfloat16, float16", _MACHINE),
+        DtypeOrAuto, Option("auto is the weights' own, and float32 on a CPU that emulates bfloat16", _MACHINE)
     ] = "auto"
 
 
@@ -99,7 +99,7 @@ class QaSettings(LoadSettings, PrefillSettings):
         Path | None, Option("many: video, question, and if wanted options, answer and id", _ASKED, "FILE.jsonl")
     ] = None
 
-    fps: Annotated[float | None, Option("frames a second (default: 1; the model demo: 2)", _SEEN)] = None
+    fps: Annotated[float | None, Option("frames a second; default: 1, for the model demo 2", _SEEN)] = None
     max_frames: Annotated[int, Option("of a video", _SEEN, "N")] = 768
     max_pixels: Annotated[int, Option("of a frame", _SEEN, "N")] = 360 * 420
 
@@ -113,7 +113,8 @@ class QaSettings(LoadSettings, PrefillSettings):
 
     max_new_tokens: Annotated[int, Option("of an answer", _MACHINE, "N")] = 64
     trust_remote_code: Annotated[
-        bool, Option("run code that comes with the model; without this it is never run", _MACHINE)
+        bool,
+        Option("run code that comes with the model; without this it is never run", _MACHINE, command_line_only=True),
     ] = False
     max_hours: MaxHours = None
 

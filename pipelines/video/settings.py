@@ -7,7 +7,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from xattn_video_pipelines.common.errors import UserError
-from xattn_video_pipelines.common.settings import MaxHours, Option, Settings, check_max_hours, sparse_config
+from xattn_video_pipelines.common.settings import (
+    DtypeOrAuto,
+    MaxHours,
+    Option,
+    Settings,
+    check_max_hours,
+    sparse_config,
+)
 from xattn_video_pipelines.video.models import KNOWN_MODELS
 from xattn_video_pipelines.video.prompts import MAX_SEED
 
@@ -68,7 +75,7 @@ class VideoSettings(Settings):
     sample: Annotated[int | None, Option("N prompts, evenly spaced over the file", _WHICH, metavar="N")] = None
     limit: Annotated[int | None, Option("the first N prompts (of the sample)", _WHICH, metavar="N")] = None
 
-    dtype: Annotated[Literal["auto", "float32", "float16", "bfloat16"], Option("of the model", _MACHINE)] = "auto"
+    dtype: Annotated[DtypeOrAuto, Option("of the model", _MACHINE)] = "auto"
     device: Annotated[str, Option("auto, cpu, cuda, cuda:1, xpu, mps", _MACHINE)] = "auto"
     offload: Annotated[
         Literal["none", "model", "sequential"],
