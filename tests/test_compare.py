@@ -424,3 +424,36 @@ def test_timings_and_density_may_be_unknown(tmp_path: Path) -> None:
         add(tmp_path / name, "cat", 0, clip(), seconds=None, mean_density=None)
     summary = compare(CompareSettings(tmp_path / "a", tmp_path / "b", lpips=False), progress=False)
     assert summary["speedup"] is summary["density"] is summary["dense_seconds"] is None
+
+
+def test_a_run_is_compared_by_its_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Which folder is dense is in the manifests, whatever the folders are called."""
+    run = tmp_path / "run"
+    run.mkdir()
+    for folder, kind, noise in (("a", "dense", 0), ("b", "dense-alt", 1), ("c", "xattn", 9), ("d", "xattn", 20)):
+        add(run / folder, "cat", 0, noisy(clip(), noise), attention=kind)
+    assert run_compare(run, "--no-lpips", "--json") == 0
+    first, second = json.loads(capsys.readouterr().out)
+    assert [(Path(found["dense"]).name, Path(found["sparse"]).name) for found in (first, second)] == [
+        ("a", "c"), ("a", "d"),
+    ]  # fmt: skip
+    assert first["psnr"] > second["psnr"]
+    with pytest.raises(UserError, match=r"--out is for one comparison, and .*run has 2 sparse folders"):
+        run_compare(run, "--no-lpips", "--out", tmp_path / "out")
+    with pytest.raises(UserError, match=r"several sparse folders: .*c, .*d; compare them one by one"):
+        compare(CompareSettings(run, lpips=False), progress=False)
+    shutil.rmtree(run / "d")
+    assert compare(CompareSettings(run, lpips=False), progress=False)["psnr"] == first["psnr"]
+    for gone, there in (("a", r"b \(dense-alt\), c \(sparse\)"), ("c", r"b \(dense-alt\)"), ("b", "none")):
+        shutil.rmtree(run / gone)
+        with pytest.raises(UserError, match=f"needs one folder of dense videos and at least one of .*, has {there};"):
+            run_compare(run, "--no-lpips")
+
+
+def test_sides_that_are_swapped_or_the_same_are_told(runs: tuple[Path, Path]) -> None:
+    dense, sparse = runs
+    with pytest.raises(UserError, match=f"the sides are swapped: .*: xattn-video compare {dense} {sparse}"):
+        run_compare(sparse, dense, "--no-lpips")
+    for folder in runs:
+        with pytest.raises(UserError, match="is given as both sides, and a folder is always equal to itself"):
+            run_compare(folder, folder.parent / "." / folder.name, "--no-lpips")

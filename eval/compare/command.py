@@ -10,6 +10,7 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 from json import dumps
 from pathlib import Path
 from typing import Any
@@ -32,19 +33,21 @@ from xattn_video_eval.compare.metrics.psnr_ssim import (
     definitions,
     mean_psnr,
 )
-from xattn_video_eval.compare.pairs import Pair, find_pairs
+from xattn_video_eval.compare.pairs import Pair, check_sides, find_pairs, find_sides
 from xattn_video_eval.compare.settings import FLOOR, FRAMES_CSV, METRICS_CSV, SUMMARY_JSON, CompareSettings
 from xattn_video_eval.compare.summary import read_summary
 from xattn_video_eval.compare.table import format_summary
 from xattn_video_pipelines.common.errors import UserError
 from xattn_video_pipelines.common.files import check_stays, claimed, make_writable, write_texts
 from xattn_video_pipelines.common.program import for_people
+from xattn_video_pipelines.common.run_file import note_run
 from xattn_video_pipelines.common.settings import Json
-from xattn_video_pipelines.common.terminal import say
+from xattn_video_pipelines.common.terminal import is_quiet, say
 from xattn_video_pipelines.video import Key, Record, read_manifest
 
 EXAMPLE = """\
 example:
+  xattn-video compare out
   xattn-video compare out/dense out/xattn-s8-t0.90-w5
   xattn-video compare out/dense out/xattn-s8-t0.90-w5 --lpips-net vgg --lpips-weights ~/checkpoints
 """
@@ -60,7 +63,8 @@ def compare(settings: CompareSettings, *, keys: Collection[Key] | None = None, p
     its summary if it is of the same videos and settings.
 
     Args:
-        settings: the folders, which `xattn-video generate` wrote, and how they are compared.
+        settings: the folders, which `xattn-video generate` wrote, or that of a run with one sparse folder, and how
+            they are compared.
         keys: the (id, seed) of the videos that are compared; None takes all. Each must be on both sides.
         progress: show a bar on stderr.
 
@@ -74,14 +78,20 @@ def compare(settings: CompareSettings, *, keys: Collection[Key] | None = None, p
             or damaged, a pair differs in size, frame count, prompt or settings, `lpips_weights` do not load, or
             the files cannot be written.
     """
-    dense_dir, sparse_dir = settings.dense_dir, settings.sparse_dir
+    found = each_of(settings)
+    if len(found) > 1:
+        listed = ", ".join(str(one.sparse_dir) for one in found)
+        raise UserError(f"{settings.dense_dir}: has several sparse folders: {listed}; compare them one by one")
+    (settings,) = found
+    dense_dir, sparse_dir = _sides(settings)
     pairs, unmatched = find_pairs(dense_dir, sparse_dir, keys=keys, allow_unmatched=settings.allow_unmatched)
     make_writable(settings.folder)
+    note_run(settings.folder)
     asked = _asked(settings, pairs)
     with claimed(settings.folder / SUMMARY_JSON, wait=True) as waited:
-        found = _made_meanwhile(settings, asked) if waited else None
-        if found is not None:
-            return found
+        made = _made_meanwhile(settings, asked) if waited else None
+        if made is not None:
+            return made
         summary = _measured(settings, pairs, progress) | {"unmatched": unmatched, "asked": asked}
         rows, frame_rows = summary["videos"], summary.pop("frame_rows")
         write_texts(
@@ -92,6 +102,25 @@ def compare(settings: CompareSettings, *, keys: Collection[Key] | None = None, p
             }
         )
     return summary
+
+
+def each_of(settings: CompareSettings) -> list[CompareSettings]:
+    """The comparisons that are asked for, each of two folders: one, or where a run is named, one per sparse folder.
+
+    Raises:
+        UserError: as `find_sides`; `out` is given and there are several.
+    """
+    if settings.sparse_dir is not None:
+        return [settings]
+    dense, sparse = find_sides(settings.dense_dir)
+    if settings.out is not None and len(sparse) > 1:
+        raise UserError(f"--out is for one comparison, and {settings.dense_dir} has {len(sparse)} sparse folders")
+    return [replace(settings, dense_dir=dense, sparse_dir=folder) for folder in sparse]
+
+
+def _sides(settings: CompareSettings) -> tuple[Path, Path]:
+    assert settings.sparse_dir is not None
+    return settings.dense_dir, settings.sparse_dir
 
 
 def _asked(settings: CompareSettings, pairs: Sequence[Pair]) -> dict[str, Any]:
@@ -123,17 +152,18 @@ def _measured(settings: CompareSettings, pairs: Sequence[Pair], progress: bool) 
     """The summary but for what was asked, and under "frame_rows" the rows of metrics_frames.csv."""
     from tqdm import tqdm
 
-    dense_dir, sparse_dir = settings.dense_dir, settings.sparse_dir
+    dense_dir, sparse_dir = _sides(settings)
     distance, lpips_unavailable = _lpips(settings)
     floor_pairs = _floor_pairs(dense_dir, sparse_dir, pairs) if settings.floor else []
 
     rows: list[Record] = []
     frame_rows: list[Record] = []
+    no_bar = is_quiet() or not progress
     floor_rows = [
         _row(pair, measure(pair, distance, workers=settings.workers))
-        for pair in tqdm(floor_pairs, desc="noise floor", unit="video", disable=not (progress and floor_pairs))
+        for pair in tqdm(floor_pairs, desc="noise floor", unit="video", disable=no_bar or not floor_pairs)
     ]
-    for pair in tqdm(pairs, desc="compare", unit="video", disable=not progress):
+    for pair in tqdm(pairs, desc="compare", unit="video", disable=no_bar):
         values = measure(pair, distance, workers=settings.workers)
         rows.append(_row(pair, values))
         frame_rows += _frame_rows(pair, values)
@@ -169,13 +199,20 @@ def _floor_pairs(dense_dir: Path, sparse_dir: Path, pairs: Sequence[Pair]) -> li
 
 
 def command(settings: CompareSettings, *, json: Json = False) -> int:
-    """`xattn-video compare`: write the files, print the table; returns the exit code. Raises UserError."""
-    summary = compare(settings)
-    people = for_people(json)
-    say(format_summary(summary), people)
-    say(f"wrote {METRICS_CSV}, {FRAMES_CSV} and {SUMMARY_JSON} in {settings.folder}", people)
+    """`xattn-video compare`: write the files, print the tables; returns the exit code. Raises UserError.
+
+    With `json` it prints the summary, or where a run was named the list of its summaries.
+    """
+    people, summaries = for_people(json), []
+    for one in each_of(settings):
+        if settings.sparse_dir is None:
+            say(f"{one.dense_dir} and {one.sparse_dir}", people)
+        check_sides(*_sides(one))
+        summaries.append(compare(one))
+        say(format_summary(summaries[-1]), people)
+        say(f"wrote {METRICS_CSV}, {FRAMES_CSV} and {SUMMARY_JSON} in {one.folder}", people)
     if json:
-        print(dumps(summary, allow_nan=False))
+        print(dumps(summaries if settings.sparse_dir is None else summaries[0], allow_nan=False))
     return 0
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from xattn_video_eval.compare.settings import FLOOR
 from xattn_video_pipelines.common.errors import UserError
+from xattn_video_pipelines.common.files import check_stays
 from xattn_video_pipelines.video import (
+    MANIFEST,
     Key,
     Record,
     check_exists,
@@ -73,6 +76,60 @@ def find_pairs(
         raise UserError(f"videos without a partner: {missing} (--allow-unmatched compares the rest)")
     pairs = [_pair(key, dense_dir, dense[key], sparse_dir, sparse[key]) for key in shared]
     return pairs, {"dense_only": only_dense, "sparse_only": only_sparse}
+
+
+def find_sides(run: Path) -> tuple[Path, list[Path]]:
+    """The dense folder of a run and its sparse ones, as their manifests say, each list in the order of the names.
+
+    Args:
+        run: what `generate` or `sweep` was given as --out.
+
+    Raises:
+        UserError: no such folder, or it has no dense folder, more than one, or no sparse one; a manifest is damaged.
+    """
+    if not run.is_dir():
+        raise UserError(f"{run}: no such folder")
+    folders = sorted(path for path in run.iterdir() if (path / MANIFEST).is_file())
+    for folder in folders:
+        check_stays(folder, run)
+    kinds = {folder: _kinds(finished_videos(folder)) for folder in folders}
+    dense = [folder for folder, found in kinds.items() if found == {"dense"}]
+    sparse = [folder for folder, found in kinds.items() if found == {"sparse"}]
+    if len(dense) != 1 or not sparse:
+        there = ", ".join(f"{folder.name} ({' and '.join(sorted(found))})" for folder, found in kinds.items())
+        raise UserError(
+            f"{run}: needs one folder of dense videos and at least one of sparse videos, has "
+            f"{shortened(there, 200) or 'none'}; name two folders, or make them: generate --attention both --out {run}"
+        )
+    return dense[0], sparse
+
+
+def _kinds(records: Mapping[Key, Record]) -> set[str]:
+    """What the videos of a folder are: dense, dense-alt or sparse."""
+    return {_kind(record) for record in records.values()}
+
+
+def _kind(record: Record) -> str:
+    attention = record.get("attention")
+    if attention in ("dense", FLOOR):
+        return str(attention)
+    # Folders of other programs say what sparse attention had, and not that it was there.
+    return "sparse" if attention is not None or record.get("config") is not None else "dense"
+
+
+def check_sides(dense_dir: Path, sparse_dir: Path) -> None:
+    """Say what nobody wants to measure: a folder against itself, or sparse videos as the reference of dense ones.
+
+    Raises:
+        UserError: both are one folder, or the two are swapped; a folder or manifest is missing or damaged.
+    """
+    if dense_dir.resolve() == sparse_dir.resolve():
+        raise UserError(f"{dense_dir}: is given as both sides, and a folder is always equal to itself")
+    if (_kinds(finished_videos(dense_dir)), _kinds(finished_videos(sparse_dir))) == ({"sparse"}, {"dense"}):
+        raise UserError(
+            f"the sides are swapped: {dense_dir} has sparse videos and {sparse_dir} dense ones; dense comes first: "
+            f"xattn-video compare {sparse_dir} {dense_dir}"
+        )
 
 
 def shortened(text: str, length: int = 40) -> str:

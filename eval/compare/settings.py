@@ -21,11 +21,18 @@ class CompareSettings(Settings):
     """Which folders are compared, and how.
 
     `lpips` is computed if its weights can be loaded; where they cannot, the summary says why. `lpips_weights` that
-    were named must load. The files go to `out`, or else into `sparse_dir`.
+    were named must load. The files go to `out`, or else into `sparse_dir`. Without `sparse_dir`, `dense_dir` is the
+    folder of a run, and its dense and sparse folders are found by their manifests.
     """
 
-    dense_dir: Annotated[Path, Option("folder of the dense videos (the reference)", metavar="DENSE_DIR")]
-    sparse_dir: Annotated[Path, Option("folder of the sparse videos", metavar="SPARSE_DIR")]
+    dense_dir: Annotated[
+        Path,
+        Option(
+            "folder of the dense videos (the reference); or alone the --out of generate, whose folders are found",
+            metavar="DENSE_DIR",
+        ),
+    ]
+    sparse_dir: Annotated[Path | None, Option("folder of the sparse videos", metavar="SPARSE_DIR")] = None
     _: KW_ONLY
     out: Annotated[
         Path | None,
@@ -50,7 +57,7 @@ class CompareSettings(Settings):
     @property
     def folder(self) -> Path:
         """Where the files go."""
-        return self.sparse_dir if self.out is None else self.out
+        return self.out or self.sparse_dir or self.dense_dir
 
     def check(self) -> None:
         if self.workers is not None and self.workers < 1:
