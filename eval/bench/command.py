@@ -15,15 +15,16 @@ the rows to the ledger of the project, `--out` to one in a folder of the user's,
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
-import json
 import statistics
 import sys
 import traceback
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import partial
+from json import dumps
 from typing import Any, NamedTuple
 
 import torch
@@ -57,6 +58,10 @@ from xattn_video_eval.results import RESULTS, append_rows, provenance
 from xattn_video_pipelines.common.environment import device_name
 from xattn_video_pipelines.common.errors import UserError
 from xattn_video_pipelines.common.files import make_writable
+from xattn_video_pipelines.common.program import for_people
+from xattn_video_pipelines.common.run_file import note_run
+from xattn_video_pipelines.common.settings import Json
+from xattn_video_pipelines.common.terminal import say
 
 LEDGER = RESULTS / LEDGER_NAME
 # `--goals` leaves out a dense kernel that takes this many times as long as the fastest.
@@ -69,7 +74,7 @@ NO_PRODUCTS = ("select", "add")
 EXAMPLE = """\
 example:
   xattn-video bench
-  xattn-video bench --tokens 8192 16384 --head-dim 128 --dtype bf16
+  xattn-video bench --tokens 8192 16384 --head-dim 128 --dtype bfloat16
   xattn-video bench --inputs demo
   xattn-video bench --full --record --plot plots
   xattn-video bench --device cuda --goals --rounds 3 --out goals-out
@@ -81,10 +86,11 @@ attend density of it, total the sum of both.
 """
 
 
-def command(settings: BenchSettings) -> int:
+def command(settings: BenchSettings, *, json: Json = False) -> int:
     """`xattn-video bench`; returns 0, or 1 where something is wrong or nothing was timed. Raises UserError."""
-    report = bench(settings)
-    print(json.dumps(report))
+    with contextlib.redirect_stdout(for_people(json)):
+        report = bench(settings)
+    print(dumps(report))
     return 0 if report["ok"] else 1
 
 
@@ -109,6 +115,7 @@ def bench(settings: BenchSettings) -> dict[str, Any]:
         bench_plots.check(settings.plot)
     if settings.out is not None:
         make_writable(settings.out)
+        note_run(settings.out)
     cases = chosen_cases(settings, device)
     source = {"device": device_name(device), **provenance("triton")}
     print(f"{source['device']}, torch {torch.__version__}, {config.label()}, locality {settings.locality}")
@@ -190,7 +197,7 @@ def _prepare(shape: Case, locality: float | None, goals: bool, device: torch.dev
 
     With `goals` none that torch has to compile first, and none that cannot be the fastest.
     """
-    print(f"{shape.name}: making inputs", file=sys.stderr)
+    say(f"{shape.name}: making inputs", sys.stderr, progress=True)
     query, key, value = make_inputs(shape, locality, device)
     whole = Problem(query, key, value, shape.causal)
     candidates = dense_candidates(whole)
@@ -310,7 +317,7 @@ def _measure(
     for function in stages.values():
         function()
     for done in range(rounds):
-        print(f"{case.name} {case.dtype} D {case.head_dim}: round {done + 1} of {rounds}", file=sys.stderr)
+        say(f"{case.name} {case.dtype} D {case.head_dim}: round {done + 1} of {rounds}", sys.stderr, progress=True)
         for name, function in stages.items():
             seconds[name].append(seconds_of(function, device))
     weighed = {"total": call} if goals else stages

@@ -10,12 +10,13 @@ They download their data. lm-eval's RULER tasks load the tokenizer with trust_re
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import inspect
-import json
 import sys
 import time
 from collections.abc import Callable, Iterator
+from json import dumps
 from typing import Any, TypeVar
 
 from xattn_video import XAttnConfig
@@ -24,8 +25,11 @@ from xattn_video_eval.results import provenance
 from xattn_video_pipelines.common.environment import device_name
 from xattn_video_pipelines.common.errors import UserError, one_line
 from xattn_video_pipelines.common.files import make_writable, write_texts
-from xattn_video_pipelines.common.program import add_command, guarded, program, run_app
+from xattn_video_pipelines.common.program import add_command, for_people, guarded, program, run_app
+from xattn_video_pipelines.common.run_file import note_run
+from xattn_video_pipelines.common.settings import Json
 from xattn_video_pipelines.common.tables import aligned
+from xattn_video_pipelines.common.terminal import say
 from xattn_video_pipelines.qa import load_model
 from xattn_video_pipelines.video import offline_message
 
@@ -52,22 +56,25 @@ def main(arguments: list[str] | None = None) -> int:
     return guarded("harness", call)
 
 
-def lm_eval(settings: LmEvalSettings) -> int:
+def lm_eval(settings: LmEvalSettings, *, json: Json = False) -> int:
     """`xattn-video lm-eval`: write and print the scores; 0. Raises UserError."""
-    return _evaluate(settings, "lm-eval", _language)
+    return _evaluate(settings, "lm-eval", _language, json)
 
 
-def lmms_eval(settings: LmmsEvalSettings) -> int:
+def lmms_eval(settings: LmmsEvalSettings, *, json: Json = False) -> int:
     """`xattn-video lmms-eval`: write and print the scores; 0. Raises UserError."""
-    return _evaluate(settings, "lmms-eval", _video)
+    return _evaluate(settings, "lmms-eval", _video, json)
 
 
-def _evaluate(settings: S, tool: str, load: Callable[[S], tuple[Any, Evaluate]]) -> int:
+def _evaluate(settings: S, tool: str, load: Callable[[S], tuple[Any, Evaluate]], json: bool) -> int:
     """Evaluate each attention in turn."""
     configs = settings.configurations
     make_writable(settings.out)
-    model, evaluate = load(settings)
-    rows = list(_sides(settings, tool, model, evaluate, configs))
+    note_run(settings.out)
+    # The tools print on stdout too.
+    with contextlib.redirect_stdout(for_people(json)):
+        model, evaluate = load(settings)
+        rows = list(_sides(settings, tool, model, evaluate, configs))
     document = {
         "tool": tool,
         "model": settings.model,
@@ -76,9 +83,9 @@ def _evaluate(settings: S, tool: str, load: Callable[[S], tuple[Any, Evaluate]])
         "device_name": device_name(model.device),
         **provenance("transformers", tool),
     }
-    write_texts({settings.out / RESULTS_JSON: json.dumps(document, indent=2, default=str) + "\n"})
-    print(table(rows))
-    print(json.dumps(document, default=str))
+    write_texts({settings.out / RESULTS_JSON: dumps(document, indent=2, default=str) + "\n"})
+    say(table(rows), for_people(json))
+    print(dumps(document, default=str))
     return 0
 
 

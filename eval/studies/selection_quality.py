@@ -41,6 +41,7 @@ from xattn_video_pipelines.common.environment import device_name
 from xattn_video_pipelines.common.errors import UserError
 from xattn_video_pipelines.common.program import run_alone
 from xattn_video_pipelines.common.settings import Option, Settings
+from xattn_video_pipelines.common.terminal import say
 
 LEDGER = RESULTS / "selection_quality.jsonl"
 INPUTS = ("demo", "video", "text")
@@ -135,7 +136,7 @@ def selection_quality(settings: SelectionSettings) -> int:
         print(f"skipped {name}: {reason}")
     rows = []
     for shape, query, key in problems:
-        print(f"{shape['inputs']}: exact block mass of {shape['tokens']} tokens", file=sys.stderr)
+        say(f"{shape['inputs']}: exact block mass of {shape['tokens']} tokens", sys.stderr, progress=True)
         measured = _measure(query, key, shape, settings)
         rows.append(shape | measured | source)
         print(format_input(rows[-1]), flush=True)
@@ -211,7 +212,7 @@ def _measure(query: Tensor, key: Tensor, shape: dict[str, Any], settings: Select
 
 
 def _progress(name: str, line: str) -> None:
-    print(f"{name}: {line}", file=sys.stderr)
+    say(f"{name}: {line}", sys.stderr, progress=True)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -13,14 +13,15 @@ What does not compile, needs more shared memory than there is, or is wrong is le
 from __future__ import annotations
 
 import collections
+import contextlib
 import itertools
-import json
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Executor
 from dataclasses import dataclass, replace
+from json import dumps
 from typing import Any
 
 import torch
@@ -32,14 +33,17 @@ from xattn_video_eval.results import provenance
 from xattn_video_eval.tune.candidates import candidates
 from xattn_video_eval.tune.compile import compile_ahead, workers
 from xattn_video_eval.tune.problems import ATTEND, HOPPER, KERNELS, SCORES, Runner, large_runner, small_runner
-from xattn_video_eval.tune.settings import Dtype, Kernel, TuneSettings
+from xattn_video_eval.tune.settings import Kernel, TuneSettings
 from xattn_video_pipelines.common.environment import device_name
 from xattn_video_pipelines.common.errors import UserError, one_line
+from xattn_video_pipelines.common.program import for_people
+from xattn_video_pipelines.common.settings import Json, short_dtype
+from xattn_video_pipelines.common.terminal import say
 
 EXAMPLE = f"""\
 example:
   xattn-video tune
-  xattn-video tune --head-dim 64 128 --dtype bf16 fp16 --tokens 75600 --heads 8
+  xattn-video tune --head-dim 64 128 --dtype bfloat16 float16 --tokens 75600 --heads 8
 
 needs a GPU. The table is <device class>.json (sm_90.json, gfx942.json) in ${launch_tables.FOLDER_VARIABLE}, or
 else in xattn-video/launch_configs in the user's cache (~/.cache), written after each kernel and size; all kernels at
@@ -183,10 +187,11 @@ def timer(runner: Runner, rounds: int) -> Callable[[LaunchConfig], float]:
 # --- the program -----------------------------------------------------------------------------------------------
 
 
-def command(settings: TuneSettings) -> int:
+def command(settings: TuneSettings, *, json: Json = False) -> int:
     """`xattn-video tune`; returns 0, or 1 where a configuration of the package fails. Raises UserError."""
-    report = tune(settings)
-    print(json.dumps(report))
+    with contextlib.redirect_stdout(for_people(json)):
+        report = tune(settings)
+    print(dumps(report))
     return 0 if report["ok"] else 1
 
 
@@ -210,10 +215,11 @@ def tune(settings: TuneSettings) -> dict[str, Any]:
         raise UserError(str(error)) from error
     print(f"{device_name(device)}, {name}, torch {torch.__version__}")
     # The 16-bit types share an entry: the first that is asked for is measured.
-    wanted: dict[tuple[Kernel, str, int], Dtype] = {}
+    wanted: dict[tuple[Kernel, str, int], str] = {}
     # The plain attention kernel first, which the one for Hopper is measured beside.
     kernels = [kernel for kernel in KERNELS if kernel in settings.kernel]
-    for kernel, head_dim, dtype in itertools.product(kernels, settings.head_dim, settings.dtype):
+    dtypes = map(short_dtype, settings.dtype)
+    for kernel, head_dim, dtype in itertools.product(kernels, settings.head_dim, dtypes):
         wanted.setdefault((kernel, launch_tables.width(DTYPES[dtype]), head_dim), dtype)
     about = {"device": device_name(device), **provenance("triton")}
     rows, failures, left_out, written = [], [], {}, False
@@ -304,7 +310,7 @@ def _tune(
     check, measure, numbers = checker(small), timer(large, settings.rounds), iter(range(1, len(configs) + 1))
 
     def announced(config: LaunchConfig) -> str | None:
-        print(f"{kernel} {dtype} D {head_dim}: {next(numbers)} of {len(configs)}", file=sys.stderr)
+        say(f"{kernel} {dtype} D {head_dim}: {next(numbers)} of {len(configs)}", sys.stderr, progress=True)
         return check(config)
 
     trials = run_trials(configs, announced, measure)

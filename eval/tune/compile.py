@@ -16,6 +16,7 @@ from typing import Any
 
 from xattn_video.ops.triton.launch_tables import LaunchConfig
 from xattn_video_eval.tune.problems import Runner, Shape
+from xattn_video_pipelines.common.terminal import say
 
 
 def workers() -> ProcessPoolExecutor:
@@ -36,7 +37,7 @@ def compile_ahead(pool: Executor, runners: Iterable[Runner], configs: Sequence[L
         target: the GPU, as Triton names it.
     """
     shapes = list(dict.fromkeys(runner.shape for runner in runners))
-    print(f"{shapes[0].kernel}: compiling {len(configs)} configurations", file=sys.stderr)
+    say(f"{shapes[0].kernel}: compiling {len(configs)} configurations", sys.stderr, progress=True)
     for _ in pool.map(_compile, [shapes] * len(configs), configs, [target] * len(configs)):
         pass
 

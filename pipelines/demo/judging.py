@@ -12,7 +12,7 @@ from xattn_video_pipelines.common.files import make_writable, write_texts
 from xattn_video_pipelines.common.program import for_people
 from xattn_video_pipelines.common.settings import Json
 from xattn_video_pipelines.common.tables import aligned
-from xattn_video_pipelines.common.terminal import say
+from xattn_video_pipelines.common.terminal import is_quiet, say
 from xattn_video_pipelines.demo.settings import JUDGED_JSON, JudgeSettings
 from xattn_video_pipelines.demo.world import asked
 from xattn_video_pipelines.video import (
@@ -94,7 +94,7 @@ def judge_folder(folder: Path, *, keys: Collection[Key] | None = None, progress:
 
     videos = _videos(folder, keys)
     # disable=None: no bar where stderr is a file.
-    bar = tqdm(videos, desc="judge", unit="video", leave=False, disable=None if progress else True)
+    bar = tqdm(videos, desc="judge", unit="video", leave=False, disable=None if progress and not is_quiet() else True)
     rows = [_row(record, file) for record, file in bar]
     return {"folder": str(folder), "totals": _totals(rows), "videos": rows}
 

@@ -23,7 +23,7 @@ from xattn_video_pipelines.common.program import for_people
 from xattn_video_pipelines.common.schema import Count, Seconds, Share
 from xattn_video_pipelines.common.settings import Json, option_name
 from xattn_video_pipelines.common.tables import aligned
-from xattn_video_pipelines.common.terminal import say
+from xattn_video_pipelines.common.terminal import is_quiet, say
 from xattn_video_pipelines.qa.frames import SampledVideo, sample_video
 from xattn_video_pipelines.qa.load import (
     VIDEO_MODEL,
@@ -202,7 +202,7 @@ def _answer_all(
     left = batch.in_order(left, _key)
     prompts = Prompts(settings, model, processor)
     warm = len(configs) == 1
-    for question in tqdm(batch.items(left), total=len(left), desc="questions", disable=None):
+    for question in tqdm(batch.items(left), total=len(left), desc="questions", disable=True if is_quiet() else None):
         made: list[Row] = []
         # A single question is all that there is: what is wrong with it ends the run.
         with contextlib.nullcontext() if settings.items is None else batch.item(_key(question), question.id):
@@ -274,9 +274,7 @@ class Prompts:
 
 def _warn(line: str) -> None:
     """A warning on stderr that does not tear the bar there."""
-    from tqdm.auto import tqdm
-
-    tqdm.write(f"warning: {line}", file=sys.stderr)
+    say(f"warning: {line}", sys.stderr)
 
 
 def prompts_of(
@@ -286,7 +284,7 @@ def prompts_of(
     from tqdm.auto import tqdm
 
     prompts = Prompts(settings, model, processor)
-    for question in tqdm(questions, desc="questions", disable=None):
+    for question in tqdm(questions, desc="questions", disable=True if is_quiet() else None):
         yield prompts.of(question)[1]
 
 
@@ -380,7 +378,7 @@ def print_answer(row: Row, file: TextIO | None = None) -> None:
     density = "" if row["sparse_density"] is None else f"density {row['sparse_density']:.2f}"
     parts = (f"{row['prompt_tokens']:,} tokens", f"prefill {row['prefill_seconds']:.2f} s", density, mark)
     line = f"{row['id']}  {row['attention']}: {row['reply']}  ({', '.join(part for part in parts if part)})"
-    say(line, file)
+    say(line, file, progress=True)
 
 
 def _questions(settings: QaSettings) -> list[Question]:

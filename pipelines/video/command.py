@@ -69,7 +69,7 @@ def print_video(job: Job, record: Record) -> None:
     if job.config is not None and record["mean_density"] == 1.0:
         # Asked for sparse and got dense throughout: say why at once.
         line += f" (dense calls: {', '.join(f'{n} {reason}' for reason, n in record['dense_reasons'].items())})"
-    say(line)
+    say(line, progress=True)
 
 
 def _report_dry_run(plan: Plan, *, as_json: bool) -> None:

@@ -83,7 +83,7 @@ def produce(
         # Of a run that was killed after it had finished this video and before it gave it back.
         remove_dead_claim(job.folder / job.name)
     if kept:
-        print(f"{len(kept)} of {len(plan.jobs)} videos are already finished and kept", file=sys.stderr)
+        say(f"{len(kept)} of {len(plan.jobs)} videos are already finished and kept", sys.stderr, progress=True)
     pending = _with_pictures(batch, batch.in_order(plan.pending, _key))
     return Produced(_make_videos(plan, pending, batch, on_video, on_pipeline) if pending else [], batch)
 

@@ -15,6 +15,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from xattn_video_pipelines.common.terminal import is_quiet
+
 # In a log file a bar is a new line each time: every half minute is enough.
 _LOG_INTERVAL = 30.0
 
@@ -32,7 +34,7 @@ class VideoProgress:
         self._synchronize = synchronize
         self._bar = tqdm(
             total=total, unit="video", desc="videos", file=sys.stderr, position=0, dynamic_ncols=self._tty,
-            mininterval=0.2 if self._tty else _LOG_INTERVAL,
+            mininterval=0.2 if self._tty else _LOG_INTERVAL, disable=is_quiet(),
         )  # fmt: skip
         self._last_log = time.perf_counter()
         self.step_seconds: list[float] = []
@@ -74,7 +76,7 @@ class _StepBar(tqdm):  # type: ignore[misc]  # tqdm has no types of its own
     def __init__(self, progress: VideoProgress, iterable: Iterable[Any] | None, total: int | None) -> None:
         super().__init__(
             iterable, total=total, unit="step", desc="steps", file=sys.stderr, position=1, leave=False,
-            disable=not sys.stderr.isatty(), dynamic_ncols=True,
+            disable=is_quiet() or not sys.stderr.isatty(), dynamic_ncols=True,
         )  # fmt: skip
         self._progress = progress
         self._done = 0

@@ -8,8 +8,9 @@ maps, dense beside sparse. `eval/benchmarks/needle/items.py` says what is asked.
 
 from __future__ import annotations
 
-import json
+import contextlib
 from collections.abc import Iterator, Sequence
+from json import dumps
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,11 @@ from xattn_video_pipelines.common import jsonl
 from xattn_video_pipelines.common.environment import device_name
 from xattn_video_pipelines.common.errors import UserError
 from xattn_video_pipelines.common.files import make_writable, write_texts
-from xattn_video_pipelines.common.program import run_alone
+from xattn_video_pipelines.common.program import for_people, run_alone
+from xattn_video_pipelines.common.run_file import note_run
+from xattn_video_pipelines.common.settings import Json
 from xattn_video_pipelines.common.tables import aligned
-from xattn_video_pipelines.common.terminal import say
+from xattn_video_pipelines.common.terminal import is_quiet, say
 from xattn_video_pipelines.qa import (
     load_model,
     read_answers,
@@ -45,9 +48,11 @@ def main(arguments: list[str] | None = None) -> int:
     return run_alone(command, "xattn_video_eval.benchmarks.needle", __doc__ or "", EXAMPLE, arguments)
 
 
-def command(settings: NeedleSettings) -> int:
+def command(settings: NeedleSettings, *, json: Json = False) -> int:
     """`xattn-video needle`: tables and pictures; 0. Raises UserError."""
-    print(json.dumps(needle(settings)))
+    with contextlib.redirect_stdout(for_people(json)):
+        summary = needle(settings)
+    print(dumps(summary))
     return 0
 
 
@@ -62,6 +67,7 @@ def needle(settings: NeedleSettings) -> dict[str, Any]:
     """
     configs = settings.configurations
     make_writable(settings.out)
+    note_run(settings.out)
     model, tokenizer = load_model(
         settings.model, "AutoModelForCausalLM", "AutoTokenizer", device=settings.device, dtype=settings.dtype
     )
@@ -76,7 +82,7 @@ def needle(settings: NeedleSettings) -> dict[str, Any]:
         "device_name": device_name(model.device),
         **provenance("transformers"),
     }
-    write_texts({settings.out / SUMMARY: json.dumps(summary, indent=2) + "\n"})
+    write_texts({settings.out / SUMMARY: dumps(summary, indent=2) + "\n"})
     say(table(wanted))
     if _draw(wanted, settings.out / PICTURE):
         say(f"picture: {settings.out / PICTURE}")
@@ -131,7 +137,7 @@ def _answer_all(
     if left:
         # what is compiled or made at the first call is no part of any prefill
         ask(min(left, key=lambda item: item.length), 1)
-    for item in tqdm(left, desc=label, disable=None):
+    for item in tqdm(left, desc=label, disable=True if is_quiet() else None):
         if stats is not None:
             stats.reset()
         answer = ask(item, _NEW_TOKENS)
