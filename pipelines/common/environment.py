@@ -6,6 +6,7 @@ import importlib.util
 import platform
 import runpy
 import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -114,22 +115,30 @@ def _git(root: Path, *arguments: str) -> str:
 
 def own_version() -> str:
     """The version of this project. The file is read, not imported: importing `xattn_video` needs torch."""
-    spec = importlib.util.find_spec("xattn_video")
-    assert spec is not None
-    assert spec.origin is not None
-    return str(runpy.run_path(str(Path(spec.origin).with_name("version.py")))["__version__"])
+    return str(_version_file("xattn_video")["__version__"])
+
+
+def torch_version() -> dict[str, Any]:
+    """What torch says of its build: `__version__` (2.13.0+cu130), `cuda` and `hip` (or None). Empty without torch.
+
+    The metadata of some wheels leaves the build out. torch takes a second to import, so that its file is read.
+    """
+    if (torch := sys.modules.get("torch")) is not None:
+        return {"__version__": torch.__version__, "cuda": torch.version.cuda, "hip": torch.version.hip}
+    return _version_file("torch")
+
+
+def _version_file(package: str) -> dict[str, Any]:
+    """The names in a package's version.py; none if it is not installed."""
+    spec = importlib.util.find_spec(package)
+    return {} if spec is None or spec.origin is None else runpy.run_path(str(Path(spec.origin).with_name("version.py")))
 
 
 def _version(package: str) -> str | None:
     if package == "xattn-video":
         return own_version()
     if package == "torch":
-        try:
-            import torch
-        except ModuleNotFoundError:
-            return None
-        # its build too, which the metadata of some wheels leaves out: 2.13.0+cu130
-        return torch.__version__
+        return torch_version().get("__version__")
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:

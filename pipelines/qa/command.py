@@ -29,11 +29,12 @@ from xattn_video_pipelines.qa.load import (
     VIDEO_MODEL,
     Row,
     load_model,
+    reach,
     read_answers,
     weights_of,
 )
 from xattn_video_pipelines.qa.questions import Question, check_answer, check_options, check_text, read_questions
-from xattn_video_pipelines.qa.settings import ANSWERS, SUMMARY, QaSettings
+from xattn_video_pipelines.qa.settings import ANSWERS, DEMO, SUMMARY, QaSettings
 
 EXAMPLE = """\
 example:
@@ -188,6 +189,9 @@ def _answer_all(
     """Answer the questions that lack an answer, each by every configuration, and add them to `rows` and the file."""
     from tqdm.auto import tqdm
 
+    if settings.model != DEMO:
+        # Before seconds of imports.
+        reach(settings.model)
     from xattn_video.integrations.transformers import use_xattention
 
     model, processor = load_video_model(settings)

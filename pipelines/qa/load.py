@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -12,7 +13,7 @@ from xattn_video_pipelines.common.demo_data import DEMO_WATCHER, HOW_TO_GET
 from xattn_video_pipelines.common.environment import emulates_bfloat16
 from xattn_video_pipelines.common.errors import UserError, one_line
 from xattn_video_pipelines.qa.settings import DEMO
-from xattn_video_pipelines.video import offline_message, sampled_digest
+from xattn_video_pipelines.video import hub_message, offline_message, sampled_digest
 
 VIDEO_MODEL = "AutoModelForImageTextToText"
 
@@ -41,8 +42,12 @@ def load_model(
 
     Raises:
         UserError: neither here nor reachable, not such a model, damaged, in need of code of its own that is not
-            trusted, or no such device or dtype.
+            trusted, or no such device.
     """
+    source = name if name != DEMO else _demo_source(model_class)
+    # Before seconds of imports.
+    where = reach(source)
+
     import torch
     from safetensors import SafetensorError
 
@@ -51,15 +56,12 @@ def load_model(
     # isort: split
     import transformers
 
-    source = name if name != DEMO else _demo_source(model_class)
     place = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
-        raise UserError(f"--dtype must be auto or a dtype such as bfloat16, got {dtype}")
     try:
         # Said outright: where it is left open, transformers asks on the terminal.
         trust = {"trust_remote_code": trust_remote_code}
-        model = getattr(transformers, model_class).from_pretrained(source, dtype=dtype, **trust)
-        processor = getattr(transformers, processor_class).from_pretrained(source, **trust)
+        model = getattr(transformers, model_class).from_pretrained(source, dtype=dtype, **trust, **where)
+        processor = getattr(transformers, processor_class).from_pretrained(source, **trust, **where)
     except (
         OSError, ValueError, TypeError, KeyError, RuntimeError, ImportError, SafetensorError, UnpicklingError,
     ) as error:  # fmt: skip
@@ -77,6 +79,39 @@ def load_model(
         return model.to(place).eval(), processor
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {device}: {one_line(error, 200)}") from None
+
+
+@cache
+def reach(source: str) -> dict[str, bool]:
+    """How transformers is to look for a model: in the cache alone where the Hub cannot be reached.
+
+    Without being told it would try for a minute and more, a file at a time, also where all files are here.
+
+    Args:
+        source: a local folder or a Hub id.
+
+    Returns:
+        Arguments of `from_pretrained`.
+
+    Raises:
+        UserError: it is no folder, and neither in the cache nor on the Hub.
+    """
+    if Path(source).is_dir():
+        return {}
+    import huggingface_hub
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        cached = isinstance(huggingface_hub.try_to_load_from_cache(source, "config.json"), str)
+        huggingface_hub.HfApi().model_info(source, timeout=10)
+    except HFValidationError:
+        raise UserError(f"--model {source}: no such folder, and no Hub id (owner/name)") from None
+    # Offline shows as one of several libraries' errors.
+    except Exception as error:
+        if cached:
+            return {"local_files_only": True}
+        raise UserError(hub_message(source, error)) from None
+    return {}
 
 
 def weights_of(model: str) -> str | None:

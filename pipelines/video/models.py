@@ -498,19 +498,22 @@ def _hub_json(repository: str, path: str) -> dict[str, Any] | None:
         # A plain request first: downloads retry for half a minute where there is no network.
         huggingface_hub.HfApi().model_info(repository, timeout=10)
         return _read_json(Path(huggingface_hub.hf_hub_download(repository, path)))
-    except errors.LocalEntryNotFoundError as error:
-        raise UserError(offline_message(repository, error)) from None
-    except errors.EntryNotFoundError:
-        return None
-    except errors.GatedRepoError:
-        raise UserError(
-            f"--model {repository}: access must be asked for on the Hub; then log in: hf auth login"
-        ) from None
-    except errors.RepositoryNotFoundError:
-        raise UserError(f"--model {repository}: no such model on the Hub, or private (log in: hf auth login)") from None
     except Exception as error:
-        # Offline shows as one of several libraries' errors, and every one means the same to the user.
-        raise UserError(offline_message(repository, error)) from None
+        if isinstance(error, errors.EntryNotFoundError) and not isinstance(error, errors.LocalEntryNotFoundError):
+            return None
+        raise UserError(hub_message(repository, error)) from None
+
+
+def hub_message(repository: str, error: Exception) -> str:
+    """One line for what the Hub, or the way to it, says of a model that is not in the cache."""
+    from huggingface_hub import errors
+
+    if isinstance(error, errors.GatedRepoError):
+        return f"--model {repository}: access must be asked for on the Hub; then log in: hf auth login"
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return f"--model {repository}: no such model on the Hub, or private (log in: hf auth login)"
+    # Offline shows as one of several libraries' errors, and every one means the same to the user.
+    return offline_message(repository, error)
 
 
 def offline_message(source: str, error: Exception) -> str:
