@@ -85,6 +85,9 @@ example:
 """
 
 
+# What must run where no library reads the command line.
+_DOCTORS = ({"doctor"}, {"doctor", "--json"}, {"doctor", "--full"}, {"doctor", "--full", "--json"})
+
 ABOUT = "Sparse attention (XAttention) for video diffusion models."
 
 
@@ -117,9 +120,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if importlib.util.find_spec("cyclopts") is None and arguments == ["--version"]:
         print(f"xattn-video {own_version()}")
         return 0
-    if importlib.util.find_spec("cyclopts") is None and arguments in (["doctor"], ["doctor", "--json"]):
+    if importlib.util.find_spec("cyclopts") is None and {*arguments} in _DOCTORS:
         doctor = module_of("doctor")
-        return guarded("xattn-video", lambda: doctor.command(json="--json" in arguments))
+        given = {"full": "--full" in arguments, "json": "--json" in arguments}
+        return guarded("xattn-video", lambda: doctor.command(**given))
     return guarded("xattn-video", lambda: run_app(build_app(command), arguments, tuple(COMMANDS)))
 
 

@@ -25,7 +25,7 @@ def xattn(capfd: pytest.CaptureFixture[str]) -> Run:
 
 
 def test_a_working_machine_has_exit_code_zero_and_a_report_for_people(xattn):
-    done = xattn("doctor")
+    done = xattn("doctor", "--full")
     assert done.code == 0, done.out
     for expected in ("torch", "diffusers", "devices", "cpu", "checks", "ffmpeg", "videos can be generated here"):
         assert expected in done.out
@@ -34,7 +34,7 @@ def test_a_working_machine_has_exit_code_zero_and_a_report_for_people(xattn):
 
 
 def test_json_has_versions_devices_and_checks(xattn):
-    done = xattn("doctor", "--json")
+    done = xattn("doctor", "--full", "--json")
     report = json.loads(done.out.splitlines()[-1])
     assert report["ok"] is True
     assert report["versions"]["torch"] == torch.__version__
@@ -97,7 +97,7 @@ def test_the_oldest_diffusers_is_that_of_pyproject_and_has_no_upper_bound():
     assert f"LOWEST_DIFFUSERS := {doctor.OLDEST_DIFFUSERS}.0\n" in makefile
 
 
-REPORT = "from xattn_video_pipelines.cli import main\nsys.exit(main(['doctor', '--json']))"
+REPORT = "from xattn_video_pipelines.cli import main\nsys.exit(main(['doctor', '--full', '--json']))"
 
 
 def test_without_torch_it_says_that_torch_is_missing():
@@ -140,3 +140,40 @@ def test_an_import_that_fails_is_reported_and_not_raised(tmp_path, monkeypatch):
 
 def test_torchvision_is_healthy_or_repaired_here():
     assert doctor.check_torchvision()["status"] in ("ok", "repaired")
+
+
+def test_the_quick_report_has_what_files_tell_and_says_so(xattn, tmp_path, monkeypatch):
+    done = xattn("doctor", "--json")
+    quick, full = json.loads(done.out), doctor.examine()
+    assert (done.code, quick["ok"], quick["full"], full["full"]) == (0, True, False, True)
+    assert quick["versions"] == full["versions"]
+    assert {check["name"] for check in quick["checks"]} == {check["name"] for check in full["checks"]}
+    assert quick["devices"][0]["name"].startswith(environment.cpu_name())
+    done = xattn("doctor")
+    assert "nothing is missing for videos; whether it all works is what xattn-video doctor --full tries" in done.out
+    assert "can be generated" not in done.out
+
+
+def test_the_quick_report_lists_gpus_where_torch_could_use_them(tmp_path, monkeypatch):
+    for number, name in enumerate(("NVIDIA H100", "NVIDIA H200")):
+        (tmp_path / f"0000:{number}").mkdir()
+        (tmp_path / f"0000:{number}/information").write_text(f"Model: \t\t {name}\nIRQ: 7\n")
+    monkeypatch.setattr(doctor, "_NVIDIA_GPUS", tmp_path)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    found = [(device["device"], device["name"]) for device in doctor.devices_seen()[1:]]
+    assert found == [("cuda:0", "NVIDIA H100"), ("cuda:1", "NVIDIA H200")]
+    monkeypatch.setattr(doctor, "_NVIDIA_GPUS", tmp_path / "nothing")
+    assert doctor.devices_seen()[1] == {
+        "device": "cuda", "name": None, "reason": "no GPU is listed; --full asks torch"
+    }  # fmt: skip
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert doctor.devices_seen()[1]["reason"] == f"torch {torch.__version__} is built without CUDA or ROCm"
+
+
+def test_the_quick_report_imports_no_large_library():
+    code = (
+        "from xattn_video_pipelines.cli import main\nmain(['doctor', '--json'])\n"
+        "large = {'torch', 'diffusers', 'transformers', 'torchvision', 'numpy'}\n"
+        "print(sorted(large & set(sys.modules)), file=sys.stderr)"
+    )
+    assert in_a_fresh_python(code).stderr == "[]\n"
