@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import gc
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -20,7 +21,7 @@ from tests.tiny.hunyuan_families import HUNYUAN_FAMILIES, HUNYUAN_VIDEO
 from tests.tiny.other_families import OTHER_FAMILIES
 from tests.tiny.wan_family import T2V, T2V_A14B, TEXT_DIM, V2V, tiny_transformer
 from xattn_video import XAttnProcessor
-from xattn_video.integrations.diffusers import attached_processor, layers
+from xattn_video.integrations.diffusers import NothingSparse, attached_processor, layers
 from xattn_video.integrations.diffusers.memory import LayerMemory
 from xattn_video.ops import checked_call
 from xattn_video.stats import ResidualUse
@@ -640,11 +641,22 @@ def test_a_video_without_sparse_steps_refreshes_nothing(pipe: WanPipeline) -> No
 def test_a_warm_up_of_most_steps_is_warned_of_once(pipe: WanPipeline, caplog: pytest.LogCaptureFixture) -> None:
     attach(pipe, residual="off", warmup_steps=5)
     for _ in range(2):
-        call(pipe, num_inference_steps=4)
+        call(pipe, num_inference_steps=8)
     messages = [record.getMessage() for record in caplog.records if "steps are dense" in record.getMessage()]
     assert len(messages) == 1
-    assert "4 of 4 steps are dense" in messages[0]
+    assert "5 of 8 steps are dense" in messages[0]
     caplog.clear()
     attach(pipe, residual="off", warmup_steps=5, warmup=0.25)
     call(pipe, num_inference_steps=4)
     assert not [record for record in caplog.records if "steps are dense" in record.getMessage()]
+
+
+def test_a_warm_up_of_all_steps_is_warned_of_in_each_generation(pipe: WanPipeline) -> None:
+    attach(pipe, residual="off", warmup_steps=5)
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always", NothingSparse)
+        for _ in range(2):
+            call(pipe, num_inference_steps=4)
+    said = [str(warning.message) for warning in seen if warning.category is NothingSparse]
+    assert len(said) == 2
+    assert all("4 of 4 steps are dense" in text and "warmup=0.25" in text for text in said)

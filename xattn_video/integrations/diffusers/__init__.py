@@ -12,8 +12,9 @@ from .release import check_release
 repair_torchvision()
 check_release()
 
+from .nothing_sparse import NothingSparse  # noqa: E402
 from .processor import XAttnProcessor, attached_processor, install, pipeline_transformers  # noqa: E402
 
 install()
 
-__all__ = ["XAttnProcessor", "attached_processor", "install", "pipeline_transformers"]
+__all__ = ["NothingSparse", "XAttnProcessor", "attached_processor", "install", "pipeline_transformers"]

@@ -106,6 +106,7 @@ class Attachment:
             if module.processor is wrapper:
                 module.set_processor(wrapper.original)
         self.forget()
+        self.owner.generation.end(complete=False)
 
     @property
     def moment(self) -> Moment:
@@ -139,7 +140,9 @@ class Attachment:
         schedule = self._schedule
         if schedule.total != self._tracker.total:
             schedule = self._schedule = Schedule(self._config, self._tracker.total)
-            self.owner.say_once("schedule", schedule.doubt())
+            if schedule.all_dense is None:
+                self.owner.say_once("schedule", schedule.doubt())
+        self.owner.generation.begin_forward(moment.video, schedule)
         reason = schedule.dense_reason(step)
         if self._config.residual != "off" and step == schedule.warmup - 1 and schedule.sparse_steps != 0:
             # the last step of the warm-up is the first refresh, where sparse steps follow
@@ -182,18 +185,23 @@ class Attachment:
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch gives it no types
     def _after_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """The output of the forward, or None where it stays as it is."""
-        again = None
+        again, state = None, self._state
+        skipped, reason, tokens = state.skipped, state.dense, state.tokens
         try:
             # there is no output where the forward has raised an exception
             if output is not None and self._has_not_finite():
                 again = self._densely(model, args, kwargs)
         finally:
             self._running = None
-            self._state.end()
-        last = self._state.moment.step + 1 == self._schedule.total
-        if self._remembers and last and sum(self._forwards.values()) >= self._branches:
+            state.end()
+        if output is not None:
+            self.owner.generation.end_forward(state.moment.step, sparse=skipped, reason=reason, tokens=tokens)
+        last = state.moment.step + 1 == self._schedule.total
+        if last and sum(self._forwards.values()) >= self._branches:
             # nothing comes after the last forward of the last step
-            self.owner.forget()
+            self.owner.generation.end(complete=True)
+            if self._remembers:
+                self.owner.forget()
         return again
 
     def _has_not_finite(self) -> bool:

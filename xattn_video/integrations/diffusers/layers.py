@@ -44,6 +44,11 @@ class ForwardState:
         self.exact: tuple[int, int] | None = None
         # whether a call was sparse, or a refresh
         self.sparse = False
+        # whether a call was sparse and no refresh; else why the last one was dense that no setting asks for by name
+        self.skipped = False
+        self.dense: str | None = None
+        # keys of a dense call, where that can be told
+        self.tokens: int | None = None
         self._known: dict[tuple[str, int], tuple[Tensor, Any]] = {}
 
     def begin(
@@ -56,7 +61,8 @@ class ForwardState:
     ) -> None:
         """A forward starts."""
         self.schedule, self.moment, self.reason, self.frames, self.exact = schedule, moment, reason, frames, exact
-        self.sparse = False
+        self.sparse = self.skipped = False
+        self.dense = self.tokens = None
         self._known.clear()
 
     def end(self) -> None:
@@ -221,6 +227,10 @@ class SparseSelfAttention:
             self.counts.place(query.device)
         if isinstance(backend, str):
             self.counts.add_dense(backend)
+            if not self.dense_layer:
+                self.state.dense = backend
+                if not torch.compiler.is_compiling():
+                    self.state.tokens = key.shape[1] * ranks
             dense: Tensor = dispatch_attention_fn(
                 query,
                 key,
@@ -296,8 +306,10 @@ class SparseSelfAttention:
                 )
         if refreshed:
             self.counts.add_dense("refresh")
+            self.state.dense = "refresh"
         else:
             self.counts.add_sparse(kept.sum(), valid * query.shape[2])
+            self.state.skipped = True
         self.counts.note_not_finite(output)
         self.state.sparse = True
         return output.transpose(1, 2)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -25,6 +26,7 @@ from .attach import Attachment, attachment_of, check_settings, detach
 from .dispatch import register
 from .layers import SparseSelfAttention
 from .models import MODELS, find_self_attention
+from .nothing_sparse import Generation
 from .steps import StepTracker, WeakLink
 
 logger = logging.getLogger(__name__)
@@ -72,6 +74,9 @@ class XAttnProcessor:
         self._tracker = StepTracker()
         self._models: list[WeakLink] = []
         self._said: set[str] = set()
+        self.generation = Generation(self.config)
+        # The last generation of a loop of your own, whose number of steps nobody told, ends with the processor.
+        weakref.finalize(self, self.generation.end, complete=False)
 
     def __repr__(self) -> str:
         return f"XAttnProcessor({self.config})"

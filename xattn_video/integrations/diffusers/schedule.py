@@ -56,6 +56,21 @@ class Schedule:
             "the warm-up to a quarter of them"
         )
 
+    @property
+    def all_dense(self) -> str | None:
+        """What leaves no step sparse, and what changes it; None where a step is sparse or nobody knows."""
+        if self.sparse_steps != 0:
+            return None
+        config, most = self._config, f"{self.total} of {self.total} steps are dense"
+        if self.total is not None and self.warmup < self.total:
+            return f"{most}, by warmup_steps={config.warmup_steps} and last_steps={config.last_steps}; set smaller ones"
+        cause = f"warmup_steps={config.warmup_steps}" + (
+            "" if config.warmup is None else f" and warmup={config.warmup}"
+        )
+        # at least one step of a warm-up stays dense
+        remedy = "warmup=0.25 keeps the warm-up to a quarter of them" if self.total != 1 else "set warmup_steps=0"
+        return f"{most}, by {cause}; {remedy}"
+
     def dense_reason(self, step: int) -> str | None:
         """Why every call of this step is dense, or None."""
         if step < self.warmup:
