@@ -340,8 +340,10 @@ def test_tensors_that_do_not_go_together_are_refused(change, words):
 
 def test_settings_that_cannot_be_are_refused():
     query, key, value = random_qkv(1, 2, 2, 64, 64, 32)
-    with pytest.raises(TypeError, match="does not know: treshold"):
+    with pytest.raises(TypeError, match=r"does not know: treshold \(did you mean threshold\?\)"):
         xattention(query, key, value, treshold=0.9)
+    with pytest.raises(TypeError, match=r"causall \(did you mean causal\?\), is_causal \(here it is causal\)"):
+        xattention(query, key, value, is_causal=True, causall=True)
     with pytest.raises(ValueError, match="stride must divide block_size"):
         score_blocks(query, key, stride=64, block_size=32)
     wide = torch.randn(1, 2, 64, 288)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
 
 from xattn_video import XAttnConfig
+from xattn_video.config import MODEL_PRESETS, PRESETS, Settings
 
 
 @pytest.mark.parametrize(
@@ -165,3 +167,30 @@ def test_a_preset_without_its_residual_has_none_of_its_settings():
     )
     with pytest.raises(ValueError, match="refresh_every goes with a residual"):
         XAttnConfig.preset("balanced", residual="off", refresh_every=0.1)
+
+
+def test_models_of_the_command_line_have_the_preset_of_their_family():
+    from xattn_video_pipelines.video.models import KNOWN_MODELS
+
+    assert KNOWN_MODELS.keys() <= {*PRESETS, *MODEL_PRESETS}
+    assert XAttnConfig.preset("wan2.2-a14b", threshold=0.95) == XAttnConfig.preset("wan", threshold=0.95)
+    with pytest.raises(ValueError, match=r"faithful, .*hunyuan-video.* got ballanced \(did you mean balanced\?\)"):
+        XAttnConfig.preset("ballanced")
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ({"treshold": 0.9}, r"no setting treshold \(did you mean threshold\?\)"),
+        ({"warm_up_steps": 3, "taste": 1}, r"no setting taste, warm_up_steps \(did you mean warmup_steps\?\)"),
+    ],
+)
+def test_a_misspelled_setting_is_told_the_nearest_one(given, told):
+    for make in (XAttnConfig, XAttnConfig().replace):
+        with pytest.raises(TypeError, match=told):
+            make(**given)
+
+
+def test_the_settings_that_editors_complete_are_those_of_the_configuration():
+    own = {field.name: field.type for field in dataclasses.fields(XAttnConfig)}
+    assert {name: hint.__forward_arg__ for name, hint in Settings.__annotations__.items()} == own

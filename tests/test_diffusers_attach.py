@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import inspect
 import logging
 import os
 import pickle
+import pydoc
+import re
 import subprocess
 import sys
 import threading
@@ -280,6 +283,32 @@ def test_wrong_arguments_are_named() -> None:
     with pytest.raises(ValueError, match="threshold"):
         XAttnProcessor(threshold=1.5)
     assert XAttnProcessor(XAttnConfig(stride=16), threshold=0.8).config == XAttnConfig(stride=16, threshold=0.8)
+
+
+def test_the_class_in_place_of_an_object_is_refused(model: Any) -> None:
+    before = processors(model)
+    for target in (model, T2V.build(0)):
+        with pytest.raises(TypeError, match=r"write XAttnProcessor\(\) with parentheses"):
+            target.set_attn_processor(XAttnProcessor)
+    assert all(processors(model)[path] is before[path] for path in before)
+
+
+def test_a_preset_by_its_name() -> None:
+    assert XAttnProcessor("balanced").config == XAttnConfig.preset("balanced")
+    changed = XAttnProcessor("wan2.1-1.3b", threshold=0.8)
+    assert changed.config == XAttnConfig.preset("wan", threshold=0.8)
+    with pytest.raises(ValueError, match=r"balanced, .*faithful, fast, .*got quick"):
+        XAttnProcessor("quick")
+    with pytest.raises(TypeError, match=r"treshold \(did you mean threshold\?\)"):
+        XAttnProcessor(treshold=0.9)
+
+
+def test_the_settings_are_in_signature_and_help() -> None:
+    parameters = inspect.signature(XAttnProcessor).parameters
+    text = pydoc.plain(pydoc.render_doc(XAttnProcessor))
+    for field in dataclasses.fields(XAttnConfig):
+        assert (parameters[field.name].annotation, parameters[field.name].default) == (field.type, field.default)
+        assert re.search(rf"^ \|  +(\w+, )*{field.name}(, \w+)*: ", text, re.MULTILINE), field.name
 
 
 def test_an_xattnprocessor_is_not_the_processor_of_one_module(model: Any) -> None:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
+import functools
+import inspect
 import itertools
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, TypeVar, Unpack
 
 from .thresholds import HeadThresholds
 
@@ -39,8 +42,44 @@ PRESETS: dict[str, dict[str, Any]] = {
     "faithful": {**_REMEMBERING, "refresh_every": 0.15, "threshold": 0.5},
 }
 
+# Names of models as `xattn-video generate --model` takes them -> the preset of their family.
+MODEL_PRESETS = {
+    "wan2.1-1.3b": "wan", "wan2.1-14b": "wan", "wan2.2-a14b": "wan", "wan2.2-5b": "wan", "demo": "wan",
+    "hunyuan-video-1.5": "hunyuan-video",
+}  # fmt: skip
+
 # Settings that only have a meaning with a residual.
 _OF_RESIDUAL = {"refresh", "refresh_every", "extrapolate", "residual_mib"}
+
+
+class Settings(TypedDict, total=False):
+    """The settings of `XAttnConfig` as keyword arguments, so that editors complete them and type checkers see them."""
+
+    stride: int
+    block_size: int
+    threshold: float | tuple[float, ...] | HeadThresholds | str | Path
+    warmup_steps: int
+    dense_layers: tuple[int | str, ...]
+    min_tokens: int
+    dense_last: int
+    warmup: float | None
+    last_steps: int
+    anchors: int
+    threshold_ramp: float
+    keep_masks: int
+    residual: str
+    refresh: str | tuple[int, ...] | None
+    refresh_every: int | float | None
+    extrapolate: bool
+    residual_mib: int | None
+    selection: str
+    top_k: int | None
+    top_ratio: float | None
+    backend: str
+    max_extra_mib: int
+
+
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 @dataclass(frozen=True)
@@ -160,7 +199,7 @@ class XAttnConfig:
         object.__setattr__(self, "refresh", _checked_refresh(self.refresh))
         _check_residual(self)
 
-    def replace(self, **changes: Any) -> XAttnConfig:
+    def replace(self, **changes: Unpack[Settings]) -> XAttnConfig:
         """A copy with some settings changed, checked again."""
         return dataclasses.replace(self, **changes)
 
@@ -175,31 +214,35 @@ class XAttnConfig:
     def from_dict(cls, values: Mapping[str, Any]) -> XAttnConfig:
         """The inverse of `to_dict`, which reads no file. Raises `ValueError` for a name that is no setting."""
         known = {field.name for field in dataclasses.fields(cls)}
-        unknown = sorted(set(values) - known)
+        unknown = set(values) - known
         if unknown:
-            raise ValueError(f"unknown settings {', '.join(unknown)}; known are {', '.join(sorted(known))}")
+            named = ", ".join(name_nearest(unknown, known))
+            raise ValueError(f"unknown settings {named}; known are {', '.join(sorted(known))}")
         threshold = values.get("threshold")
         if isinstance(threshold, Mapping):
             values = {**values, "threshold": HeadThresholds.from_dict(threshold)}
         return cls(**values)
 
     @classmethod
-    def preset(cls, name: str, **changes: Any) -> XAttnConfig:
+    def preset(cls, name: str, **changes: Unpack[Settings]) -> XAttnConfig:
         """Settings under a name, with some changed.
 
         Args:
-            name: of the paper's settings for a model family (`hunyuan-video`, `wan`, `qwen2-vl`, `language`), or
-                `fast`, `balanced` or `faithful`: settings for video models with a residual.
+            name: of the paper's settings for a model family (`hunyuan-video`, `wan`, `qwen2-vl`, `language`), also by
+                the name of a model (`wan2.1-1.3b`, as `xattn-video generate --model` takes it); or `fast`, `balanced`
+                or `faithful`: settings for video models with a residual.
             changes: settings that replace the preset's. `residual="off"` also leaves out the preset's settings of the
                 residual.
 
         Raises:
             ValueError: no such preset, or a change that is no setting or out of its range.
         """
-        if name not in PRESETS:
-            raise ValueError(f"preset must be one of {', '.join(sorted(PRESETS))}, got {name!r}")
+        known = sorted({*PRESETS, *MODEL_PRESETS})
+        if name not in known:
+            raise ValueError(f"preset must be one of {', '.join(known)}, got {name_nearest([name], known)[0]}")
         dropped = _OF_RESIDUAL if changes.get("residual") == "off" else set()
-        values = {setting: value for setting, value in PRESETS[name].items() if setting not in dropped}
+        preset = PRESETS[MODEL_PRESETS.get(name, name)]
+        values = {setting: value for setting, value in preset.items() if setting not in dropped}
         return cls.from_dict({**values, **changes})
 
     @property
@@ -285,6 +328,49 @@ class XAttnConfig:
             return f"t{mean:.2f}h{_digest(self.threshold)}"
         assert isinstance(self.threshold, float)
         return f"t{_decimal(self.threshold)}"
+
+
+def name_nearest(unknown: Iterable[str], known: Iterable[str]) -> list[str]:
+    """Names that are not known, each with the known one that is most like it: `treshold (did you mean threshold?)`."""
+    known = list(known)
+    found = [(name, difflib.get_close_matches(name, known, 1)) for name in sorted(unknown)]
+    return [f"{name} (did you mean {nearest[0]}?)" if nearest else name for name, nearest in found]
+
+
+def lists_settings(function: Function) -> Function:
+    """Let the signature of a function that takes `**settings` name them, with the defaults of `XAttnConfig`."""
+    signature = inspect.signature(function)
+    own = [value for value in signature.parameters.values() if value.kind is not inspect.Parameter.VAR_KEYWORD]
+    settings = [
+        inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=field.type)
+        for field in dataclasses.fields(XAttnConfig)
+    ]
+    function.__signature__ = signature.replace(parameters=[*own, *settings])  # type: ignore[attr-defined]
+    return function
+
+
+def describe_settings() -> str:
+    """The part of a docstring that says what each setting is for: that of `XAttnConfig`, under a heading of its own."""
+    document = XAttnConfig.__doc__ or ""
+    return "    Settings:\n" + document.partition("Args:\n")[2].partition("\n    Raises:")[0]
+
+
+def _refusing_unknown(init: Callable[..., None]) -> Callable[..., None]:
+    """`XAttnConfig.__init__`, which all ways to give settings end in, with an error that names the nearest setting."""
+    known = [field.name for field in dataclasses.fields(XAttnConfig)]
+
+    @functools.wraps(init)
+    def checked(self: XAttnConfig, *args: Any, **settings: Any) -> None:
+        unknown = [name for name in settings if name not in known]
+        if unknown:
+            named = ", ".join(name_nearest(unknown, known))
+            raise TypeError(f"XAttnConfig has no setting {named}; it has {', '.join(known)}")
+        init(self, *args, **settings)
+
+    return checked
+
+
+XAttnConfig.__init__ = _refusing_unknown(XAttnConfig.__init__)  # type: ignore[method-assign]
 
 
 def check_geometry(stride: int, block_size: int) -> None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from ..config import XAttnConfig
+from ..config import XAttnConfig, lists_settings, name_nearest
 from .checks import checked_call, without_autocast
 from .dense import dense_attention, find_backend
 from .key_mask import KeyMask
@@ -36,7 +37,16 @@ class CallStats(NamedTuple):
 
 _SETTINGS = frozenset(field.name for field in dataclasses.fields(XAttnConfig))
 
+# Arguments of torch's scaled_dot_product_attention -> what to give here instead.
+_OF_SDPA = {
+    "is_causal": "here it is causal",
+    "attn_mask": "here kv_start and kv_lens bound the valid keys of each item, and there is no other mask",
+    "dropout_p": "there is no dropout",
+    "enable_gqa": "leave it out: the shapes of query and key tell it",
+}
 
+
+@lists_settings
 def xattention(  # noqa: PLR0913 - public, its parameters are settings
     query: Tensor,
     key: Tensor,
@@ -113,7 +123,9 @@ def _settings(
     if overrides:
         unknown = sorted(set(overrides) - _SETTINGS)
         if unknown:
-            raise TypeError(f"xattention() got settings it does not know: {', '.join(unknown)}")
+            told = [f"{name} ({_OF_SDPA[name]})" for name in unknown if name in _OF_SDPA]
+            others = name_nearest(set(unknown) - _OF_SDPA.keys(), inspect.signature(xattention).parameters)
+            raise TypeError(f"xattention() got settings it does not know: {', '.join([*others, *told])}")
         config = config.replace(**overrides)
     if threshold is None:
         return config, config.call_threshold

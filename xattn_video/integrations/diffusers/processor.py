@@ -13,13 +13,13 @@ import functools
 import logging
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Unpack
 
 from diffusers import DiffusionPipeline, ModelMixin
 from diffusers.models.attention import AttentionMixin
 from torch import nn
 
-from ...config import XAttnConfig
+from ...config import Settings, XAttnConfig, describe_settings, lists_settings
 from ...ops import Call
 from ...stats import AttentionStats
 from .attach import Attachment, attachment_of, check_settings, detach
@@ -36,18 +36,19 @@ class XAttnProcessor:
     """Sparse attention for the video self-attention of a diffusers pipeline or transformer.
 
     Args:
-        config: settings; None is the defaults of `XAttnConfig`.
+        config: settings, or the name of a preset: `"fast"`, `"balanced"` or `"faithful"`, or of a model, such as
+            `"wan2.1-1.3b"` (see `XAttnConfig.preset`). None is the defaults of `XAttnConfig`.
         on_call: `on_call(layer, call)` sees each sparse call before it is computed: the layer's name, as in the
             statistics, and the `xattn_video.ops.Call` with query, key and value `[B, H, S, D]`. `xattn-video calibrate`
             measures with it. Not under `torch.compile`.
-        **overrides: settings that replace those of config.
+        **settings: single settings, which replace those of config. They are listed below.
 
     Attributes:
         config: the settings.
         stats: what the attention calls did: `stats.summary()` reads it, `stats.reset()` starts over.
 
     Raises:
-        ValueError, TypeError: a setting is wrong; the message names it.
+        ValueError, TypeError: a setting or the name of a preset is wrong; the message names it.
 
     Example:
         >>> from diffusers import WanPipeline
@@ -59,16 +60,20 @@ class XAttnProcessor:
         >>> processor.stats.summary()["density"]
     """
 
+    @lists_settings
     def __init__(
         self,
-        config: XAttnConfig | None = None,
+        config: XAttnConfig | str | None = None,
         *,
         on_call: Callable[[str, Call], None] | None = None,
-        **overrides: Any,
+        **settings: Unpack[Settings],
     ) -> None:
-        if config is not None and not isinstance(config, XAttnConfig):
-            raise TypeError(f"config must be an XAttnConfig or None, got {type(config).__name__}")
-        self.config = (XAttnConfig() if config is None else config).replace(**overrides)
+        if isinstance(config, str):
+            self.config = XAttnConfig.preset(config, **settings)
+        elif config is None or isinstance(config, XAttnConfig):
+            self.config = (config or XAttnConfig()).replace(**settings)
+        else:
+            raise TypeError(f"config must be an XAttnConfig, the name of a preset or None, got {config!r}")
         self.on_call = on_call
         self.stats = AttentionStats()
         self._tracker = StepTracker()
@@ -223,6 +228,10 @@ class XAttnProcessor:
             )
 
 
+# `help(XAttnProcessor)` says what each setting is for, in the words of `XAttnConfig`.
+XAttnProcessor.__doc__ = f"{XAttnProcessor.__doc__}\n{describe_settings()}"
+
+
 def unwrapped(model: nn.Module) -> nn.Module:
     """The model inside of what `torch.compile(model)` returns."""
     return getattr(model, "_orig_mod", model)
@@ -285,6 +294,7 @@ def _model_method(cls: Any, original: Callable[..., None] | None) -> Any:
             processor: an `XAttnProcessor` makes its video self-attention sparse, None takes that off again, anything
                 else is for diffusers' own method.
         """
+        _refuse_class(processor)
         if isinstance(processor, XAttnProcessor):
             processor.attach(self)
         elif processor is None:
@@ -300,6 +310,12 @@ def _model_method(cls: Any, original: Callable[..., None] | None) -> Any:
             )
 
     return set_attn_processor
+
+
+def _refuse_class(processor: Any) -> None:
+    if isinstance(processor, type) and issubclass(processor, XAttnProcessor):
+        name = processor.__name__
+        raise TypeError(f"set_attn_processor takes an object, got the class {name}; write {name}() with parentheses")
 
 
 def _set_other(model: Any, processor: Any, stock: Callable[[Any], None]) -> None:
@@ -323,6 +339,7 @@ def _pipeline_method(cls: type, original: Callable[..., None] | None) -> Any:
             processor: an `XAttnProcessor` makes their video self-attention sparse, None takes that off again,
                 anything else goes to `set_attn_processor` of each transformer.
         """
+        _refuse_class(processor)
         if isinstance(processor, XAttnProcessor):
             processor.attach(self)
         elif original is not None and processor is not None:
