@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import statistics
 import weakref
+from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from .tables import Table
 
 # why a call was dense
 REASONS = (
@@ -187,12 +191,89 @@ class ResidualUse:
         return free + reserved - needed - self.MARGIN * total
 
 
+class ForwardTimes:
+    """Seconds that forwards of a model took, by kind: `"dense"`, `"refresh"` and `"sparse"`.
+
+    A forward is sparse where one of its attention calls is.
+    """
+
+    # A median needs no more of them, and a service runs for months.
+    MOST = 1000
+
+    def __init__(self) -> None:
+        self._seconds: dict[str, deque[float]] = {
+            kind: deque(maxlen=self.MOST) for kind in ("dense", "refresh", "sparse")
+        }
+
+    def add(self, kind: str, seconds: float) -> None:
+        """One more forward of this kind."""
+        self._seconds[kind].append(seconds)
+
+    def reset(self) -> None:
+        """Forget all of them."""
+        for seconds in self._seconds.values():
+            seconds.clear()
+
+    def medians(self) -> dict[str, float]:
+        """The median by kind, for the kinds of which there are any."""
+        return {kind: statistics.median(seconds) for kind, seconds in self._seconds.items() if seconds}
+
+
 class AttentionStats:
-    """Density and dense calls of everything that one processor is attached to."""
+    """Density and dense calls of everything that one processor is attached to.
+
+    A Python prompt and a notebook show the main numbers, `table()` shows the densities of all layers and steps, and
+    `summary()` has everything as a dict. All three wait for the device.
+
+    Attributes:
+        residual: the memory of residuals.
+        times: how long forwards took, as far as the host knows: on a GPU it waits for sparse forwards alone.
+    """
+
+    # Lines of the reasons for dense calls in what a prompt shows.
+    _MOST_REASONS = 5
 
     def __init__(self) -> None:
         self._models: list[ModelCounts] = []
         self.residual = ResidualUse()
+        self.times = ForwardTimes()
+
+    def __repr__(self) -> str:
+        return repr(self._main_numbers())
+
+    def _repr_html_(self) -> str:
+        return self._main_numbers()._repr_html_()
+
+    def _main_numbers(self) -> Table:
+        summary = self.summary()
+        calls, sparse = summary["calls"], summary["sparse_density"]
+        rows = [("calls", str(calls)), ("sparse calls", str(summary["sparse_calls"]))]
+        reasons = sorted(summary["dense_calls"].items(), key=lambda entry: -entry[1])
+        rows += [(f"dense calls: {reason}", str(number)) for reason, number in reasons[: self._MOST_REASONS]]
+        if others := reasons[self._MOST_REASONS :]:
+            rows.append(("dense calls: other reasons", str(sum(number for _, number in others))))
+        rows += [
+            ("density, all calls", _percent(summary["density"]) if calls else "unknown"),
+            ("density, sparse calls", "unknown" if sparse is None else _percent(sparse)),
+        ]
+        if medians := self.times.medians():
+            rows.append(("seconds per forward", ", ".join(f"{kind} {value:.3g}" for kind, value in medians.items())))
+        return Table(("attention", ""), rows)
+
+    def table(self) -> Table:
+        """The density of each layer (rows) in each step (columns); an empty cell had no call. Waits for the device.
+
+        A Python prompt prints the table, a notebook shows it, and `table().rows` has its cells.
+        """
+        summary = self.summary()
+        steps = list(summary["density_by_step"])
+        rows = [
+            (layer, *(_percent(by_step[step]) if step in by_step else "" for step in steps))
+            for layer, by_step in summary["density_by_layer_and_step"].items()
+        ]
+        if rows:
+            rows.append(("all layers", *(_percent(summary["density_by_step"][step]) for step in steps)))
+        return Table(("layer", *(f"step {step}" for step in steps)), rows)
 
     def add_model(self, names: Sequence[str]) -> ModelCounts:
         """Counts for the layers of one more model."""
@@ -204,6 +285,7 @@ class AttentionStats:
         for model in self._models:
             model.reset()
         self.residual.reset()
+        self.times.reset()
 
     def summary(self) -> dict[str, Any]:
         """What the calls so far did. Waits for the device.
@@ -247,6 +329,10 @@ class AttentionStats:
             "residual_bytes": self.residual.peak,
             "calls_without_residual": self.residual.without,
         }
+
+
+def _percent(share: float) -> str:
+    return f"{share:.1%}"
 
 
 class _Mean:

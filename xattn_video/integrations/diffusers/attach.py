@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -64,6 +65,9 @@ class Attachment:
         self._schedule = Schedule(config, None)
         # the video in which dense attention gives NaN or inf too
         self._not_finite: int | None = None
+        # For the time of a forward: when it began, on what, and whether the host had waited for the device before that.
+        self._times = stats.times
+        self._began, self._on_cpu, self._waited = 0.0, True, True
 
         paths = list(modules)
         dense = dense_layers(paths, config.dense_layers)
@@ -157,6 +161,8 @@ class Attachment:
         shift = schedule.threshold_shift(step)
         for wrapper in self._wrappers.values():
             wrapper.begin_forward(device, shift)
+        self._on_cpu = device.type == "cpu"
+        self._began = time.perf_counter()
 
     def _read_packed(self, given: dict[str, Any]) -> Packed:
         """The rows of a packed sequence, read once for all the forwards that are given the same tags."""
@@ -187,6 +193,7 @@ class Attachment:
         """The output of the forward, or None where it stays as it is."""
         again, state = None, self._state
         skipped, reason, tokens = state.skipped, state.dense, state.tokens
+        kind = "sparse" if skipped else "refresh" if state.sparse else "dense"
         try:
             # there is no output where the forward has raised an exception
             if output is not None and self._has_not_finite():
@@ -195,6 +202,8 @@ class Attachment:
             self._running = None
             state.end()
         if output is not None:
+            if again is None:
+                self._time(kind)
             self.owner.generation.end_forward(state.moment.step, sparse=skipped, reason=reason, tokens=tokens)
         last = state.moment.step + 1 == self._schedule.total
         if last and sum(self._forwards.values()) >= self._branches:
@@ -203,6 +212,13 @@ class Attachment:
             if self._remembers:
                 self.owner.forget()
         return again
+
+    def _time(self, kind: str) -> None:
+        """Note how long the forward took, where the host knows it: `_has_not_finite` waits for forwards that skip."""
+        waits = self._on_cpu or (kind != "dense" and self._not_finite != self._state.moment.video)
+        if waits and self._waited:
+            self._times.add(kind, time.perf_counter() - self._began)
+        self._waited = waits
 
     def _has_not_finite(self) -> bool:
         """Whether a sparse call of this forward gave NaN or inf: reads one number from the device, if any was made.
