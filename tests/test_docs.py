@@ -226,16 +226,28 @@ def test_every_command_has_a_place_in_usage() -> None:
 
 
 def test_the_table_of_models_is_that_of_the_code() -> None:
-    from xattn_video.integrations.diffusers.models import MODELS, REFUSED
+    """Of the code: what `supported()` shows."""
+    from xattn_video import supported
+    from xattn_video.model_table import LANGUAGE_MODELS, MODELS, REFUSED
 
     text = (ROOT / "docs" / "models.md").read_text(encoding="utf-8")
-    rows = re.findall(r"^\| [^|]+ \| `(\w+)` \| [^|]+ \| ([^|]+) \|$", text, re.MULTILINE)
-    assert {name for name, _ in rows} == set(MODELS)
-    for name, modules in rows:
+    rows = re.findall(r"^\| ([^|]+) \| `(\w+)` \| ([^|]+) \| ([^|]+) \|$", text, re.MULTILINE)
+    assert {name for _, name, _, _ in rows} == set(MODELS)
+    shown = {row[1]: row for row in supported().rows}
+    assert shown.keys() == {*MODELS, *REFUSED, "decoder models of transformers"}
+    where = {"cross": "cross-attention", "end": "joint, after", "packed": "packed in one sequence"}
+    for models, name, place, modules in rows:
         told = set(re.findall(r"`([^`]+\*\.[^`]+)`", modules))
         # One row refers to the one above it.
-        assert told == set(MODELS[name].self_attention) or "the same as" in modules, name
+        assert told == set(shown[name][2].split(", ")) or "the same as" in modules, name
+        assert models == shown[name][0]
+        assert place.startswith(where[MODELS[name].text]), name
+    (language,) = re.findall(r"tiny models of ([^.]+(?:\.\d[^.]+)*)\.", " ".join(text.split()))
+    assert tuple(re.split(r", | and ", language)) == LANGUAGE_MODELS
+    refused = text.partition("AnyFlow FAR")[2].partition("\n* ")[0]
     assert len(REFUSED) == 3
+    assert "Cosmos 3" in refused
+    assert "Wan-Animate 2" in refused
 
 
 def test_the_table_of_reasons_is_that_of_the_code() -> None:

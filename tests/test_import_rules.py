@@ -212,7 +212,9 @@ def loaded_by(statement: str) -> set[str]:
 
 
 def test_importing_the_library_loads_no_torch() -> None:
-    loaded = loaded_by("from xattn_video import XAttnConfig, __version__; XAttnConfig(stride=8)")
+    loaded = loaded_by(
+        "from xattn_video import XAttnConfig, __version__, supported; XAttnConfig(stride=8); repr(supported())"
+    )
     assert "xattn_video" in loaded
     assert "torch" not in loaded
 

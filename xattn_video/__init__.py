@@ -14,6 +14,7 @@ from .version import __version__ as __version__
 if TYPE_CHECKING:
     from .config import XAttnConfig as XAttnConfig
     from .integrations.diffusers import XAttnProcessor as XAttnProcessor
+    from .model_table import supported as supported
     from .ops import block_sparse_attention as block_sparse_attention
     from .ops import score_blocks as score_blocks
     from .ops import select_blocks as select_blocks
@@ -26,6 +27,7 @@ else:
         {
             "config": ["XAttnConfig"],
             "integrations.diffusers": ["XAttnProcessor"],
+            "model_table": ["supported"],
             "ops": ["block_sparse_attention", "score_blocks", "select_blocks"],
             "ops.xattention": ["CallStats", "xattention"],
             "thresholds": ["HeadThresholds"],

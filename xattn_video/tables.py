@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Sequence
+import itertools
+import textwrap
+from collections.abc import Iterator, Sequence
+
+# Characters of a cell's line, unless a word is longer.
+_WIDTH = 32
 
 
 class Table:
@@ -19,7 +24,7 @@ class Table:
         self.rows = [tuple(row) for row in rows]
 
     def __repr__(self) -> str:
-        lines = [self.header, *self.rows]
+        lines = [line for row in (self.header, *self.rows) for line in _wrapped(row)]
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         lines.insert(1, tuple("-" * width for width in widths))
         texts = ("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in lines)
@@ -30,6 +35,12 @@ class Table:
         return (
             f"<table><thead>{head}</thead><tbody>{''.join(_html_row('td', row) for row in self.rows)}</tbody></table>"
         )
+
+
+def _wrapped(row: Sequence[str]) -> Iterator[tuple[str, ...]]:
+    """The lines of a row, whose sentences take as many lines as they need."""
+    cells = [textwrap.wrap(cell, _WIDTH, break_long_words=False, break_on_hyphens=False) for cell in row]
+    return itertools.zip_longest(*cells, fillvalue="") if any(cells) else iter([tuple(row)])
 
 
 def _html_row(tag: str, cells: Sequence[str]) -> str:

@@ -1,4 +1,4 @@
-"""What XAttnProcessor knows about diffusers' video transformers, by class name.
+"""The video self-attention of a diffusers transformer: where the table of models knows it, and where it does not.
 
 A class that is not listed gets the generic rule of `find_self_attention`.
 """
@@ -7,90 +7,14 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import nn
 
+from ...model_table import MODELS, REFUSED, ModelSpec
 from .families.cosmos import CosmosSelfAttention
 from .families.hunyuan15 import HunyuanVideo15JointAttention
-
-
-@dataclass(frozen=True)
-class ModelSpec:
-    """Where a model's video self-attention is, and what else its sequence holds.
-
-    Attributes:
-        self_attention: fnmatch patterns of module paths, in forward order.
-        text: where the text sits: `"cross"` (in cross-attention, which stays dense), `"end"` (after the video in
-            one joint sequence, given as `encoder_hidden_states`), `"packed"` (anywhere in one sequence, whose rows the
-            model's arguments `token_tags` and `timestep_indices` name), or `"unknown"`.
-        mask: the mask that self-attention gets: `"prefix"` (a bool key mask whose valid keys come first, by
-            construction of the model), or `"any"` (looked at when one comes; most models pass none).
-        frames: what tells the latent frames of a video whose tokens are whole frames one after the other: the axis of
-            the latents that the model is called with, or the name of the argument that says how many; None for others.
-        note: what is particular, for the documentation.
-    """
-
-    self_attention: tuple[str, ...]
-    text: str = "cross"
-    mask: str = "any"
-    note: str = ""
-    frames: int | str | None = 2
-
-
-_WAN = ModelSpec(("blocks.*.attn1",), note="image tokens of I2V are in cross-attention too")
-_JOINT_MASK = "text padding is masked"
-
-MODELS: dict[str, ModelSpec] = {
-    "WanTransformer3DModel": _WAN,
-    "WanVACETransformer3DModel": ModelSpec(
-        ("vace_blocks.*.attn1", "blocks.*.attn1"), note="control blocks run first and are sparse too"
-    ),
-    "WanAnimateTransformer3DModel": ModelSpec(("blocks.*.attn1",), note="the face adapter stays dense"),
-    "ChronoEditTransformer3DModel": _WAN,
-    "AnyFlowTransformer3DModel": ModelSpec(
-        ("blocks.*.attn1",), note="each call has two timesteps: from and to", frames=1
-    ),
-    "SkyReelsV2Transformer3DModel": ModelSpec(
-        ("blocks.*.attn1",), note="with `num_frame_per_block` > 1 a block-causal mask keeps it dense"
-    ),
-    "HeliosTransformer3DModel": ModelSpec(
-        ("blocks.*.attn1",), note="history frames come before the video", frames=None
-    ),
-    "LTXVideoTransformer3DModel": ModelSpec(("transformer_blocks.*.attn1",), frames="num_frames"),
-    "LTX2VideoTransformer3DModel": ModelSpec(
-        ("transformer_blocks.*.attn1",),
-        note="audio self-attention and audio-video attention stay dense",
-        frames="num_frames",
-    ),
-    "CosmosTransformer3DModel": ModelSpec(("transformer_blocks.*.attn1",)),
-    "Kandinsky5Transformer3DModel": ModelSpec(
-        ("visual_transformer_blocks.*.self_attention",),
-        note="its own sparse (NABLA) variants stay as they are",
-        frames=1,
-    ),
-    "HunyuanVideoTransformer3DModel": ModelSpec(
-        ("transformer_blocks.*.attn", "single_transformer_blocks.*.attn"), "end", "prefix", _JOINT_MASK
-    ),
-    "HunyuanVideoFramepackTransformer3DModel": ModelSpec(
-        ("transformer_blocks.*.attn", "single_transformer_blocks.*.attn"),
-        "end",
-        "prefix",
-        "history frames come before the video; image tokens are the first of the text's",
-        frames=None,
-    ),
-    "HunyuanVideo15Transformer3DModel": ModelSpec(
-        ("transformer_blocks.*.attn",), "end", "prefix", "image, glyph and text tokens in one range; padding is masked"
-    ),
-    "MiniMaxH3Transformer3DModel": ModelSpec(
-        ("transformer_blocks.*.attn",),
-        "packed",
-        note="text, references and sound are exact on both sides; the refiner of the text stays dense",
-        frames=None,
-    ),
-}
 
 # Processors whose attention call cannot be pointed elsewhere, or who build what must not be built:
 # class name -> a small processor that does the same work and dispatches.
@@ -99,14 +23,7 @@ REPLACEMENTS: dict[str, Callable[[], Any]] = {
     "HunyuanVideo15AttnProcessor2_0": HunyuanVideo15JointAttention,
 }
 
-# Classes whose calls of the dispatch cannot be served, and why
-REFUSED: dict[str, str] = {
-    "AnyFlowFARTransformer3DModel": "it attends with FlexAttention's block masks alone",
-    "Cosmos3OmniTransformer": "one processor attends causal text, and video over text and video",
-    "WanAnimate2Transformer3DModel": "its video attends with FlexAttention's block masks alone",
-}
-
-_UNKNOWN = ModelSpec((), text="unknown", frames=None)
+_UNKNOWN = ModelSpec("", (), text="unknown", frames=None)
 
 
 def spec_of(model: nn.Module) -> ModelSpec:

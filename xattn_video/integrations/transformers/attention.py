@@ -269,7 +269,9 @@ def _layers(modules: Mapping[str, nn.Module], config: XAttnConfig, thresholds: L
     layers = []
     for index, (path, module) in enumerate(modules.items()):
         threshold = thresholds.get(index, thresholds.get(index - len(modules)))
-        own = config.replace(threshold=config.layer_threshold(path) if threshold is None else threshold)
+        if threshold is None:
+            threshold = config.layer_threshold(path)
+        own = config.replace(threshold=tuple(threshold) if isinstance(threshold, Sequence) else threshold)
         heads = _heads(module)
         if isinstance(own.threshold, tuple) and heads is not None and len(own.threshold) != heads:
             raise ValueError(
