@@ -20,7 +20,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.tiny.wan_family import T2V, T2V_A14B, TEXT_DIM, V2V, tiny_transformer
+from tests.tiny.wan_family import T2V, T2V_A14B, TEXT_DIM, V2V, flow_scheduler, tiny_transformer
 from xattn_video import XAttnConfig, XAttnProcessor
 from xattn_video.integrations import diffusers as integration
 from xattn_video.integrations import torchvision_ops
@@ -35,8 +35,10 @@ from diffusers import (  # isort: skip
     DiffusionPipeline,
     FlowMatchEulerDiscreteScheduler,
     LTXVideoTransformer3DModel,
+    ModularPipeline,
     WanTransformer3DModel,
 )
+from diffusers.modular_pipelines.wan.modular_blocks_wan import WanCoreDenoiseStep  # isort: skip
 from diffusers.models.attention import AttentionMixin  # isort: skip
 from diffusers.models.attention_dispatch import (  # isort: skip
     AttentionBackendName,
@@ -436,9 +438,11 @@ def test_diffusers_takes_the_backend() -> None:
 
 
 def test_installing_again_changes_nothing() -> None:
-    methods = [cls.__dict__["set_attn_processor"] for cls in (AttentionMixin, DiffusionPipeline)]
+    methods = [cls.__dict__["set_attn_processor"] for cls in (AttentionMixin, ModularPipeline, DiffusionPipeline)]
     integration.install()
-    assert [cls.__dict__["set_attn_processor"] for cls in (AttentionMixin, DiffusionPipeline)] == methods
+    assert [
+        cls.__dict__["set_attn_processor"] for cls in (AttentionMixin, ModularPipeline, DiffusionPipeline)
+    ] == methods
 
 
 @pytest.mark.usefixtures("active_backend")
@@ -489,6 +493,68 @@ def test_sparse_attention_is_not_a_backend_for_dense_steps(model: Any) -> None:
     model.set_attn_processor(XAttnProcessor(**SETTINGS))
     with pytest.raises(ValueError, match="set_attn_processor"):
         model.set_attention_backend("xattention")
+
+
+@pytest.mark.usefixtures("active_backend")
+def test_the_backend_by_its_name_attaches_the_defaults(model: Any, caplog: pytest.LogCaptureFixture) -> None:
+    before = processors(model)
+    active = _AttentionBackendRegistry._active_backend
+    with caplog.at_level(logging.WARNING, logger="xattn_video"):
+        model.set_attention_backend("xattention")
+        model.set_attention_backend("XAttention")
+    own = attached_processor(model)
+    assert own is not None
+    assert own.config == XAttnConfig()
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "pipe.set_attn_processor(XAttnProcessor(...))" in caplog.text
+    # models that have no processor do not get this backend
+    assert _AttentionBackendRegistry._active_backend is active
+    forward(model)
+    assert own.stats.summary()["dense_calls"] == {"warmup": 2}
+    # another backend takes it off again, and so does none
+    model.set_attention_backend("native")
+    assert attached_processor(model) is None
+    assert all(processors(model)[path] is before[path] for path in before)
+    model.set_attention_backend(backend="xattention")
+    assert attached_processor(model) is not None
+    model.reset_attention_backend()
+    assert attached_processor(model) is None
+    with pytest.raises(ValueError, match="has no self-attention"):
+        AutoencoderKLWan(base_dim=2, z_dim=16, dim_mult=[1], num_res_blocks=1).set_attention_backend("xattention")
+
+
+# ---- modular pipelines
+
+
+def modular_pipeline() -> Any:
+    """The denoising of a modular Wan pipeline, without its components."""
+    return WanCoreDenoiseStep().init_pipeline()
+
+
+def test_a_modular_pipeline_takes_the_processor(model: Any) -> None:
+    pipe = modular_pipeline()
+    with pytest.raises(ValueError, match=r"load its components first: pipe.load_components\(\)"):
+        pipe.set_attn_processor(XAttnProcessor(**SETTINGS))
+    pipe.update_components(transformer=model, scheduler=flow_scheduler())
+    processor = XAttnProcessor(**{**SETTINGS, "warmup_steps": 2})
+    pipe.set_attn_processor(processor)
+    text = torch.randn(2, 1, 6, TEXT_DIM, generator=torch.Generator().manual_seed(0))
+
+    def generate() -> Tensor:
+        return pipe(
+            prompt_embeds=text[0], negative_prompt_embeds=text[1], num_inference_steps=4, height=112, width=144,
+            num_frames=17, generator=torch.Generator().manual_seed(0), output="latents",
+        )  # fmt: skip
+
+    sparse = generate()
+    summary = processor.stats.summary()
+    # two layers, two prompts, two steps of each kind; a second video has its own warm-up
+    assert (summary["dense_calls"], summary["sparse_calls"]) == ({"warmup": 8}, 8)
+    assert torch.equal(generate(), sparse)
+    assert processor.stats.summary()["dense_calls"] == {"warmup": 16}
+    pipe.set_attn_processor(None)
+    assert attached_processor(model) is None
+    assert not torch.allclose(generate(), sparse, atol=1e-3)
 
 
 # ---- classes that are not in the table

@@ -10,7 +10,7 @@ import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from diffusers.models import attention_dispatch
@@ -18,14 +18,11 @@ from diffusers.models.attention_dispatch import dispatch_attention_fn
 from torch import Tensor
 
 from ...config import XAttnConfig
+from ...model_table import ModelSpec
 from ...ops import Backend, KeyMask, attend_sparse, checked_call, exact_type, find_backend, without_autocast
 from ...stats import LayerCounts
 from .memory import LayerMemory, Moment
 from .schedule import Schedule, shifted
-
-if TYPE_CHECKING:
-    # which imports this module, by a processor that it replaces one with
-    from .models import ModelSpec
 
 Value = TypeVar("Value")
 

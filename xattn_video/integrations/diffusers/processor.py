@@ -15,21 +15,24 @@ import weakref
 from collections.abc import Callable
 from typing import Any, Unpack
 
-from diffusers import DiffusionPipeline, ModelMixin
+from diffusers import DiffusionPipeline, ModelMixin, ModularPipeline
 from diffusers.models.attention import AttentionMixin
 from torch import nn
 
 from ...config import Settings, XAttnConfig, describe_settings, lists_settings
+from ...model_table import MODELS
 from ...ops import Call
 from ...stats import AttentionStats
 from .attach import Attachment, attachment_of, check_settings, detach
-from .dispatch import register
+from .dispatch import NAME, register
 from .layers import SparseSelfAttention
-from .models import MODELS, find_self_attention
+from .models import find_self_attention
 from .nothing_sparse import Generation
 from .steps import StepTracker, WeakLink
 
 logger = logging.getLogger(__name__)
+
+Pipeline = DiffusionPipeline | ModularPipeline
 
 
 class XAttnProcessor:
@@ -75,6 +78,8 @@ class XAttnProcessor:
         else:
             raise TypeError(f"config must be an XAttnConfig, the name of a preset or None, got {config!r}")
         self.on_call = on_call
+        # whether `set_attention_backend` attached it, and another backend takes it off
+        self.by_backend = False
         self.stats = AttentionStats()
         self._tracker = StepTracker()
         self._models: list[WeakLink] = []
@@ -148,14 +153,14 @@ class XAttnProcessor:
         """
         self._tracker.step(index)
 
-    def attach(self, target: DiffusionPipeline | nn.Module) -> None:
+    def attach(self, target: Pipeline | nn.Module) -> None:
         """What `target.set_attn_processor(self)` does; replaces an XAttnProcessor that is attached.
 
         Raises:
             ValueError: target has no transformer whose attention can be made sparse (the message names its class);
                 a setting does not fit it; or this processor serves another pipeline, whose steps it counts.
         """
-        if isinstance(target, DiffusionPipeline):
+        if isinstance(target, Pipeline):
             models = pipeline_transformers(target)
             self._check_one_pipeline(target, models)
         else:
@@ -168,7 +173,7 @@ class XAttnProcessor:
         for name, model in models.items():
             if attached_processor(model) is not self:
                 self._attach_model(name, model, found[name])
-        if isinstance(target, DiffusionPipeline):
+        if isinstance(target, Pipeline):
             self._tracker.bind(target)
 
     def _attach_model(self, name: str, model: nn.Module, modules: dict[str, nn.Module]) -> None:
@@ -217,7 +222,7 @@ class XAttnProcessor:
         others = [other for other in self._attached_models() if other is not model]
         return f"transformer_{len(others) + 1}" if others else "transformer"
 
-    def _check_one_pipeline(self, pipeline: DiffusionPipeline, models: dict[str, nn.Module]) -> None:
+    def _check_one_pipeline(self, pipeline: Pipeline, models: dict[str, nn.Module]) -> None:
         own = set(map(id, models.values()))
         other = next((model for model in self._attached_models() if id(model) not in own), None)
         if other is not None:
@@ -243,7 +248,7 @@ def attached_processor(model: nn.Module) -> XAttnProcessor | None:
     return None if attachment is None else attachment.owner
 
 
-def pipeline_transformers(pipeline: DiffusionPipeline) -> dict[str, nn.Module]:
+def pipeline_transformers(pipeline: Pipeline) -> dict[str, nn.Module]:
     """The pipeline's transformers by component name: those of a known class, and those named so.
 
     Raises:
@@ -261,29 +266,40 @@ def pipeline_transformers(pipeline: DiffusionPipeline) -> dict[str, nn.Module]:
     }
     if not found:
         classes = ", ".join(sorted({type(model).__name__ for model in models.values()})) or "no models"
-        raise ValueError(f"{type(pipeline).__name__} has no transformer for XAttnProcessor; it has {classes}")
+        hint = "; load its components first: pipe.load_components()" if isinstance(pipeline, ModularPipeline) else ""
+        raise ValueError(f"{type(pipeline).__name__} has no transformer for XAttnProcessor; it has {classes}{hint}")
     return found
 
 
 def install() -> None:
-    """Teach diffusers' `set_attn_processor` about XAttnProcessor, once. The only change to diffusers' classes.
+    """Teach diffusers' `set_attn_processor` and `set_attention_backend` about XAttnProcessor, once.
+
+    These are the only changes to diffusers' classes.
 
     The stock method puts one object into every module, text refiners included, and forgets what was there. So
     `AttentionMixin.set_attn_processor` is wrapped: an XAttnProcessor attaches, None detaches, anything else goes to
     the original. `ModelMixin` gets the same for the models that have no such method (FramePack, Cosmos), and
-    `DiffusionPipeline` one that does it for all its transformers.
+    `DiffusionPipeline` and `ModularPipeline` get one that does it for all their transformers. `set_attention_backend`
+    of a model attaches an XAttnProcessor with the default settings where its backend is `"xattention"`, which another
+    backend and `reset_attention_backend` take off again.
     """
     register()
     for cls, method_for in (
         (AttentionMixin, _model_method),
         (ModelMixin, _model_method),
         (DiffusionPipeline, _pipeline_method),
+        (ModularPipeline, _pipeline_method),
     ):
         own = cls.__dict__.get("set_attn_processor")
         if not hasattr(own, "_xattn_video"):
             method = method_for(cls, own)
             method._xattn_video = True
             cls.set_attn_processor = method
+    if not hasattr(ModelMixin.set_attention_backend, "_xattn_video"):
+        for name in ("set_attention_backend", "reset_attention_backend"):
+            method = _backend_method(getattr(ModelMixin, name))
+            method._xattn_video = True
+            setattr(ModelMixin, name, method)
 
 
 def _model_method(cls: Any, original: Callable[..., None] | None) -> Any:
@@ -350,3 +366,26 @@ def _pipeline_method(cls: type, original: Callable[..., None] | None) -> Any:
                 model.set_attn_processor(processor)
 
     return set_attn_processor
+
+
+def _backend_method(stock: Callable[..., None]) -> Any:
+    @functools.wraps(stock)
+    def choose_backend(self: Any, *args: Any, **kwargs: Any) -> None:
+        name = next(iter((*args, *kwargs.values())), None)
+        ours = isinstance(name, str) and name.lower() == NAME
+        own = attached_processor(self)
+        if ours and own is None:
+            own = XAttnProcessor()
+            own.by_backend = True
+            own.attach(self)
+            logger.warning(
+                "set_attention_backend(%r) attached an XAttnProcessor with the default settings; "
+                "pipe.set_attn_processor(XAttnProcessor(...)) takes others, and knows the steps of the pipeline",
+                NAME,
+            )
+        elif not ours or own is None or not own.by_backend:
+            if own is not None and own.by_backend:
+                detach(self)
+            stock(self, *args, **kwargs)
+
+    return choose_backend
