@@ -13,6 +13,7 @@ import re
 import subprocess
 import sys
 import threading
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -772,8 +773,9 @@ def test_ring_context_parallelism_is_refused(model: Any) -> None:
 # ---- torchvision
 
 
-def in_a_fresh_process(program: str) -> str:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+def in_a_fresh_process(program: str, *path: Path, **changes: str) -> str:
+    folders = os.pathsep.join(map(str, (*path, ROOT)))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": folders, **changes}
     result = subprocess.run(
         [sys.executable, "-W", "error::UserWarning", "-c", program], env=environment, capture_output=True, text=True
     )
@@ -797,7 +799,27 @@ import torchvision.transforms
 """
     if torchvision_ops.importlib.util.find_spec("torchvision") is None:
         pytest.skip("torchvision is not installed")
-    in_a_fresh_process(program)
+    in_a_fresh_process(program, TORCH_DEVICE_BACKEND_AUTOLOAD="0")
+
+
+def test_diffusers_can_be_imported_before_this_package(tmp_path: Path) -> None:
+    """As in the README, also beside a torchvision of another torch: torch itself has it repaired."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    (line,) = (f"{name} = {call}" for name, call in project["entry-points"]["torch.backends"].items())
+    installed = tmp_path / "xattn_video-0.dist-info"
+    installed.mkdir()
+    (installed / "METADATA").write_text("Metadata-Version: 2.1\nName: xattn-video\nVersion: 0\n", encoding="utf-8")
+    (installed / "entry_points.txt").write_text(f"[torch.backends]\n{line}\n", encoding="utf-8")
+    program = """
+import sys
+import torch
+assert "xattn_video.integrations.torchvision_ops" in sys.modules
+assert not {"torchvision", "diffusers", "xattn_video.integrations.diffusers"} & sys.modules.keys()
+from diffusers import WanPipeline
+from xattn_video import XAttnProcessor
+assert "set_attn_processor" in dir(WanPipeline)
+"""
+    in_a_fresh_process(program, tmp_path)
 
 
 def test_a_scheduler_of_another_kind_changes_nothing(model: Any) -> None:

@@ -32,7 +32,7 @@ from .steps import StepTracker, WeakLink
 
 logger = logging.getLogger(__name__)
 
-Pipeline = DiffusionPipeline | ModularPipeline
+_PIPELINES = (DiffusionPipeline, ModularPipeline)
 
 
 class XAttnProcessor:
@@ -153,14 +153,14 @@ class XAttnProcessor:
         """
         self._tracker.step(index)
 
-    def attach(self, target: Pipeline | nn.Module) -> None:
+    def attach(self, target: DiffusionPipeline | ModularPipeline | nn.Module) -> None:
         """What `target.set_attn_processor(self)` does; replaces an XAttnProcessor that is attached.
 
         Raises:
             ValueError: target has no transformer whose attention can be made sparse (the message names its class);
                 a setting does not fit it; or this processor serves another pipeline, whose steps it counts.
         """
-        if isinstance(target, Pipeline):
+        if isinstance(target, _PIPELINES):
             models = pipeline_transformers(target)
             self._check_one_pipeline(target, models)
         else:
@@ -173,7 +173,7 @@ class XAttnProcessor:
         for name, model in models.items():
             if attached_processor(model) is not self:
                 self._attach_model(name, model, found[name])
-        if isinstance(target, Pipeline):
+        if isinstance(target, _PIPELINES):
             self._tracker.bind(target)
 
     def _attach_model(self, name: str, model: nn.Module, modules: dict[str, nn.Module]) -> None:
@@ -222,7 +222,7 @@ class XAttnProcessor:
         others = [other for other in self._attached_models() if other is not model]
         return f"transformer_{len(others) + 1}" if others else "transformer"
 
-    def _check_one_pipeline(self, pipeline: Pipeline, models: dict[str, nn.Module]) -> None:
+    def _check_one_pipeline(self, pipeline: DiffusionPipeline | ModularPipeline, models: dict[str, nn.Module]) -> None:
         own = set(map(id, models.values()))
         other = next((model for model in self._attached_models() if id(model) not in own), None)
         if other is not None:
@@ -248,7 +248,7 @@ def attached_processor(model: nn.Module) -> XAttnProcessor | None:
     return None if attachment is None else attachment.owner
 
 
-def pipeline_transformers(pipeline: Pipeline) -> dict[str, nn.Module]:
+def pipeline_transformers(pipeline: DiffusionPipeline | ModularPipeline) -> dict[str, nn.Module]:
     """The pipeline's transformers by component name: those of a known class, and those named so.
 
     Raises:
