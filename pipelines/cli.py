@@ -36,7 +36,7 @@ class Command:
 
 # eval is loaded from here and only here: pipelines otherwise knows nothing of it.
 COMMANDS = {
-    "generate": Command("xattn_video_pipelines.video.command", "make videos from a prompt file, dense, sparse or both"),
+    "generate": Command("xattn_video_pipelines.video.command", "make videos from prompts, dense, sparse or both"),
     "compare": Command(
         "xattn_video_eval.compare.command",
         "compare sparse videos with dense ones: PSNR, SSIM, LPIPS, flicker, worst regions",

@@ -154,6 +154,7 @@ def _run_videos(settings: CalibrateSettings) -> _Run:
     from xattn_video.integrations.diffusers import XAttnProcessor, pipeline_transformers
     from xattn_video_eval.calibrate.measure import Measurement
 
+    assert settings.prompts is not None
     plan = make_plan(settings.of_videos)
     steps = plan.recipe.settings.steps
     sparse = range(settings.warmup_steps, steps)
@@ -177,7 +178,7 @@ def _run_videos(settings: CalibrateSettings) -> _Run:
         raise UserError(f"--model {settings.model}: its transformers have different classes, {' and '.join(classes)}")
     video = plan.recipe.settings
     told = (
-        f"{plan.given.prompts.name} (videos: {len(plan.pending)}), {video.width}x{video.height}, {video.num_frames} "
+        f"{settings.prompts.name} (videos: {len(plan.pending)}), {video.width}x{video.height}, {video.num_frames} "
         f"frames, {plan.recipe.tokens} tokens, steps {_listed(measured)} of {steps}"
     )
     return _Run(

@@ -288,7 +288,7 @@ def _flat(run: Callable[..., int], command: str | None) -> Callable[..., int]:
             parameters.append(_parameter(name, hint, default, False, groups))
     parameters.append(_parameter("quiet", _Quiet, False, False, groups, short="-q"))
     parameters.append(_parameter("verbose", _Verbose, False, False, groups, short="-v"))
-    positional = [parameter.name for parameter in parameters if parameter.kind is parameter.POSITIONAL_ONLY]
+    positional = [parameter.name for parameter in parameters if parameter.kind is not parameter.KEYWORD_ONLY]
 
     def call(*places: Any, **named: Any) -> int:
         values = dict(zip(positional, places, strict=False)) | named
@@ -373,13 +373,14 @@ def _parameter(
         shown["converter"] = functools.partial(_converted, commas=option.commas or not texts)
     if option.group is not None:
         shown["group"] = groups(option.group)
-    if positional:
+    if positional and not option.named:
         shown["name"] = metavar
     elif short is not None:
         shown["name"] = (option_name(name), short)
+    by_place = inspect.Parameter.POSITIONAL_OR_KEYWORD if option.named else inspect.Parameter.POSITIONAL_ONLY
     return inspect.Parameter(
         name,
-        inspect.Parameter.POSITIONAL_ONLY if positional else inspect.Parameter.KEYWORD_ONLY,
+        by_place if positional else inspect.Parameter.KEYWORD_ONLY,
         default=inspect.Parameter.empty if default is MISSING else default,
         annotation=Annotated[kind, Parameter(**shown)],
     )

@@ -22,10 +22,10 @@ class Option:
     """The text of a setting in `--help`, given in its annotation: `Annotated[int | None, Option("pixels")]`.
 
     The name of the option comes from the field: `num_frames` is `--num-frames`. A field that need not be given by name
-    in Python is positional on the command line too. A switch that is on by default, such as `lpips`, becomes
-    `--no-lpips`, and its text says what that does. `commas` says that a list of texts may also be written with commas,
-    as all lists of numbers and of choices may. A setting that is `command_line_only` is not taken from a file of
-    settings, which may be somebody else's.
+    in Python is positional on the command line too; with `named` its name does as well. A switch that is on by default,
+    such as `lpips`, becomes `--no-lpips`, and its text says what that does. `commas` says that a list of texts may also
+    be written with commas, as all lists of numbers and of choices may. A setting that is `command_line_only` is not
+    taken from a file of settings, which may be somebody else's.
     """
 
     help: str
@@ -33,6 +33,7 @@ class Option:
     metavar: str | None = None
     commas: bool = False
     command_line_only: bool = False
+    named: bool = False
 
 
 # Floating-point types, by their names in torch; each may also be given by its short name.

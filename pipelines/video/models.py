@@ -398,18 +398,21 @@ def _check_call(model: Model) -> None:
             )
 
 
-def _check_prompts(model: Model, path: Path, prompts: Sequence[Prompt]) -> None:
+def _check_prompts(model: Model, path: Path | None, prompts: Sequence[Prompt]) -> None:
     """Raise UserError where a prompt gives what the model does not take, or lacks what it needs."""
     image = model.parameters.get("image")
     for prompt in prompts:
-        where = f"{path}:{prompt.line}"
+        where = f"prompt {prompt.line}" if path is None else f"{path}:{prompt.line}"
         if prompt.image is not None and image is None:
             raise UserError(
                 f"{where}: has an image, but {model.name} ({model.pipeline}) makes videos from text alone; "
                 "image-to-video needs a model such as Wan-AI/Wan2.1-I2V-14B-480P-Diffusers"
             )
         if prompt.image is None and image is not None and image.default is inspect.Parameter.empty:
-            raise UserError(f"{where}: {model.name} ({model.pipeline}) needs an `image`; give one in a .jsonl file")
+            raise UserError(
+                f"{where}: {model.name} ({model.pipeline}) needs an image; give one as --image, or as "
+                "`image` in a .jsonl file"
+            )
         if prompt.negative_prompt is not None and "negative_prompt" not in model.parameters:
             raise UserError(f"{where}: {model.name} ({model.pipeline}) takes no negative_prompt")
 

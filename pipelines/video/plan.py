@@ -20,7 +20,7 @@ from xattn_video_pipelines.common.files import check_stays
 from xattn_video_pipelines.common.terminal import say
 from xattn_video_pipelines.video.manifest import Key, Manifest, Record, is_finished
 from xattn_video_pipelines.video.models import Recipe, settle
-from xattn_video_pipelines.video.prompts import Prompt, choose, read_prompts
+from xattn_video_pipelines.video.prompts import Prompt, choose, completed, prompts_of_texts, read_prompts
 from xattn_video_pipelines.video.settings import GenerateSettings
 
 if TYPE_CHECKING:
@@ -98,11 +98,7 @@ def make_plan(settings: GenerateSettings, labels: Sequence[Labelled] | None = No
     folders = {label: settings.out / label for label, _ in labels}
     for folder in folders.values():
         _check_folder(settings.out, folder)
-    prompt_file = read_prompts(settings.prompts)
-    if prompt_file.ignored_keys:
-        ignored = ", ".join(prompt_file.ignored_keys)
-        say(f"note: {prompt_file.path}: keys without a meaning here: {ignored}", sys.stderr)
-    prompts = choose(prompt_file.prompts, settings.sample, settings.limit)
+    prompts = _prompts(settings)
     recipe = settle(settings, prompts)
     device = resolve_device(settings.device)
     if settings.offload != "none" and device.type == "cpu":
@@ -138,6 +134,19 @@ def make_plan(settings: GenerateSettings, labels: Sequence[Labelled] | None = No
         if job.found is None or not is_finished(job.path, job.found, job.identity, lossless=lossless)
     ]
     return Plan(settings, recipe, device, dtype, environment, tuple(jobs), tuple(pending), manifests)
+
+
+def _prompts(settings: GenerateSettings) -> list[Prompt]:
+    """The prompts that the run is for. Raises UserError as `read_prompts`, `prompts_of_texts` and `completed`."""
+    if settings.prompts is None:
+        found = prompts_of_texts(settings.prompt)
+    else:
+        prompt_file = read_prompts(settings.prompts)
+        found = prompt_file.prompts
+        if prompt_file.ignored_keys:
+            ignored = ", ".join(prompt_file.ignored_keys)
+            say(f"note: {prompt_file.path}: keys without a meaning here: {ignored}", sys.stderr)
+    return completed(choose(found, settings.sample, settings.limit), settings.image, settings.negative_prompt)
 
 
 def _labels(settings: GenerateSettings) -> list[Labelled]:

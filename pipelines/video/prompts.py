@@ -1,4 +1,4 @@
-"""Prompt files: `.txt` (one a line) and `.jsonl` (one JSON object a line) to a checked list of prompts."""
+"""Prompts as texts or in files, `.txt` (one a line) and `.jsonl` (one JSON object a line), to a checked list."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
@@ -25,10 +25,10 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Prompt:
-    """One prompt of a file.
+    """One prompt.
 
-    `id` is safe as a file name on every system. `seed` and `negative_prompt` are None where the file does not
-    say; `image` is an existing file (image-to-video) or None. `line` counts from 1.
+    `id` is safe as a file name on every system. `seed` and `negative_prompt` are None where nothing says them; `image`
+    is an existing file (image-to-video) or None. `line` is that of its file, from 1; of texts it counts them.
     """
 
     id: str
@@ -95,6 +95,46 @@ def read_prompts(path: str | Path) -> PromptFile:
     if not prompts:
         raise UserError(f"{path}: no prompts in it; write one a line")
     return PromptFile(path, tuple(prompts), tuple(sorted(ignored)))
+
+
+def prompts_of_texts(texts: Sequence[str]) -> tuple[Prompt, ...]:
+    """A prompt for each text, with the first 8 digits of the text's SHA-256 as its id: `prompt-1a2b3c4d`.
+
+    So the same text has the same id in every run, and another text in the same folder another one.
+
+    Raises:
+        UserError: a text is empty, is no UTF-8, or is there twice.
+    """
+    prompts: dict[str, Prompt] = {}
+    for place, text in enumerate(texts, start=1):
+        if not text.strip():
+            raise UserError(f"prompt {place} is empty")
+        try:
+            digest = hashlib.sha256(text.encode("utf-8")).hexdigest()
+        except UnicodeEncodeError:
+            raise UserError(f"prompt {place} is not UTF-8: {_short(text)}") from None
+        prompt = Prompt(f"prompt-{digest[:8]}", text, line=place)
+        if prompts.setdefault(prompt.id, prompt) is not prompt:
+            raise UserError(f"prompt {place} is the same as prompt {prompts[prompt.id].line}: {_short(text)}")
+    return tuple(prompts.values())
+
+
+def completed(prompts: Sequence[Prompt], image: Path | None, negative_prompt: str | None) -> list[Prompt]:
+    """The prompts, with this image and this negative prompt where they have none of their own.
+
+    Raises:
+        UserError: the image is no file.
+    """
+    if image is not None and not image.is_file():
+        raise UserError(f"--image {image}: no such file")
+    return [
+        replace(
+            prompt,
+            image=prompt.image or image,
+            negative_prompt=negative_prompt if prompt.negative_prompt is None else prompt.negative_prompt,
+        )
+        for prompt in prompts
+    ]
 
 
 def choose(prompts: Sequence[Prompt], sample: int | None, limit: int | None) -> list[Prompt]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -41,13 +41,22 @@ _MACHINE = "machine"
 class VideoSettings(Settings):
     """Which videos are made, of what size, by which model and where.
 
+    Prompts are given as texts, or as the file `prompts`. `image` and `negative_prompt` are for those prompts of the
+    file that have none of their own.
+
     Sizes are in pixels. None leaves a value to the model, or a setting of attention to the `preset`. `seeds` gives
     every prompt a video for each of them; empty, a prompt has its own seed, or else 0. `sample` takes so many prompts,
     evenly spaced over the file; `limit` then takes the first ones of those.
     """
 
+    prompt: Annotated[
+        tuple[str, ...],
+        Option("what the video shows, in quotes; several make a video each", metavar="TEXT", named=True),
+    ] = field(default=(), kw_only=False)
     model: Annotated[str, Option(f"{', '.join(KNOWN_MODELS)}; or a local folder; or a Hub id")]
-    prompts: Annotated[Path, Option(".txt or .jsonl", metavar="FILE")]
+    prompts: Annotated[Path | None, Option("prompts from a file, .txt or .jsonl, instead", metavar="FILE")] = None
+    image: Annotated[Path | None, Option("picture that the video starts from (image-to-video)", metavar="FILE")] = None
+    negative_prompt: Annotated[str | None, Option("what the video is to lack", metavar="TEXT")] = None
     out: Annotated[Path, Option("folder of the videos", metavar="DIR")] = Path("out")
 
     preset: PresetOption = None
@@ -84,6 +93,7 @@ class VideoSettings(Settings):
     max_hours: MaxHours = None
 
     def check(self) -> None:
+        self._check_prompts()
         self.check_at_least(1, "height", "width", "num_frames", "fps", "steps", "sample", "limit")
         self.check_from_zero("guidance_scale", "flow_shift")
         check_max_hours(self.max_hours)
@@ -92,6 +102,19 @@ class VideoSettings(Settings):
                 raise UserError(f"--seeds must be integers from 0 to 2**63 - 1, got {seed}")
         if len(set(self.seeds)) != len(self.seeds):
             raise UserError(f"--seeds must differ, got {' '.join(map(str, self.seeds))}")
+
+    def _check_prompts(self) -> None:
+        """Raise UserError unless there are prompts or a file of them, and for what is likely a slip of the keyboard."""
+        if bool(self.prompt) == (self.prompts is not None):
+            given = "both" if self.prompt else "neither"
+            raise UserError(
+                f'needs a prompt in quotes, such as "a red fox", or a file of them as --prompts, got {given}'
+            )
+        for text in self.prompt:
+            if text.endswith((".txt", ".jsonl")) and Path(text).is_file():
+                raise UserError(f"{text} is a file; give it as --prompts {text}")
+        if len(self.prompt) > 1 and not any(" " in text for text in self.prompt):
+            raise UserError(f'a prompt of several words stands in quotes: "{" ".join(self.prompt)}"')
 
 
 @dataclass(frozen=True, kw_only=True)
