@@ -3,19 +3,29 @@
 from __future__ import annotations
 
 import json
+from hashlib import sha256
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
+from safetensors.torch import save_file
 
-from tests.cli_tools import Run, tool
+from tests.cli_tools import SIZE, SPARSE, SPARSE_LABEL, Run, save_tiny_wan, tool
 from xattn_video_pipelines.common.errors import UserError
-from xattn_video_pipelines.video import GenerateSettings, make_plan
+from xattn_video_pipelines.video import GenerateSettings, make_plan, read_manifest, read_video
 
 ROOT = Path(__file__).resolve().parent.parent
 FOX = "a red fox runs through fresh snow"
 # The first 8 digits of its SHA-256, as `printf %s "..." | sha256sum` prints them.
 FOX_ID = "prompt-c3b6b801"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_wan(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture
@@ -58,3 +68,115 @@ def test_a_prompt_file_takes_the_negative_prompt_where_it_has_none(tmp_path):
 def test_what_is_no_prompt_is_said_in_one_line(given: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=message):
         make_plan(GenerateSettings(model="demo", out=tmp_path / "out", **given))
+
+
+def save_lora(path: Path, rank: int = 2, dimension: int = 64, layer: str = "blocks.0.attn1.to_q") -> Path:
+    """A LoRA of one layer, in the form that diffusers writes."""
+    torch.manual_seed(0)
+    weights = {
+        f"transformer.{layer}.lora_A.weight": torch.randn(rank, dimension),
+        f"transformer.{layer}.lora_B.weight": torch.randn(dimension, rank),
+    }
+    save_file(weights, path)
+    return path
+
+
+def test_a_lora_changes_the_video_and_belongs_to_its_identity(model, tmp_path, xattn):
+    lora = save_lora(tmp_path / "style.safetensors")
+    command = (
+        "generate",
+        FOX,
+        "--model",
+        model,
+        "--out",
+        tmp_path / "out",
+        "--attention",
+        "dense",
+        *SIZE,
+        "--steps",
+        1,
+    )
+    made = [xattn(*command, "--lossless", "--overwrite", "--lora", f"{lora}:{weight}") for weight in (0, 1.5)]
+    assert [done.code for done in made] == [0, 0], made[-1].err
+    record = read_manifest(tmp_path / "out/dense")[FOX_ID, 0]
+    assert record["lora"] == {sha256(lora.read_bytes()).hexdigest(): 1.5}
+    assert record["lora_files"] == ["style.safetensors"]
+    weighed = read_video(tmp_path / f"out/dense/{FOX_ID}-s0.mkv")
+    # The name of the file tells nothing; its bytes and the weight do.
+    renamed = lora.rename(tmp_path / "other.safetensors")
+    assert "1 kept" in xattn(*command, "--lora", f"{renamed}:1.5").out
+    for words in ((), ("--lora", f"{renamed}:1")):
+        refused = xattn(*command, *words)
+        assert (refused.code, "made with other settings (lora" in refused.err) == (2, True), refused.err
+    plain = xattn(*command, "--lossless", "--overwrite")
+    assert plain.code == 0, plain.err
+    assert not np.array_equal(weighed, read_video(tmp_path / f"out/dense/{FOX_ID}-s0.mkv"))
+
+
+@pytest.mark.parametrize(
+    ("lora", "message"),
+    [
+        ({"dimension": 24}, "does not fit this model: "),
+        ({"layer": "layers.7.taste"}, "does not fit this model: "),
+    ],
+)
+def test_a_lora_of_another_model_is_refused(lora, message, model, tmp_path, xattn):
+    path = save_lora(tmp_path / "x.safetensors", **lora)
+    done = xattn("generate", FOX, "--model", model, "--out", tmp_path / "out", *SIZE, "--lora", path)
+    assert done.code == 2
+    assert f"--lora {path}: {message}" in done.err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("x.pt",), "--lora must be a .safetensors file, .* got x.pt"),
+        (("x.bin:0.5",), "--lora must be a .safetensors file, .* got x.bin:0.5"),
+        (("no.safetensors:0.5",), "no.safetensors: no such file"),
+        (("PATH:much",), "x.safetensors: its weight must be a number, such as 0.8, got 'much'"),
+        (("PATH:nan",), "x.safetensors: its weight must be a number, such as 0.8, got 'nan'"),
+        (("PATH", "PATH:0.5"), "x.safetensors: is the same as .*x.safetensors; give a LoRA once"),
+        (("damaged.safetensors",), "damaged.safetensors: cannot be read: "),
+    ],
+)
+def test_a_lora_that_is_none_is_refused_before_the_model_is_loaded(words, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = save_lora(tmp_path / "x.safetensors")
+    (tmp_path / "damaged.safetensors").write_bytes(path.read_bytes()[:20])
+    given = tuple(word.replace("PATH", str(path)) for word in words)
+    with pytest.raises(UserError, match=message):
+        make_plan(GenerateSettings(model="demo", prompt=("a b",), out=tmp_path / "out", lora=given))
+
+
+def test_quantised_weights_are_another_video_and_say_what_they_need(tmp_path, monkeypatch):
+    settings = {"model": "demo", "prompt": ("a b",), "out": tmp_path / "out", "device": "cpu"}
+    installed = metadata.version
+    missing = {"torchao", "bitsandbytes"}
+
+    def version(package: str) -> str:
+        if package in missing:
+            raise metadata.PackageNotFoundError(package)
+        return "1" if package in ("torchao", "bitsandbytes") else installed(package)
+
+    monkeypatch.setattr(metadata, "version", version)
+    with pytest.raises(UserError, match=r"--quantize torchao needs torchao, .* pip install torchao$"):
+        make_plan(GenerateSettings(**settings, quantize="torchao"))
+    missing.clear()
+    assert make_plan(GenerateSettings(**settings, quantize="torchao")).jobs[0].identity["quantize"] == "torchao"
+    with pytest.raises(UserError, match="--quantize bitsandbytes_4bit needs a GPU; torchao and quanto run on a CPU"):
+        make_plan(GenerateSettings(**settings, quantize="bitsandbytes_4bit"))
+    with pytest.raises(UserError, match=r"--quantize must be one of bitsandbytes_4bit, .* got 'gguf'"):
+        make_plan(GenerateSettings(**settings, quantize="gguf"))
+
+
+@pytest.mark.parametrize(("name", "package"), [("torchao", "torchao"), ("quanto", "optimum-quanto")])
+def test_sparse_attention_runs_on_quantised_weights(name, package, model, tmp_path, xattn):
+    try:
+        metadata.version(package)
+    except metadata.PackageNotFoundError:
+        pytest.skip(f"{package} is not installed")
+    done = xattn("generate", FOX, "--model", model, "--out", tmp_path, *SIZE, *SPARSE, "--quantize", name)
+    assert done.code == 0, done.err
+    record = read_manifest(tmp_path / SPARSE_LABEL)[FOX_ID, 0]
+    assert record["quantize"] == name
+    assert 0 < record["density_by_step"][-1] < 1

@@ -19,6 +19,7 @@ from xattn_video_pipelines.common.batch import Batch, ItemError, Key, is_out_of_
 from xattn_video_pipelines.common.errors import UserError, one_line
 from xattn_video_pipelines.common.files import claimed, make_writable, remove_dead_claim
 from xattn_video_pipelines.common.terminal import say
+from xattn_video_pipelines.video.adaptation import Adaptation
 from xattn_video_pipelines.video.lengths import told_of_long_prompts
 from xattn_video_pipelines.video.manifest import (
     Record,
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
 
 # From the fastest to the one that takes least memory of the device.
 _OFFLOADS = ("none", "model", "sequential")
+_AS_PUBLISHED = Adaptation()
 
 
 @dataclass(frozen=True)
@@ -124,6 +126,7 @@ def _make_videos(
         dtype=plan.dtype,
         offload=given.offload,
         compile_blocks=given.compile,
+        adaptation=plan.recipe.adaptation,
     )
     if on_pipeline:
         on_pipeline(pipe)
@@ -177,7 +180,13 @@ def observe(plan: Plan, on_call: Callable[[int, str, Call], None]) -> Any:
     if not recipe.model.is_folder:
         check_available(recipe.model)
     pipe = load_pipeline(
-        recipe.model, recipe.settings, device=plan.device, dtype=plan.dtype, offload=given.offload, compile_blocks=False
+        recipe.model,
+        recipe.settings,
+        device=plan.device,
+        dtype=plan.dtype,
+        offload=given.offload,
+        compile_blocks=False,
+        adaptation=recipe.adaptation,
     )
     with VideoProgress(len(plan.pending), lambda: None) as progress:
         attach(pipe, plan.pending[0].config, lambda layer, call: on_call(len(progress.step_seconds), layer, call))
@@ -363,9 +372,16 @@ def _arguments(model: Model, settings: ResolvedSettings, job: Job) -> dict[str, 
 
 
 def load_pipeline(
-    model: Model, settings: ResolvedSettings, *, device: torch.device, dtype: str, offload: str, compile_blocks: bool
+    model: Model,
+    settings: ResolvedSettings,
+    *,
+    device: torch.device,
+    dtype: str,
+    offload: str,
+    compile_blocks: bool,
+    adaptation: Adaptation = _AS_PUBLISHED,
 ) -> Any:
-    """The model's pipeline on its device, with its scheduler's shift and guidance set.
+    """The model's pipeline on its device, with its LoRAs, and with its scheduler's shift and guidance set.
 
     Raises:
         UserError: the weights are neither here nor reachable, the folder is broken, or an option does not go
@@ -384,7 +400,7 @@ def load_pipeline(
     major, minor = (int(number) for number in metadata.version("diffusers").split(".")[:2])
     argument = "dtype" if (major, minor) >= (0, 40) else "torch_dtype"
     try:
-        pipe = pipeline_class.from_pretrained(model.source, **{argument: dtypes})
+        pipe = pipeline_class.from_pretrained(model.source, **{argument: dtypes}, **adaptation.loading(dtype))
     # Checkpoints that are pickles are read as plain tensors only; one that holds more is refused so.
     except (OSError, ValueError, RuntimeError, SafetensorError, UnpicklingError) as error:
         raise UserError(_load_message(model, error)) from None
@@ -392,6 +408,7 @@ def load_pipeline(
     if settings.guidance_scale is not None and "guidance_scale" not in model.parameters:
         # HunyuanVideo 1.5 takes guidance from a component and not from the call.
         pipe.guider = pipe.guider.new(guidance_scale=settings.guidance_scale)
+    adaptation.apply(pipe)
     if model.vae_tiling:
         pipe.vae.enable_tiling()
     if compile_blocks:

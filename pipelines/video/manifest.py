@@ -68,6 +68,9 @@ class _Row(TypedDict, total=False):
     guidance_scale: _Number
     guidance_scale_2: _Number
     flow_shift: _Number
+    lora: dict[str, float] | None
+    lora_files: list[str] | None
+    quantize: _Text
     dtype: _Text
     tokens: Count | None
     seconds: Seconds | None
@@ -295,8 +298,8 @@ def _changes(record: Record, identity: Record) -> list[str]:
     # What was no setting then had its default.
     if record.get("config") is not None:
         record = {**record, "config": {**XAttnConfig().to_dict(), **record["config"]}}
-    # The name of an image tells nothing either: it is known by its bytes.
-    left_out = {"image"} if weighed else {"image", "weights"}
+    # The name of an image or a LoRA tells nothing either: it is known by its bytes.
+    left_out = {"image", "lora_files"} | (set() if weighed else {"weights"})
     return differences(record, identity, [name for name in identity if name not in left_out])
 
 

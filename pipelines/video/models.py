@@ -22,6 +22,7 @@ from xattn_video_pipelines.common.errors import UserError, one_line
 from xattn_video_pipelines.common.files import read_input
 from xattn_video_pipelines.common.schema import parse_json
 from xattn_video_pipelines.common.settings import option_name
+from xattn_video_pipelines.video.adaptation import Adaptation, read_loras
 
 if TYPE_CHECKING:
     from xattn_video import XAttnConfig
@@ -177,6 +178,7 @@ class Recipe:
     settings: ResolvedSettings
     tokens: int | None
     identity: dict[str, Any]
+    adaptation: Adaptation
 
     def residual_bytes(self, config: XAttnConfig, dtype: str) -> int | None:
         """Bytes that the residuals of `config` take for one forward of a step; None where the sizes are not known.
@@ -357,9 +359,11 @@ def settle(given: GenerateSettings, prompts: Sequence[Prompt]) -> Recipe:
         model.geometry.check(settings.height, settings.width, settings.num_frames)
         tokens = model.geometry.tokens(settings.height, settings.width, settings.num_frames)
     _check_prompts(model, given.prompts, prompts)
+    adaptation = Adaptation(read_loras(given.lora), given.quantize)
+    adaptation.check(model)
     weights = model.weights
     known = {"model": model.identity} | ({} if weights is None else {"weights": weights})
-    return Recipe(model, settings, tokens, {**known, **vars(settings)})
+    return Recipe(model, settings, tokens, {**known, **vars(settings), **adaptation.identity}, adaptation)
 
 
 def _with_pipeline_defaults(model: Model) -> Defaults:

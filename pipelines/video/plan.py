@@ -105,6 +105,7 @@ def make_plan(settings: GenerateSettings, labels: Sequence[Labelled] | None = No
         raise UserError(
             f"--offload {settings.offload} moves weights off an accelerator; with --device cpu there is none"
         )
+    recipe.adaptation.check_place(device, settings.offload)
     dtype = resolve_dtype(settings.dtype, device)
     environment = {
         "device": str(device),

@@ -15,6 +15,7 @@ from xattn_video_pipelines.common.settings import (
     check_max_hours,
     sparse_config,
 )
+from xattn_video_pipelines.video.adaptation import Quantization, read_loras
 from xattn_video_pipelines.video.models import KNOWN_MODELS
 from xattn_video_pipelines.video.prompts import MAX_SEED
 
@@ -84,6 +85,13 @@ class VideoSettings(Settings):
     sample: Annotated[int | None, Option("N prompts, evenly spaced over the file", _WHICH, metavar="N")] = None
     limit: Annotated[int | None, Option("the first N prompts (of the sample)", _WHICH, metavar="N")] = None
 
+    lora: Annotated[
+        tuple[str, ...],
+        Option("LoRA to add, a .safetensors file; :WEIGHT behind it scales it; several are added up", metavar="FILE"),
+    ] = ()
+    quantize: Annotated[
+        Quantization | None, Option("keep the transformer's weights in so many bits, which takes less memory", _MACHINE)
+    ] = None
     dtype: Annotated[DtypeOrAuto, Option("of the model", _MACHINE)] = "auto"
     device: Annotated[str, Option("auto, cpu, cuda, cuda:1, xpu, mps", _MACHINE)] = "auto"
     offload: Annotated[
@@ -94,6 +102,7 @@ class VideoSettings(Settings):
 
     def check(self) -> None:
         self._check_prompts()
+        read_loras(self.lora)
         self.check_at_least(1, "height", "width", "num_frames", "fps", "steps", "sample", "limit")
         self.check_from_zero("guidance_scale", "flow_shift")
         check_max_hours(self.max_hours)
