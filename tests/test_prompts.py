@@ -11,6 +11,8 @@ import pytest
 from xattn_video_pipelines.common.errors import UserError
 from xattn_video_pipelines.video.prompts import evenly_spaced, read_prompts
 
+NATURAL = Path(__file__).resolve().parent.parent / "prompts" / "natural.txt"
+
 
 def write(folder: Path, name: str, content: str | bytes) -> Path:
     path = folder / name
@@ -127,3 +129,15 @@ def test_a_sample_is_evenly_spaced_from_the_first_to_the_last(total, count):
     if len(chosen) > 1:
         assert chosen[-1] == total - 1
         assert max(gaps) - min(gaps) <= 1
+
+
+def test_the_prompts_for_real_models_are_two_for_each_dimension():
+    lines = NATURAL.read_text(encoding="utf-8").splitlines()
+    prompts = read_prompts(NATURAL).prompts
+    assert len(prompts) == 24
+    assert len({prompt.id for prompt in prompts}) == len({prompt.text for prompt in prompts}) == 24
+    # After the line about the file: a dimension, then its two prompts.
+    assert [line.startswith("# ") for line in lines[1:]] == [True, False, False] * 12
+    assert len({line for line in lines if line.startswith("# ")}) == 13
+    # Long enough to show something, and short enough for the 77 tokens of CLIP, the shortest text encoder in use.
+    assert all(6 <= len(prompt.text.split()) <= 40 for prompt in prompts)
