@@ -22,7 +22,7 @@ from xattn_video import HeadThresholds, XAttnConfig
 from xattn_video.extras import install_command
 from xattn_video_eval.compare import CompareSettings, compare
 from xattn_video_eval.results import mean_interval, provenance
-from xattn_video_eval.sweep.plot import plot
+from xattn_video_eval.sweep.plot import plot, with_sparse_calls
 from xattn_video_eval.sweep.settings import AXES, SweepSettings
 from xattn_video_pipelines.common.batch import Batch
 from xattn_video_pipelines.common.errors import UserError
@@ -32,7 +32,18 @@ from xattn_video_pipelines.common.settings import Json, Option
 from xattn_video_pipelines.common.tables import aligned
 from xattn_video_pipelines.common.terminal import say
 from xattn_video_pipelines.demo import asked, judge_folder
-from xattn_video_pipelines.video import Job, Key, Plan, Record, make_plan, print_video, produce, read_manifest
+from xattn_video_pipelines.video import (
+    Job,
+    Key,
+    Plan,
+    Record,
+    is_all_dense,
+    make_plan,
+    print_video,
+    produce,
+    read_manifest,
+    warn_of_all_dense,
+)
 
 if TYPE_CHECKING:
     from xattn_video import XAttnConfig
@@ -58,7 +69,7 @@ _COLUMNS = {
     "density": ("density", ".3f"), "psnr": ("PSNR dB", ".2f"), "psnr_worst": ("worst dB", ".2f"),
     "ssim": ("SSIM", ".4f"), "lpips": ("LPIPS", ".4f"), "flicker": ("flicker", ".4f"),
     "as_asked": ("as asked", ".3f"), "residual_mib": ("residual MiB", ".1f"), "sparse_seconds": ("s", ".1f"),
-    "speedup": ("speed-up", ".2f"),
+    "speedup": ("speed-up", ".2f"), "all_dense": ("all dense", ""),
 }  # fmt: skip
 _COMPARED = ("density", "psnr", "ssim", "lpips", "flicker", "dense_seconds", "sparse_seconds", "speedup")
 
@@ -73,13 +84,16 @@ def command(
     people = for_people(json)
     if dry_run:
         plan, labels = _plan(settings)
-        say(forecast(plan, len(settings.configs), len(plan.pending)), sys.stderr)
+        _tell(plan, labels)
         say("\n".join(str(settings.out / label) for label, _ in labels))
         return 0
     rows, batch = _sweep(settings, None if json else print_video)
     if rows:
         say(table(rows), people)
-        say(f"wrote sweep.csv, sweep.json{' and sweep.png' if settings.plot else ''} in {settings.out}", people)
+        pictured = settings.plot and bool(with_sparse_calls(rows))
+        say(f"wrote sweep.csv, sweep.json{' and sweep.png' if pictured else ''} in {settings.out}", people)
+        if any(row["all_dense"] for row in rows):
+            say("all dense: no call was sparse, so these rows say nothing of sparse attention", people)
     if json:
         print(dumps({"rows": rows}))
     for line in batch.told():
@@ -100,7 +114,8 @@ def sweep(settings: SweepSettings, on_video: Callable[[Job, Record], None] | Non
         interval of the mean. `density` is of all calls: a dense call counts as 1, a refresh of the residual too.
         `residual_mib` is the most memory that residuals took, `calls_without_residual` the sparse calls of all videos
         that had none because it did not fit. The first row is dense attention itself. Where videos are missing, every
-        row is over those that all configurations have: `videos` is their number.
+        row is over those that all configurations have: `videos` is their number. `all_dense` is True where no call of a
+        configuration was sparse, else None; such rows are not in the picture.
 
     Raises:
         UserError: as `generate` and `compare`, or matplotlib is missing.
@@ -118,8 +133,7 @@ def _sweep(
     plan, labels = _plan(settings)
     if settings.plot:
         _check_matplotlib()
-    configs, names = len(settings.configs), settings.names
-    say(forecast(plan, configs, len(plan.pending)), sys.stderr)
+    configs, names = _tell(plan, labels), settings.names
     made = 0
 
     def tell(job: Job, record: Record) -> None:
@@ -146,17 +160,33 @@ def _sweep(
         for label, config in labels
     ]
     _write(settings.out, rows, _environment(plan))
-    if settings.plot:
+    if settings.plot and with_sparse_calls(rows):
         plot(rows, settings.out / "sweep.png")
+    elif settings.plot:
+        # One of an earlier sweep is not of these rows.
+        (settings.out / "sweep.png").unlink(missing_ok=True)
     return rows, batch
 
 
 def _plan(settings: SweepSettings) -> tuple[Plan, list[tuple[str, XAttnConfig | None]]]:
     """The videos to make, and the folders that they go to with what each is made with."""
-    labels: list[tuple[str, XAttnConfig | None]] = [("dense", None)]
-    labels += [("dense-alt", None)] if settings.floor else []
-    labels += [(config.label(), config) for config in settings.configs]
-    return prompt_by_prompt(make_plan(settings.of_videos, labels)), labels
+
+    def labels_at(steps: int) -> list[tuple[str, XAttnConfig | None]]:
+        dense: list[tuple[str, XAttnConfig | None]] = [("dense", None)]
+        dense += [("dense-alt", None)] if settings.floor else []
+        return dense + [(config.label(), config) for config in settings.configs_at(steps)]
+
+    plan = prompt_by_prompt(make_plan(settings.of_videos, labels_at))
+    return plan, labels_at(plan.recipe.settings.steps)
+
+
+def _tell(plan: Plan, labels: Sequence[tuple[str, XAttnConfig | None]]) -> int:
+    """Say on stderr what is to be made, and which of it will have no sparse call; the number of configurations."""
+    configs = [config for _, config in labels if config is not None]
+    say(forecast(plan, len(configs), len(plan.pending)), sys.stderr)
+    for line in warn_of_all_dense(configs, plan.recipe):
+        say(line, sys.stderr)
+    return len(configs)
 
 
 def prompt_by_prompt(plan: Plan) -> Plan:
@@ -248,12 +278,14 @@ def _measured(settings: SweepSettings, plan: Plan, label: str, keys: Sequence[Ke
         low, high = mean_interval(each)
         values = {name: compared[name] for name in _COMPARED}
         values |= {"psnr_worst": min(each), "psnr_low": low, "psnr_high": high}
+    all_dense = all(is_all_dense(record) for record in records)
     residual = max(record.get("residual_bytes") or 0 for record in records)
     return {
         "videos": len(keys),
         **values,
         "as_asked": judge_folder(folder, keys=keys)["totals"]["right"]["all"]["share"] if _judgeable(plan) else None,
         "residual_mib": residual / 2**20 or None,
+        "all_dense": True if all_dense else None,
         "calls_without_residual": sum(record.get("calls_without_residual") or 0 for record in records),
     }
 

@@ -34,16 +34,16 @@ _OF_RESIDUAL = ("refresh_every", "refresh", "extrapolate")
 def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
     """A panel per quality, above against density, below against speed-up; a line per axis, its points named.
 
-    Presets and other points with a name are stars with that name. Qualities that no row has are left out; the noise
-    floor and dense are dashed lines.
+    Rows without a sparse call are left out: they would show as perfect. Presets and other points with a name are stars
+    with that name. Qualities that no row has are left out; the noise floor and dense are dashed lines.
 
     Args:
-        rows: as `sweep.json` holds them.
+        rows: as `sweep.json` holds them, one of them with a sparse call.
         path: of the picture; the suffix says which format.
     """
     from matplotlib.figure import Figure
 
-    sparse = [row for row in rows if row["threshold"] is not None]
+    sparse = with_sparse_calls(rows)
     qualities = [name for name in _LABELS if any(row.get(name) is not None for row in sparse)]
     figure = Figure(figsize=(4.6 * len(qualities), 7), layout="constrained")
     grid = figure.subplots(2, len(qualities), squeeze=False)
@@ -72,6 +72,11 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
             axes.legend(fontsize="small")
     with whole_files(path) as (partial,):
         figure.savefig(partial, dpi=110)
+
+
+def with_sparse_calls(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of sparse attention that can be drawn: not dense, not the noise floor, not dense in every call."""
+    return [row for row in rows if row["threshold"] is not None and not row.get("all_dense")]
 
 
 def _write(axes: Any, text: str, point: tuple[float, float], place: tuple[int, int], colour: str) -> None:

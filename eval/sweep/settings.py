@@ -5,16 +5,14 @@ from __future__ import annotations
 import itertools
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
+from xattn_video import XAttnConfig
 from xattn_video_pipelines.common.errors import UserError
 from xattn_video_pipelines.common.files import read_input
 from xattn_video_pipelines.common.schema import parse_json
 from xattn_video_pipelines.common.settings import Option, option_name, sparse_config
 from xattn_video_pipelines.video import GenerateSettings, VideoPreset, VideoSettings, steps_or_share
-
-if TYPE_CHECKING:
-    from xattn_video import XAttnConfig
 
 # The option that gives an axis its values, by the setting of XAttnConfig that changes along it.
 AXES = {
@@ -26,7 +24,7 @@ AXES = {
 _USUAL: dict[str, tuple[Any, ...]] = {
     "threshold": (0.5, 0.7, 0.8, 0.9, 0.95, 0.99), "stride": (4, 8, 16, 32), "warmup_steps": (0, 2, 5, 8),
 }  # fmt: skip
-_GROUP = "axes; the base point is --preset, without one threshold 0.9, stride 8, 5 warm-up steps"
+_GROUP = "axes; the base point is --preset, without one threshold 0.9, stride 8, 5 warm-up steps or a quarter"
 _POINTS = "further points"
 _MEASURING = "measuring"
 
@@ -70,7 +68,17 @@ class SweepSettings(VideoSettings):
 
     @property
     def configs(self) -> list[XAttnConfig]:
+        """`configs_at` the usual number of steps. Raises UserError as that."""
+        return self.configs_at(None)
+
+    def configs_at(self, steps: int | None) -> list[XAttnConfig]:
         """The configurations of the sweep, each once: the base point, then along each axis or the grid, then the named.
+
+        The base point without a preset is that of `XAttnConfig`. Where its warm-up would cover all steps, it has a
+        quarter of them.
+
+        Args:
+            steps: denoising steps of a video; None where they are not known.
 
         Raises:
             UserError: a value that `XAttnConfig` refuses, or the file of further points cannot be read.
@@ -81,11 +89,14 @@ class SweepSettings(VideoSettings):
         if not axes and not self.presets and self.points is None:
             axes = _USUAL
         self._check_refreshed(axes)
+        base = {}
+        if self.preset is None and steps is not None and steps <= XAttnConfig.warmup_steps:
+            base = {"warmup_steps": steps // 4}
         if self.grid:
             points = [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
         else:
             points = [{}] + [{name: value} for name, values in axes.items() for value in values]
-        return list(dict.fromkeys([*(self._config(self.preset, point) for point in points), *self.names]))
+        return list(dict.fromkeys([*(self._config(self.preset, base | point) for point in points), *self.names]))
 
     @property
     def names(self) -> dict[XAttnConfig, str]:

@@ -1,5 +1,6 @@
 """A prompt file to videos: what to make, how, and what is there already."""
 
+from xattn_video_pipelines.video.all_dense import is_all_dense, told_of_all_dense, warn_of_all_dense
 from xattn_video_pipelines.video.command import generate, print_video
 from xattn_video_pipelines.video.io import frame_times, iter_frames, read_video, video_info, write_video
 from xattn_video_pipelines.video.make import load_pipeline, observe, produce
@@ -56,6 +57,7 @@ __all__ = [
     "generate",
     "hub_message",
     "import_diffusers",
+    "is_all_dense",
     "iter_frames",
     "load_pipeline",
     "lossless_copy",
@@ -68,8 +70,10 @@ __all__ = [
     "read_video",
     "sampled_digest",
     "steps_or_share",
+    "told_of_all_dense",
     "video_file",
     "video_info",
     "video_name",
+    "warn_of_all_dense",
     "write_video",
 ]

@@ -9,6 +9,7 @@ from typing import Annotated
 
 from xattn_video_pipelines.common.settings import Json, Option
 from xattn_video_pipelines.common.terminal import say
+from xattn_video_pipelines.video.all_dense import is_all_dense, told_of_all_dense, warn_of_all_dense
 from xattn_video_pipelines.video.make import Produced, produce
 from xattn_video_pipelines.video.manifest import Record
 from xattn_video_pipelines.video.plan import Job, Plan, make_plan
@@ -38,6 +39,8 @@ def command(
         UserError: bad input.
     """
     plan = make_plan(settings)
+    for line in warn_of_all_dense([job.config for job in plan.pending], plan.recipe):
+        say(line, sys.stderr)
     if dry_run:
         _report_dry_run(plan, as_json=json)
         return 0
@@ -67,7 +70,7 @@ def generate(settings: GenerateSettings) -> list[Record]:
 def print_video(job: Job, record: Record) -> None:
     """A line on stdout about a video that was made; it does not tear the bars on stderr."""
     line = f"{job.path}  {record['seconds']:.1f} s  density {record['mean_density']:.2f}"
-    if job.config is not None and record["mean_density"] == 1.0:
+    if is_all_dense(record):
         # Asked for sparse and got dense throughout: say why at once.
         line += f" (dense calls: {', '.join(f'{n} {reason}' for reason, n in record['dense_reasons'].items())})"
     say(line, progress=True)
@@ -138,5 +141,6 @@ def _report(plan: Plan, made: Produced, seconds: float, *, as_json: bool) -> Non
     else:
         folders = ", ".join(dict.fromkeys(str(job.folder) for job in plan.jobs))
         say(f"videos: {counts['made']} made, {counts['kept']} kept, in {folders}")
-    for line in made.batch.told():
+    all_dense = told_of_all_dense(made.records)
+    for line in [*([all_dense] if all_dense else []), *made.batch.told()]:
         say(line, sys.stderr)

@@ -80,6 +80,7 @@ class _Row(TypedDict, total=False):
     density_by_step: list[Share] | None
     density_by_layer: dict[str, Share] | None
     density_by_layer_and_step: dict[str, list[Share | None]] | None
+    sparse_calls: Count | None
     dense_reasons: dict[str, Count] | None
     residual_bytes: Count | None
     calls_without_residual: Count | None
@@ -256,7 +257,7 @@ def density(summary: Record | None, steps: int) -> Record:
     """
     if summary is None:
         layers: Record = {"density_by_layer": {}, "density_by_layer_and_step": {}}
-        none = {"dense_reasons": {}, "residual_bytes": 0, "calls_without_residual": 0}
+        none = {"sparse_calls": 0, "dense_reasons": {}, "residual_bytes": 0, "calls_without_residual": 0}
         return {"mean_density": 1.0, "density_by_step": [1.0] * steps, **layers, **none}
     steps_done = sorted(summary["density_by_step"])
     return {
@@ -268,6 +269,7 @@ def density(summary: Record | None, steps: int) -> Record:
             layer: [round(by_step[step], 3) if step in by_step else None for step in steps_done]
             for layer, by_step in summary["density_by_layer_and_step"].items()
         },
+        "sparse_calls": summary["sparse_calls"],
         "dense_reasons": summary["dense_calls"],
         "residual_bytes": summary["residual_bytes"],
         "calls_without_residual": summary["calls_without_residual"],

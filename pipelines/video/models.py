@@ -125,6 +125,11 @@ class Model:
         return Path(self.source).is_dir()
 
     @property
+    def has_joint_text(self) -> bool:
+        """Whether text stands in one sequence with the video, and not in a cross-attention beside it."""
+        return self.pipeline.startswith("Hunyuan")
+
+    @property
     def weights(self) -> str | None:
         """What tells the weights of a local folder from others under its name; None for a Hub id, or where none are."""
         return sampled_digest(Path(self.source)) if self.is_folder else None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -84,22 +84,28 @@ class Plan:
     manifests: dict[Path, Manifest]
 
 
-def make_plan(settings: GenerateSettings, labels: Sequence[Labelled] | None = None) -> Plan:
+def make_plan(
+    settings: GenerateSettings, labels: Sequence[Labelled] | Callable[[int], Sequence[Labelled]] | None = None
+) -> Plan:
     """Check every input and find what is to be made, without loading weights or writing anything.
 
     Args:
         settings: what is asked for.
-        labels: folder names with their settings, in place of those that `settings.attention` asks for.
+        labels: folder names with their settings, in place of those that `settings.attention` asks for; or what gives
+            them for a number of denoising steps.
 
     Raises:
         UserError: see the message; cheap checks come first.
     """
-    labels = _labels(settings) if labels is None else labels
+    prompts = _prompts(settings)
+    recipe = settle(settings, prompts)
+    if labels is None:
+        labels = _labels(settings)
+    elif callable(labels):
+        labels = labels(recipe.settings.steps)
     folders = {label: settings.out / label for label, _ in labels}
     for folder in folders.values():
         _check_folder(settings.out, folder)
-    prompts = _prompts(settings)
-    recipe = settle(settings, prompts)
     device = resolve_device(settings.device)
     if settings.offload != "none" and device.type == "cpu":
         raise UserError(

@@ -14,7 +14,15 @@ check_release()
 
 from .nothing_sparse import NothingSparse  # noqa: E402
 from .processor import XAttnProcessor, attached_processor, install, pipeline_transformers  # noqa: E402
+from .schedule import Schedule  # noqa: E402
 
 install()
 
-__all__ = ["NothingSparse", "XAttnProcessor", "attached_processor", "install", "pipeline_transformers"]
+__all__ = [
+    "NothingSparse",
+    "Schedule",
+    "XAttnProcessor",
+    "attached_processor",
+    "install",
+    "pipeline_transformers",
+]
