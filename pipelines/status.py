@@ -11,7 +11,7 @@ from xattn_video_pipelines.common import jsonl
 from xattn_video_pipelines.common.batch import Key, read_failures, read_plan
 from xattn_video_pipelines.common.errors import UserError, one_line
 from xattn_video_pipelines.common.settings import Json, Option, Settings
-from xattn_video_pipelines.common.tables import aligned
+from xattn_video_pipelines.common.tables import aligned, duration
 from xattn_video_pipelines.common.terminal import say
 from xattn_video_pipelines.qa import ANSWERS
 from xattn_video_pipelines.video import read_manifest, video_name
@@ -118,16 +118,7 @@ def _text(document: dict[str, Any]) -> str:
         del rows["all"]
     for label, row in rows.items():
         counts = (str(row[name]) for name in ("done", "failed", "left"))
-        lines.append((label, *counts, _duration(row["seconds_to_go"])))
+        lines.append((label, *counts, duration(row["seconds_to_go"])))
     text = [aligned(lines, left=1, rules=(len(lines) - 1,) if len(rows) > 2 else ())]
     text += [one_line(f"failed: {row['name']}: {row['kind']}: {row['message']}") for row in document["failures"]]
     return "\n".join(text)
-
-
-def _duration(seconds: float | None) -> str:
-    """The time in its two largest units."""
-    if seconds is None:
-        return "unknown"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"

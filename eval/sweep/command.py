@@ -37,6 +37,8 @@ from xattn_video_pipelines.video import (
     Key,
     Plan,
     Record,
+    estimate,
+    first_line,
     is_all_dense,
     make_plan,
     print_video,
@@ -184,6 +186,11 @@ def _tell(plan: Plan, labels: Sequence[tuple[str, XAttnConfig | None]]) -> int:
     """Say on stderr what is to be made, and which of it will have no sparse call; the number of configurations."""
     configs = [config for _, config in labels if config is not None]
     say(forecast(plan, len(configs), len(plan.pending)), sys.stderr)
+    cost = estimate(plan)
+    if plan.pending:
+        say(first_line(cost, plan.recipe.tokens, len(plan.pending)), sys.stderr)
+    for line in cost.warnings:
+        say(line, sys.stderr)
     for line in warn_of_all_dense(configs, plan.recipe):
         say(line, sys.stderr)
     return len(configs)

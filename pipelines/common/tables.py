@@ -35,3 +35,27 @@ def aligned(lines: Sequence[Sequence[str]], *, left: int = 0, rules: Collection[
     if len(lines) in rules:
         text.append(rule)
     return "\n".join(text)
+
+
+def duration(seconds: float | None) -> str:
+    """A time in its two largest units, from two days on in days.
+
+    >>> duration(90), duration(9000), duration(400_000)
+    ('1 min 30 s', '2 h 30 min', '4.6 days')
+    """
+    if seconds is None:
+        return "unknown"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours >= 48:
+        return f"{seconds / 86400:,.1f} days"
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"
+
+
+def size(number: float) -> str:
+    """A number of bytes, in GiB or MiB.
+
+    >>> size(3 * 2**29), size(5 * 2**20)
+    ('1.5 GiB', '5.0 MiB')
+    """
+    return f"{number / 2**30:,.1f} GiB" if number >= 2**30 else f"{number / 2**20:.1f} MiB"

@@ -2,6 +2,7 @@
 
 from xattn_video_pipelines.video.all_dense import is_all_dense, told_of_all_dense, warn_of_all_dense
 from xattn_video_pipelines.video.command import generate, print_video
+from xattn_video_pipelines.video.cost import Cost, estimate, first_line
 from xattn_video_pipelines.video.io import frame_times, iter_frames, read_video, video_info, write_video
 from xattn_video_pipelines.video.make import load_pipeline, observe, produce
 from xattn_video_pipelines.video.manifest import NAME as MANIFEST
@@ -38,6 +39,7 @@ from xattn_video_pipelines.video.settings import (
 __all__ = [
     "MANIFEST",
     "MAX_SEED",
+    "Cost",
     "GenerateSettings",
     "Job",
     "Key",
@@ -50,9 +52,11 @@ __all__ = [
     "VideoSettings",
     "check_available",
     "check_exists",
+    "estimate",
     "evenly_spaced",
     "find_model",
     "finished_videos",
+    "first_line",
     "frame_times",
     "generate",
     "hub_message",

@@ -8,8 +8,10 @@ from json import dumps
 from typing import Annotated
 
 from xattn_video_pipelines.common.settings import Json, Option
+from xattn_video_pipelines.common.tables import size
 from xattn_video_pipelines.common.terminal import say
 from xattn_video_pipelines.video.all_dense import is_all_dense, told_of_all_dense, warn_of_all_dense
+from xattn_video_pipelines.video.cost import Cost, estimate, first_line, lines_of
 from xattn_video_pipelines.video.make import Produced, produce
 from xattn_video_pipelines.video.manifest import Record
 from xattn_video_pipelines.video.plan import Job, Plan, make_plan
@@ -39,10 +41,13 @@ def command(
         UserError: bad input.
     """
     plan = make_plan(settings)
-    for line in warn_of_all_dense([job.config for job in plan.pending], plan.recipe):
+    cost = estimate(plan, ask_hub=dry_run)
+    if plan.pending and not dry_run:
+        say(first_line(cost, plan.recipe.tokens, len(plan.pending)), sys.stderr)
+    for line in [*warn_of_all_dense([job.config for job in plan.pending], plan.recipe), *cost.warnings]:
         say(line, sys.stderr)
     if dry_run:
-        _report_dry_run(plan, as_json=json)
+        _report_dry_run(plan, cost, as_json=json)
         return 0
     started = time.perf_counter()
     made = produce(plan, None if json else print_video)
@@ -76,7 +81,7 @@ def print_video(job: Job, record: Record) -> None:
     say(line, progress=True)
 
 
-def _report_dry_run(plan: Plan, *, as_json: bool) -> None:
+def _report_dry_run(plan: Plan, cost: Cost, *, as_json: bool) -> None:
     recipe, pending = plan.recipe, set(plan.pending)
     settings = recipe.settings
     document = {
@@ -88,6 +93,7 @@ def _report_dry_run(plan: Plan, *, as_json: bool) -> None:
         "residual_bytes": _residual_bytes(plan),
         "device": str(plan.device),
         "dtype": plan.dtype,
+        "cost": cost.document(),
         "videos": [
             {"attention": job.attention, "id": job.prompt.id, "seed": job.seed, "file": str(job.path),
              "status": "to make" if job in pending else "finished"}
@@ -101,12 +107,13 @@ def _report_dry_run(plan: Plan, *, as_json: bool) -> None:
     say(f"model   {recipe.model.identity} ({recipe.model.pipeline})")
     say(f"size    {settings.width} x {settings.height}, {settings.num_frames} frames at {settings.fps} a second")
     say(f"tokens  {tokens} video tokens a forward pass, {settings.steps} steps")
+    for line in lines_of(cost):
+        say(line)
     residual = document["residual_bytes"]
     if residual is None and any(job.config is not None and job.config.residual != "off" for job in plan.jobs):
         say("memory  of the residuals is not known for this model; it is bounded by what the GPU has left")
     if residual is not None:
-        size = f"{residual / 2**30:.1f} GiB" if residual >= 2**30 else f"{residual / 2**20:.1f} MiB"
-        say(f"memory  {size} for the residuals of a forward; guidance as two forwards takes twice")
+        say(f"memory  {size(residual)} for the residuals of a forward; guidance as two forwards takes twice")
     say(f"device  {plan.device}, {plan.dtype}")
     for video in document["videos"]:
         say(f"{video['status']:8}  {video['file']}")

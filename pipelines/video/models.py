@@ -75,11 +75,15 @@ class Geometry:
 
 @dataclass(frozen=True)
 class AttentionSize:
-    """The video self-attention of a model: how many layers run in a forward, their heads and the size of a head."""
+    """The video self-attention of a model: how many layers run in a forward, their heads and the size of a head.
+
+    `feed_forward` is the inner size of the feed-forward part of a layer.
+    """
 
     layers: int
     heads: int
     head_dim: int
+    feed_forward: int
 
 
 @dataclass(frozen=True)
@@ -216,7 +220,7 @@ KNOWN_MODELS = {
             _WAN_2_1,
             Defaults(480, 832, 81, fps=16, steps=50, guidance_scale=5.0, flow_shift=3.0),
             _WAN_DTYPES,
-            attention=AttentionSize(30, 12, 128),
+            attention=AttentionSize(30, 12, 128, 8960),
         ),
         Model(
             "wan2.1-14b",
@@ -225,7 +229,7 @@ KNOWN_MODELS = {
             _WAN_2_1,
             Defaults(720, 1280, 81, fps=16, steps=50, guidance_scale=5.0, flow_shift=5.0),
             _WAN_DTYPES,
-            attention=AttentionSize(40, 40, 128),
+            attention=AttentionSize(40, 40, 128, 13824),
         ),
         Model(
             "wan2.2-a14b",
@@ -234,7 +238,7 @@ KNOWN_MODELS = {
             _WAN_2_1,
             Defaults(720, 1280, 81, fps=16, steps=40, guidance_scale=4.0, guidance_scale_2=3.0, flow_shift=12.0),
             _WAN_DTYPES,
-            attention=AttentionSize(40, 40, 128),
+            attention=AttentionSize(40, 40, 128, 13824),
         ),
         Model(
             "wan2.2-5b",
@@ -243,7 +247,7 @@ KNOWN_MODELS = {
             Geometry(vae_time=4, vae_space=16, patch=(1, 2, 2), multiple=16),
             Defaults(704, 1280, 121, fps=24, steps=50, guidance_scale=5.0, flow_shift=5.0),
             _WAN_DTYPES,
-            attention=AttentionSize(30, 24, 128),
+            attention=AttentionSize(30, 24, 128, 14336),
         ),
         Model(
             "hunyuan-video",
@@ -253,7 +257,7 @@ KNOWN_MODELS = {
             Defaults(720, 1280, 129, fps=24, steps=50, guidance_scale=6.0),
             _HUNYUAN_DTYPES,
             vae_tiling=True,
-            attention=AttentionSize(60, 24, 128),
+            attention=AttentionSize(60, 24, 128, 12288),
         ),
         Model(
             "hunyuan-video-1.5",
@@ -262,7 +266,7 @@ KNOWN_MODELS = {
             Geometry(vae_time=4, vae_space=16, patch=(1, 1, 1), multiple=16),
             Defaults(480, 848, 121, fps=24, steps=50, guidance_scale=6.0),
             vae_tiling=True,
-            attention=AttentionSize(54, 16, 128),
+            attention=AttentionSize(54, 16, 128, 8192),
         ),
         Model(
             "demo",
@@ -271,7 +275,7 @@ KNOWN_MODELS = {
             Geometry(vae_time=2, vae_space=4, patch=(1, 2, 2), multiple=16),
             Defaults(128, 128, 33, fps=8, steps=20, guidance_scale=1.0),
             _WAN_DTYPES,
-            attention=AttentionSize(4, 4, 64),
+            attention=AttentionSize(4, 4, 64, 1024),
         ),
     )
 }
@@ -474,7 +478,10 @@ def _attention_size(transformer: dict[str, Any] | None) -> AttentionSize | None:
     layers, heads, head_dim = (config.get(name) for name in ("num_layers", "num_attention_heads", "attention_head_dim"))
     if not (isinstance(layers, int) and isinstance(heads, int) and isinstance(head_dim, int)):
         return None
-    return AttentionSize(layers + (config.get("num_single_layers") or 0), heads, head_dim)
+    # Four times the width is what models have that do not say it.
+    width = heads * head_dim
+    feed_forward = round(config.get("ffn_dim") or (config.get("mlp_ratio") or 4) * width)
+    return AttentionSize(layers + (config.get("num_single_layers") or 0), heads, head_dim, feed_forward)
 
 
 def _completed(config: dict[str, Any]) -> dict[str, Any]:

@@ -15,10 +15,13 @@ from typing import Any
 
 from tqdm import tqdm
 
-from xattn_video_pipelines.common.terminal import is_quiet
+from xattn_video_pipelines.common.tables import duration
+from xattn_video_pipelines.common.terminal import is_quiet, say
 
 # In a log file a bar is a new line each time: every half minute is enough.
 _LOG_INTERVAL = 30.0
+# Seconds; a run that is over by then is not worth a line about how long it takes.
+_SHORT_RUN = 60.0
 
 
 class VideoProgress:
@@ -38,6 +41,7 @@ class VideoProgress:
         )  # fmt: skip
         self._last_log = time.perf_counter()
         self.step_seconds: list[float] = []
+        self._videos, self._first_step_told = total, False
 
     @contextmanager
     def video(self, name: str) -> Iterator[None]:
@@ -57,6 +61,11 @@ class VideoProgress:
         self._synchronize()
         now = time.perf_counter()
         self.step_seconds.append(now - started)
+        if not self._first_step_told:
+            self._first_step_told = True
+            line = told_of_first_step(now - started, total, self._videos)
+            if line:
+                say(line, sys.stderr, progress=True)
         if not self._tty:
             # The inner bar needs a terminal; in a log the outer one tells the steps.
             self._bar.set_postfix_str(f"step {done}/{total or '?'}", refresh=False)
@@ -70,6 +79,20 @@ class VideoProgress:
 
     def __exit__(self, *error: type[BaseException] | BaseException | TracebackType | None) -> None:
         self._bar.close()
+
+
+def told_of_first_step(seconds: float, steps: int | None, videos: int) -> str | None:
+    """What the first step of a run lets expect of the rest of it, or None where the whole run is over in a minute.
+
+    Args:
+        seconds: that it took.
+        steps: of a video; None where nobody knows.
+        videos: that are to be made.
+    """
+    if steps is None or seconds * steps * videos < _SHORT_RUN:
+        return None
+    video = duration(seconds * steps)
+    return f"first step took {seconds:.1f} s: about {video} a video, {duration(seconds * steps * videos)} in all"
 
 
 class _StepBar(tqdm):  # type: ignore[misc]  # tqdm has no types of its own
