@@ -10,6 +10,7 @@ import pytest
 from tests.cli_tools import SIZE, Run, save_tiny_wan, tool
 from tests.test_sweep import TINY
 from xattn_video import XAttnConfig
+from xattn_video.integrations.diffusers import NothingSparse
 from xattn_video_eval.sweep import SweepSettings
 from xattn_video_eval.sweep.plot import plot, with_sparse_calls
 from xattn_video_pipelines.video import GenerateSettings, make_plan, told_of_all_dense, warn_of_all_dense
@@ -43,13 +44,14 @@ def test_it_is_foreseen_from_settings_and_size(given, told, tmp_path):
     assert told is None or f"{plan.jobs[0].attention}: every call will be dense: {told}" in lines[0]
 
 
-def test_generate_says_it_before_and_after(model, tmp_path, xattn):
+def test_generate_says_it_before_and_after_and_the_library_does_not(model, tmp_path, xattn, recwarn):
     command = ("generate", "a b", "--model", model, "--out", tmp_path, *SIZE)
     done = xattn(*command, "--attention", "both", "--min-tokens", 0)
     assert done.code == 0, done.err
     before, after = (line for line in done.err.splitlines() if line.startswith("warning: "))
     assert "the 5 warm-up steps cover all 2 steps" in before
     assert "1 of 1 sparse videos had no sparse call (dense calls of the first: 8 warmup); give fewer" in after
+    assert not [warning for warning in recwarn if issubclass(warning.category, NothingSparse)]
     assert done.err.index(before) < done.err.index("videos: ") < done.err.index(after)
 
 

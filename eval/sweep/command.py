@@ -44,6 +44,7 @@ from xattn_video_pipelines.video import (
     print_video,
     produce,
     read_manifest,
+    told_at_the_end,
     warn_of_all_dense,
 )
 
@@ -89,7 +90,8 @@ def command(
         _tell(plan, labels)
         say("\n".join(str(settings.out / label) for label, _ in labels))
         return 0
-    rows, batch = _sweep(settings, None if json else print_video)
+    with told_at_the_end():
+        rows, batch = _sweep(settings, None if json else print_video)
     if rows:
         say(table(rows), people)
         pictured = settings.plot and bool(with_sparse_calls(rows))

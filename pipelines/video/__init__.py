@@ -1,6 +1,11 @@
 """A prompt file to videos: what to make, how, and what is there already."""
 
-from xattn_video_pipelines.video.all_dense import is_all_dense, told_of_all_dense, warn_of_all_dense
+from xattn_video_pipelines.video.all_dense import (
+    is_all_dense,
+    told_at_the_end,
+    told_of_all_dense,
+    warn_of_all_dense,
+)
 from xattn_video_pipelines.video.command import generate, print_video
 from xattn_video_pipelines.video.cost import Cost, estimate, first_line
 from xattn_video_pipelines.video.io import frame_times, iter_frames, read_video, video_info, write_video
@@ -74,6 +79,7 @@ __all__ = [
     "read_video",
     "sampled_digest",
     "steps_or_share",
+    "told_at_the_end",
     "told_of_all_dense",
     "video_file",
     "video_info",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from xattn_video_pipelines.video.manifest import Record
@@ -18,6 +20,16 @@ _REMEDIES = {
     "min_tokens": "give a smaller --min-tokens, or a larger video",
     "no_backend": "xattn-video doctor says what is missing",
 }
+
+
+@contextmanager
+def told_at_the_end() -> Iterator[None]:
+    """While a command runs that says it at the end, with its own options, the library's warning is left out."""
+    from xattn_video.integrations.diffusers import NothingSparse
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", NothingSparse)
+        yield
 
 
 def foreseen(config: XAttnConfig, recipe: Recipe) -> str | None:

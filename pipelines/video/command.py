@@ -10,7 +10,7 @@ from typing import Annotated
 from xattn_video_pipelines.common.settings import Json, Option
 from xattn_video_pipelines.common.tables import size
 from xattn_video_pipelines.common.terminal import say
-from xattn_video_pipelines.video.all_dense import is_all_dense, told_of_all_dense, warn_of_all_dense
+from xattn_video_pipelines.video.all_dense import is_all_dense, told_at_the_end, told_of_all_dense, warn_of_all_dense
 from xattn_video_pipelines.video.cost import Cost, estimate, first_line, lines_of
 from xattn_video_pipelines.video.make import Produced, produce
 from xattn_video_pipelines.video.manifest import Record
@@ -50,7 +50,8 @@ def command(
         _report_dry_run(plan, cost, as_json=json)
         return 0
     started = time.perf_counter()
-    made = produce(plan, None if json else print_video)
+    with told_at_the_end():
+        made = produce(plan, None if json else print_video)
     _report(plan, made, time.perf_counter() - started, as_json=json)
     return made.batch.code
 
