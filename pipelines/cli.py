@@ -8,11 +8,12 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from xattn_video_pipelines.common.environment import own_version
+from xattn_video_pipelines.common.errors import UserError
 from xattn_video_pipelines.common.program import (
     add_command,
     asked_command,
@@ -33,6 +34,9 @@ class Command:
     help: str
     function: str = "command"
 
+
+# Programs that are in no wheel.
+_STUDIES = "xattn_video_eval.studies"
 
 # eval is loaded from here and only here: pipelines otherwise knows nothing of it.
 COMMANDS = {
@@ -75,6 +79,14 @@ COMMANDS = {
     "lmms-eval": Command(
         "xattn_video_eval.benchmarks.harness", "Video-MME and other tasks of lmms-eval, dense and sparse", "lmms_eval"
     ),
+    "selection-quality": Command(
+        f"{_STUDIES}.selection_quality",
+        "does the score find the blocks that matter; from a checkout alone",
+        "selection_quality",
+    ),
+    "completion": Command(
+        "xattn_video_pipelines.completion", "a script that completes commands and options in a shell"
+    ),
 }
 
 EXAMPLE = """\
@@ -93,9 +105,18 @@ ABOUT = "Sparse attention (XAttention) for video diffusion models."
 
 def build_app(command: str | None) -> App:
     """The command line with every subcommand's name, and the options of `command` alone."""
+    return _app(lambda name: name == command)
+
+
+def build_whole_app() -> App:
+    """The command line with the options of every command that can be imported here."""
+    return _app(_is_importable)
+
+
+def _app(has_options: Callable[[str], bool]) -> App:
     app = program("xattn-video", ABOUT, EXAMPLE, version=lambda: f"xattn-video {own_version()}")
     for place, (name, entry) in enumerate(COMMANDS.items()):
-        if name == command:
+        if has_options(name):
             module = module_of(name)
             add_command(app, getattr(module, entry.function), name, entry.help, module.EXAMPLE, place)
         else:
@@ -103,13 +124,31 @@ def build_app(command: str | None) -> App:
     return app
 
 
+def _is_importable(command: str) -> bool:
+    """Whether the libraries that a command's module imports are installed."""
+    try:
+        module_of(command)
+    except (ModuleNotFoundError, UserError):
+        return False
+    return True
+
+
 def _another() -> None:
     """Stands for the commands that are not asked for, so that their modules are not imported."""
 
 
 def module_of(command: str) -> Any:
-    """The module of a command, imported; what a program needs of `xattn_video_eval` it takes from here."""
-    return importlib.import_module(COMMANDS[command].module)
+    """The module of a command, imported; what a program needs of `xattn_video_eval` it takes from here.
+
+    Raises:
+        UserError: it is one of the studies, and they are not here.
+    """
+    name = COMMANDS[command].module
+    if name.startswith(_STUDIES) and importlib.util.find_spec(_STUDIES) is None:
+        raise UserError(
+            f"{command} is one of the studies, which come with a checkout of the project and not with a wheel"
+        )
+    return importlib.import_module(name)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -11,11 +11,12 @@ JSON, a row an input; `--record` also appends the rows to a ledger, and `--plot`
 
 from __future__ import annotations
 
-import json
+import contextlib
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from json import dumps
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -39,8 +40,8 @@ from xattn_video_eval.studies.selection_tables import format_input, format_legen
 from xattn_video_pipelines.common.demo_data import DEMO_QKV
 from xattn_video_pipelines.common.environment import device_name
 from xattn_video_pipelines.common.errors import UserError
-from xattn_video_pipelines.common.program import run_alone
-from xattn_video_pipelines.common.settings import Option, Settings
+from xattn_video_pipelines.common.program import for_people, run_alone
+from xattn_video_pipelines.common.settings import Json, Option, Settings
 from xattn_video_pipelines.common.terminal import say
 
 LEDGER = RESULTS / "selection_quality.jsonl"
@@ -57,8 +58,8 @@ MAX_SEED = 2**63 - 1
 EXAMPLE = """\
 example:
   python -m xattn_video_eval.studies.selection_quality
-  python -m xattn_video_eval.studies.selection_quality --inputs video text --tokens 8192 --threshold 0.95
-  python -m xattn_video_eval.studies.selection_quality --inputs demo --record --plot selection.png
+  xattn-video selection-quality --inputs video text --tokens 8192 --threshold 0.95
+  xattn-video selection-quality --inputs demo --record --plot selection.png
 """
 
 
@@ -117,8 +118,16 @@ class SelectionSettings(Settings):
                     raise UserError(f"--{name} does not go with --inputs demo, whose tensors have a shape of their own")
 
 
-def selection_quality(settings: SelectionSettings) -> int:
-    """Measure and print; returns 0. Raises `UserError` for bad input."""
+def selection_quality(settings: SelectionSettings, *, json: Json = False) -> int:
+    """`xattn-video selection-quality`: measure and print; returns 0. Raises `UserError` for bad input."""
+    with contextlib.redirect_stdout(for_people(json)):
+        document = _measured(settings)
+    print(dumps(document))
+    return 0
+
+
+def _measured(settings: SelectionSettings) -> dict[str, Any]:
+    """The rows, an input each, and what was skipped and why; each row is printed as it comes."""
     if settings.plot is not None:
         selection_plots.check(settings.plot)
     skipped = {}
@@ -145,8 +154,7 @@ def selection_quality(settings: SelectionSettings) -> int:
     if settings.plot is not None:
         selection_plots.write(rows, settings.plot)
         print(f"wrote {settings.plot}")
-    print(json.dumps({"rows": rows, "skipped": skipped}))
-    return 0
+    return {"rows": rows, "skipped": skipped}
 
 
 def _made_inputs(names: Sequence[str], settings: SelectionSettings) -> Iterator[tuple[dict[str, Any], Tensor, Tensor]]:
