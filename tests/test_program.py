@@ -149,6 +149,8 @@ def test_options_make_the_settings_that_python_makes(arguments, expected, capsys
         (["a", "--sizes"], "argument --sizes: expected at least one argument (see: tool paint --help)"),
         (["a", "--depth"], "argument --depth: expected one argument (see: tool paint --help)"),
         (["a", "--depth", "deep"], "argument --depth: invalid float value: 'deep' (see: tool paint --help)"),
+        (["a", "--sizes", "8.5"], "argument --sizes: invalid int value: '8.5' (see: tool paint --help)"),
+        (["a", "--out="], "argument --out: invalid Path value: '' (see: tool paint --help)"),
         (["a", "--sizes", "1", "x"], "argument --sizes: invalid int value: 'x' (see: tool paint --help)"),
         (
             ["a", "--style", "wax"],

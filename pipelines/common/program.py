@@ -118,6 +118,8 @@ def run_app(app: App, arguments: Sequence[str], commands: Sequence[str] = ()) ->
 
     name = app.name[0]
     command = asked_command(arguments)
+    if commands and command is None:
+        _check_options(app, name, arguments)
     if commands and command is None and not {"-h", "--help", "--version"}.intersection(arguments):
         raise UsageError(name, "the following arguments are required: COMMAND")
     if commands and command is not None and command not in commands:
@@ -125,7 +127,7 @@ def run_app(app: App, arguments: Sequence[str], commands: Sequence[str] = ()) ->
         raise UsageError(name, f"argument COMMAND: invalid choice: {command!r}{listed}")
     if command is not None and commands:
         _check_options(app[command], f"{name} {command}", arguments)
-    else:
+    elif app.default_command is not None:
         _check_options(app, name, arguments)
     try:
         return app(list(arguments)) or 0
@@ -368,7 +370,7 @@ def _parameter(
     if kind == (bool | None):
         # Its default may be yes or no, so both can be given.
         shown["negative"] = f"--no-{name.replace('_', '-')}"
-    if (many and not positional) or "bfloat16" in choices_of(kind):
+    if kind not in (bool, bool | None) and not (many and positional):
         texts = many and not choices_of(kind) and get_args(kind)[0] in (str, Path)
         shown["converter"] = functools.partial(_converted, commas=option.commas or not texts)
     if option.group is not None:
@@ -402,13 +404,20 @@ def _converted(kind: Any, tokens: Sequence[Token], *, commas: bool) -> Any:
         tokens: what was given.
         commas: whether the items of a list may be separated by commas too.
     """
-    from cyclopts import convert
+    from cyclopts import CoercionError, convert
 
     if get_origin(kind) is tuple:
         tokens = tokens[max(place for place, token in enumerate(tokens) if token.index == 0) :]
         if commas:
             tokens = [token.evolve(value=part) for token in tokens for part in re.split(r",\s*", token.value) if part]
-    return convert(kind, [token.evolve(value=long_dtype(token.value)) for token in tokens])
+    kinds = get_args(kind) or (kind,)
+    for token in tokens:
+        # cyclopts would cut 8.5 to 8, and an empty text is the path of this folder.
+        if (int in kinds and not re.fullmatch(r"[+-]?\d+", token.value)) or (Path in kinds and not token.value):
+            raise CoercionError(token=token, target_type=int if int in kinds else Path)
+    if "bfloat16" in choices_of(kind):
+        tokens = [token.evolve(value=long_dtype(token.value)) for token in tokens]
+    return convert(kind, tokens)
 
 
 def _group(title: str) -> Any:
@@ -475,10 +484,9 @@ def _message(error: CycloptsError) -> str:
 
 def _check_options(app: App, name: str, arguments: Sequence[str]) -> None:
     """Raise UsageError for an option that there is not: the first thing to say, as it may be a required one."""
-    if app.default_command is None:
-        return
-    known = [name for argument in app.assemble_argument_collection() for name in argument.names]
-    known += [*app.help_flags, *app.version_flags]
+    known = [*app.help_flags, *app.version_flags]
+    if app.default_command is not None:
+        known += [name for argument in app.assemble_argument_collection() for name in argument.names]
     for word in arguments:
         if word == "--":
             return
