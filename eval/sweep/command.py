@@ -56,7 +56,6 @@ example:
   xattn-video sweep --model demo --prompts prompts/demo.txt --out sweep --no-lpips
   xattn-video sweep --model demo --prompts prompts/demo.txt --out presets --presets fast balanced faithful
   xattn-video sweep --model wan2.1-1.3b --prompts prompts.txt --preset balanced --thresholds 0.1 0.3 0.5 --dry-run
-exit code 3: some videos failed, the others are made; the same command tries them again
 """
 
 # A row has these settings; those after the first three only where a configuration of the sweep has another value than

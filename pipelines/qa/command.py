@@ -42,7 +42,6 @@ example:
   xattn-video qa --video cat.mp4 --question "Which animal?" --options dog cat --answer cat --attention both
   xattn-video qa --items questions.jsonl --attention both --out answers
   xattn-video qa --model demo --video demo-out/answers/story.mp4 --question "What colour was the second shape?"
-exit code 3: some questions failed, the others are answered; the same command tries them again
 """
 
 

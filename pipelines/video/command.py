@@ -22,7 +22,6 @@ example:
   xattn-video generate "a red fox runs through fresh snow" --model wan2.1-1.3b
   xattn-video generate --model wan2.1-1.3b --prompts prompts.txt --attention both --out out
   xattn-video compare out/dense out/xattn-s8-t0.90-w5
-exit code 3: some videos failed, the others are made; the same command tries them again
 """
 
 
