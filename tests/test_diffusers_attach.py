@@ -13,6 +13,7 @@ import re
 import subprocess
 import sys
 import threading
+import time
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -381,6 +382,23 @@ def test_statistics_add_up_and_start_over(model: Any) -> None:
     empty = processor.stats.summary()
     assert (empty["calls"], empty["dense_calls"], empty["sparse_density"]) == (0, {}, None)
     assert empty["density_by_step"] == empty["density_by_layer"] == empty["density_by_layer_and_step"] == {}
+
+
+def test_forwards_are_timed_by_what_they_do(model: Any) -> None:
+    settings = {**SETTINGS, "warmup_steps": 2, "residual": "int4", "refresh": (0,)}
+    processor = XAttnProcessor(**settings)
+    model.set_attn_processor(processor)
+    processor.start_generation(steps=5)
+    kinds = []
+    for step in range(5):
+        processor.step(step)
+        before = time.perf_counter()
+        forward(model)
+        most = time.perf_counter() - before
+        kinds.append(processor.stats.times.medians())
+        processor.stats.times.reset()
+        assert all(0 < seconds < most for seconds in kinds[-1].values())
+    assert [list(medians) for medians in kinds] == [["dense"], ["refresh"], ["refresh"], ["sparse"], ["sparse"]]
 
 
 def test_statistics_outlive_inference_mode(model: Any) -> None:

@@ -87,20 +87,22 @@ class XAttnConfig:
     """Settings of XAttention.
 
     Args:
-        stride: side `S` of the tiles whose antidiagonals are summed, in tokens; a power of two that divides
-            `block_size`. Scoring costs `1 / (2 * stride)` of dense attention.
-        block_size: side `P` of the blocks that are kept or skipped, in tokens; a power of two.
-        threshold: share tau of a query block's score mass that the kept blocks must hold, in (0, 1]; a tuple
-            gives one a query head. 1 keeps every valid block. A path is of a file that `xattn-video calibrate` wrote,
-            with thresholds for every layer and head of one model: it is read once, here, and the setting then is its
-            `HeadThresholds`. Such thresholds go with the stride and the block size that they were measured with.
-        warmup_steps: denoising steps, counted from the first one run, that stay dense.
+        stride: how coarsely blocks are scored: the side of the small tiles whose antidiagonals are summed, in tokens; a
+            power of two that divides `block_size`. Larger is cheaper and less exact: scoring costs `1 / (2 * stride)`
+            of dense attention.
+        block_size: side of the blocks of the attention matrix that are kept or skipped, in tokens; a power of two.
+        threshold: how much attention is kept: the share of a query block's score mass that the kept blocks must hold,
+            in (0, 1]. Lower is faster and further from dense attention; 1 keeps every block. A tuple has one for each
+            query head. A path names a file that `xattn-video calibrate` wrote, with thresholds for every layer and head
+            of one model: it is read once, here, and the setting then is its `HeadThresholds`. Such thresholds go with
+            the stride and the block size that they were measured with.
+        warmup_steps: first denoising steps of a video that stay dense, counted from the first one that is run.
         warmup: the largest share of all steps that the warm-up may take, between 0 and 1; None sets no limit. For
             models of 4 to 8 steps 0.25 is a good choice; at least one step stays dense. It needs a pipeline, whose
             scheduler tells the number of steps, or `processor.start_generation(steps=...)`.
         last_steps: denoising steps at the end that stay dense; needs the number of steps, like `warmup`.
         dense_layers: layers that stay dense: indices in forward order, or fnmatch patterns on module paths.
-        min_tokens: key lengths below this stay dense.
+        min_tokens: calls with fewer keys than this stay dense, since short ones gain nothing.
         dense_last: query tokens at the end of a causal call whose blocks keep every valid block: the question at
             the end of a long prompt. Its few rows are scored worst of all (one group of `stride` rows may hold
             all of it) and cost least. 0, as in the paper, treats them like all others. A prompt in chunks has as
@@ -127,8 +129,8 @@ class XAttnConfig:
         residual_mib: bound in MiB on what residuals may take. None is what is left on the GPU. Layers whose residual
             does not fit choose blocks in each step instead, and the statistics count them.
         selection: `"threshold"`, or for ablations `"top_k"` (needs `top_k`) or `"top_ratio"` (needs `top_ratio`).
-        top_k: key blocks kept a query block.
-        top_ratio: share of the valid key blocks kept a query block, in (0, 1].
+        top_k: key blocks that are kept for each query block.
+        top_ratio: share of the valid key blocks that is kept for each query block, in (0, 1].
         backend: `"auto"` (Triton on a GPU, the CPU path on a CPU), `"triton"`, `"cpu"`, `"flex"` (torch's
             FlexAttention attends, the device's own backend scores and selects), `"fa4"` (the package flash-attn-4
             attends on NVIDIA GPUs of compute capability 9.x and 10.x, Triton scores and selects), `"triton-hopper"`
