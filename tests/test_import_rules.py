@@ -213,6 +213,7 @@ def loaded_by(statement: str) -> set[str]:
 
 def test_importing_the_library_loads_no_torch() -> None:
     loaded = loaded_by(
+        "import xattn_video; assert {'XAttnProcessor', 'xattention'} <= set(dir(xattn_video))\n"
         "from xattn_video import XAttnConfig, __version__, supported; XAttnConfig(stride=8); repr(supported())"
     )
     assert "xattn_video" in loaded

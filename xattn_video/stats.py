@@ -254,7 +254,7 @@ class AttentionStats:
             rows.append(("dense calls: other reasons", str(sum(number for _, number in others))))
         rows += [
             ("density, all calls", _percent(summary["density"]) if calls else "unknown"),
-            ("density, sparse calls", "unknown" if sparse is None else _percent(sparse)),
+            ("density, sparse calls", "none" if sparse is None else _percent(sparse)),
         ]
         if medians := self.times.medians():
             rows.append(("seconds per forward", ", ".join(f"{kind} {value:.3g}" for kind, value in medians.items())))
