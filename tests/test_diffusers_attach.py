@@ -555,7 +555,8 @@ def test_a_modular_pipeline_takes_the_processor(model: Any) -> None:
     with pytest.raises(ValueError, match=r"load its components first: pipe.load_components\(\)"):
         pipe.set_attn_processor(XAttnProcessor(**SETTINGS))
     pipe.update_components(transformer=model, scheduler=flow_scheduler())
-    processor = XAttnProcessor(**{**SETTINGS, "warmup_steps": 2})
+    # a share of all steps, whose number the pipeline's scheduler tells
+    processor = XAttnProcessor(**{**SETTINGS, "warmup_steps": 4, "warmup": 0.5})
     pipe.set_attn_processor(processor)
     text = torch.randn(2, 1, 6, TEXT_DIM, generator=torch.Generator().manual_seed(0))
 
