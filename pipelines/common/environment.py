@@ -39,7 +39,9 @@ def resolve_device(name: str) -> torch.device:
     except RuntimeError:
         raise UserError(f"--device must be auto, {', '.join(available)} or such as cuda:1, got {name!r}") from None
     if device.type not in available or not available[device.type]():
-        raise UserError(f"--device {name}: torch {torch.__version__} sees no such device here; see: xattn-video doctor --full")
+        raise UserError(
+            f"--device {name}: torch {torch.__version__} sees no such device here; see: xattn-video doctor --full"
+        )
     if device.index is not None and device.type == "cuda" and device.index >= torch.cuda.device_count():
         raise UserError(f"--device {name}: there are {torch.cuda.device_count()} CUDA devices")
     return device
