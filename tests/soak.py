@@ -117,10 +117,10 @@ def subjects(folder: Path) -> dict[str, Subject]:
     media = (".jsonl", ".mp4", ".mkv")
     return {
         "generate": Subject([*generate, "{out}"], _videos, (*media, ".json", ".toml")),
-        "qa": Subject(qa, _answers, (".jsonl", ".json")),
-        "compare": Subject(compare, _pages, (".json", ".csv", ".png", ".jsonl")),
+        "qa": Subject(qa, _answers, (".jsonl", ".json", ".toml")),
+        "compare": Subject(compare, _pages, (".json", ".csv", ".png", ".jsonl", ".toml")),
         "report": Subject(report, _pages, (".html",)),
-        "sweep": Subject([*sweep, "--out", "{out}"], _videos, (*media, ".json", ".csv", ".txt", ".png")),
+        "sweep": Subject([*sweep, "--out", "{out}"], _videos, (*media, ".json", ".csv", ".txt", ".png", ".toml")),
     }
 
 
