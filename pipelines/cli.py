@@ -63,9 +63,9 @@ COMMANDS = {
         "read colour, shape, motion and background back from videos of the shapes world",
     ),
     "doctor": Command("xattn_video_pipelines.doctor", "what works on this machine, and why not"),
-    "bench": Command("xattn_video_eval.bench.command", "time sparse attention against dense, after a correctness gate"),
+    "bench": Command("xattn_video_eval.bench.program", "time sparse attention against dense, after a correctness gate"),
     "tune": Command(
-        "xattn_video_eval.tune.command", "measure the kernels' launch configurations on this GPU and keep the best"
+        "xattn_video_eval.tune.program", "measure the kernels' launch configurations on this GPU and keep the best"
     ),
     "needle": Command(
         "xattn_video_eval.benchmarks.needle.command",

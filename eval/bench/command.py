@@ -15,7 +15,6 @@ the rows to the ledger of the project, `--out` to one in a folder of the user's,
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import itertools
 import statistics
@@ -24,7 +23,6 @@ import traceback
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import partial
-from json import dumps
 from typing import Any, NamedTuple
 
 import torch
@@ -58,9 +56,7 @@ from xattn_video_eval.results import RESULTS, append_rows, provenance
 from xattn_video_pipelines.common.environment import device_name
 from xattn_video_pipelines.common.errors import UserError
 from xattn_video_pipelines.common.files import make_writable
-from xattn_video_pipelines.common.program import for_people
 from xattn_video_pipelines.common.run_file import note_run
-from xattn_video_pipelines.common.settings import Json
 from xattn_video_pipelines.common.terminal import say
 
 LEDGER = RESULTS / LEDGER_NAME
@@ -70,28 +66,6 @@ TOO_SLOW = 2.0
 RESIDUAL = "int4"
 # Stages that multiply no matrices.
 NO_PRODUCTS = ("select", "add")
-
-EXAMPLE = """\
-example:
-  xattn-video bench
-  xattn-video bench --tokens 8192 16384 --head-dim 128 --dtype bfloat16
-  xattn-video bench --inputs demo
-  xattn-video bench --full --record --plot plots
-  xattn-video bench --device cuda --goals --rounds 3 --out goals-out
-  xattn-video bench --model Qwen/Qwen3-8B --tokens 16384 65536
-
-a row is timed only if its results are right; a kernel that is missing, raises or is wrong is listed with the reason.
-effective TFLOP/s: dense 4*heads*tokens^2*head_dim operations (half if causal), score 1/(2*stride) of it,
-attend density of it, total the sum of both.
-"""
-
-
-def command(settings: BenchSettings, *, json: Json = False) -> int:
-    """`xattn-video bench`; returns 0, or 1 where something is wrong or nothing was timed. Raises UserError."""
-    with contextlib.redirect_stdout(for_people(json)):
-        report = bench(settings)
-    print(dumps(report))
-    return 0 if report["ok"] else 1
 
 
 def bench(settings: BenchSettings) -> dict[str, Any]:

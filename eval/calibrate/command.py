@@ -27,7 +27,6 @@ from xattn_video_pipelines.common.program import for_people
 from xattn_video_pipelines.common.settings import Json
 from xattn_video_pipelines.common.tables import aligned
 from xattn_video_pipelines.common.terminal import say
-from xattn_video_pipelines.qa import generate_answer, load_model, load_video_model, prompts_of, read_questions
 from xattn_video_pipelines.video import evenly_spaced, make_plan, observe
 
 if TYPE_CHECKING:
@@ -190,6 +189,7 @@ def _run_videos(settings: CalibrateSettings) -> _Run:
 def _run_prompts(settings: CalibrateSettings) -> _Run:
     from xattn_video.integrations.transformers import use_xattention
     from xattn_video_eval.calibrate.measure import Measurement
+    from xattn_video_pipelines.qa import generate_answer, load_model, load_video_model, prompts_of, read_questions
 
     config: XAttnConfig
     inputs: Iterator[dict[str, Any]]

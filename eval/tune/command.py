@@ -13,7 +13,6 @@ What does not compile, needs more shared memory than there is, or is wrong is le
 from __future__ import annotations
 
 import collections
-import contextlib
 import itertools
 import statistics
 import sys
@@ -21,7 +20,6 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Executor
 from dataclasses import dataclass, replace
-from json import dumps
 from typing import Any
 
 import torch
@@ -36,20 +34,8 @@ from xattn_video_eval.tune.problems import ATTEND, HOPPER, KERNELS, SCORES, Runn
 from xattn_video_eval.tune.settings import Kernel, TuneSettings
 from xattn_video_pipelines.common.environment import device_name
 from xattn_video_pipelines.common.errors import UserError, one_line
-from xattn_video_pipelines.common.program import for_people
-from xattn_video_pipelines.common.settings import Json, short_dtype
+from xattn_video_pipelines.common.settings import short_dtype
 from xattn_video_pipelines.common.terminal import say
-
-EXAMPLE = f"""\
-example:
-  xattn-video tune
-  xattn-video tune --head-dim 64 128 --dtype bfloat16 float16 --tokens 75600 --heads 8
-
-needs a GPU. The table is <device class>.json (sm_90.json, gfx942.json) in ${launch_tables.FOLDER_VARIABLE}, or
-else in xattn-video/launch_configs in the user's cache (~/.cache), written after each kernel and size; all kernels at
-one size take 2 to 4 minutes on 16 cores. Its entries come before the package's own for that class and before
-default.json; what was not measured stays. Delete the file to have the package's again.
-"""
 
 # A gain below this is noise: the package's own configuration stays.
 LEAST_GAIN = 1.02
@@ -185,14 +171,6 @@ def timer(runner: Runner, rounds: int) -> Callable[[LaunchConfig], float]:
 
 
 # --- the program -----------------------------------------------------------------------------------------------
-
-
-def command(settings: TuneSettings, *, json: Json = False) -> int:
-    """`xattn-video tune`; returns 0, or 1 where a configuration of the package fails. Raises UserError."""
-    with contextlib.redirect_stdout(for_people(json)):
-        report = tune(settings)
-    print(dumps(report))
-    return 0 if report["ok"] else 1
 
 
 def tune(settings: TuneSettings) -> dict[str, Any]:
