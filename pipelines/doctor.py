@@ -229,7 +229,7 @@ def format_report(report: dict[str, Any]) -> str:
         lines.append(f"  {device['device']:8}{device['name']}{auto}")
         lines += [f"    {name:14}{reason or 'runs'}" for name, reason in device["backends"].items()]
     lines.append("checks")
-    lines += [f"  {check['status']:10}{check['name']}: {check['message']}" for check in report["checks"]]
+    lines += [f"  {check['status'] + ' ':8}{check['name']}: {check['message']}" for check in report["checks"]]
     if not report["ok"]:
         lines.append("videos cannot be generated here: see broken above")
     elif report["full"]:
