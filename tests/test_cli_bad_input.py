@@ -126,6 +126,16 @@ def test_models(tmp_path, prompts, xattn, monkeypatch, name, message):
     assert message in one_line(xattn, "generate", "--model", name, "--prompts", prompts, "--out", tmp_path / "out")
 
 
+@pytest.mark.parametrize("command", ["generate", "sweep"])
+def test_the_json_of_a_dry_run_is_one_document_and_quiet_is_quiet(model, prompts, tmp_path, xattn, command):
+    given = (command, "--model", model, "--prompts", prompts, "--out", tmp_path / "out", *SIZE, "--dry-run", "--json")
+    loud, quiet = xattn(*given), xattn(*given, "--quiet")
+    assert json.loads(loud.out) == json.loads(quiet.out)
+    assert json.loads(quiet.out)["dry_run"] is True
+    # Warnings stay, and of a sweep its forecast goes.
+    assert ("configurations" in loud.err, "configurations" in quiet.err) == (command == "sweep", False)
+
+
 def test_a_known_model_that_is_not_here_is_refused_offline(prompts, tmp_path, xattn, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))

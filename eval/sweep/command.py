@@ -87,7 +87,8 @@ def command(
     if dry_run:
         plan, labels = _plan(settings)
         _tell(plan, labels)
-        say("\n".join(str(settings.out / label) for label, _ in labels))
+        folders = [str(settings.out / label) for label, _ in labels]
+        say(dumps({"dry_run": True, "folders": folders, "to_make": len(plan.pending)}) if json else "\n".join(folders))
         return 0
     with told_at_the_end():
         rows, batch = _sweep(settings, None if json else print_video)
@@ -146,7 +147,7 @@ def _sweep(
         if on_video:
             on_video(job, record)
         if made == 1 and job.kind == "dense":
-            say(f"\n{forecast(plan, configs, len(plan.pending) - made)}", sys.stderr)
+            say(f"\n{forecast(plan, configs, len(plan.pending) - made)}", sys.stderr, progress=True)
 
     batch = produce(plan, on_video=tell).batch
     keys = _made_by_all(plan)
@@ -186,10 +187,10 @@ def _plan(settings: SweepSettings) -> tuple[Plan, list[tuple[str, XAttnConfig | 
 def _tell(plan: Plan, labels: Sequence[tuple[str, XAttnConfig | None]]) -> int:
     """Say on stderr what is to be made, and which of it will have no sparse call; the number of configurations."""
     configs = [config for _, config in labels if config is not None]
-    say(forecast(plan, len(configs), len(plan.pending)), sys.stderr)
+    say(forecast(plan, len(configs), len(plan.pending)), sys.stderr, progress=True)
     cost = estimate(plan)
     if plan.pending:
-        say(first_line(cost, plan.recipe.tokens, len(plan.pending)), sys.stderr)
+        say(first_line(cost, plan.recipe.tokens, len(plan.pending)), sys.stderr, progress=True)
     for line in cost.warnings:
         say(line, sys.stderr)
     for line in warn_of_all_dense(configs, plan.recipe):

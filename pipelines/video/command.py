@@ -42,7 +42,7 @@ def command(
     plan = make_plan(settings)
     cost = estimate(plan, ask_hub=dry_run)
     if plan.pending and not dry_run:
-        say(first_line(cost, plan.recipe.tokens, len(plan.pending)), sys.stderr)
+        say(first_line(cost, plan.recipe.tokens, len(plan.pending)), sys.stderr, progress=True)
     for line in [*warn_of_all_dense([job.config for job in plan.pending], plan.recipe), *cost.warnings]:
         say(line, sys.stderr)
     if dry_run:
