@@ -171,14 +171,14 @@ def lines_of(cost: Cost) -> list[str]:
     if cost.attention_share is not None and cost.flop_per_video is not None:
         often = "1 forward" if cost.forwards == 1 else f"{cost.forwards} forwards"
         lines.append(
-            f"work    {cost.flop_per_video / 1e12:,.0f} TFLOP a video, {often} a step; attention is "
+            f"work    {_rounded(cost.flop_per_video / 1e12)} TFLOP a video, {often} a step; attention is "
             f"{cost.attention_share:.0%} of it"
         )
     lines.append(f"time    {_time(cost)}")
     if cost.most_speedup is not None:
+        where = "at any density" if cost.break_even == 1 else f"below a density of {cost.break_even:.2f}"
         lines.append(
-            f"gain    at most {cost.most_speedup:.2f}x end to end; break-even: a sparse call is faster below a density "
-            f"of {cost.break_even:.2f}"
+            f"gain    at most {cost.most_speedup:.2f}x end to end; break-even: a sparse call is faster {where}"
         )
     has = "" if cost.memory_bytes is None else f"; the device has {size(cost.memory_bytes)}"
     weights = "unknown" if cost.weights_bytes is None else size(cost.weights_bytes)
@@ -202,12 +202,16 @@ def first_line(cost: Cost, tokens: int | None, videos: int) -> str:
     return "; ".join(parts)
 
 
+def _rounded(number: float) -> str:
+    return f"{number:,.0f}" if number >= 10 else f"{number:.2g}"
+
+
 def _time(cost: Cost) -> str:
     if cost.source is None:
         return "unknown; run: xattn-video bench --record"
     kinds = (("dense", cost.dense_seconds), ("sparse", cost.sparse_seconds))
     told = ", ".join(f"{duration(seconds)} a {kind} video" for kind, seconds in kinds if seconds is not None)
-    total = "" if cost.seconds is None else f", {duration(cost.seconds)} in all"
+    total = f", {duration(cost.seconds)} in all" if cost.seconds else ""
     return f"about {told}{total} ({cost.source})"
 
 
@@ -285,11 +289,12 @@ def _from_bench(row: dict[str, Any], work: _Work, config: XAttnConfig | None, re
     rate = 4.0 * row["tokens"] ** 2 * row["heads"] * row["head_dim"] / (dense_ms / 1e3)
     forwards = _forwards(recipe)
     dense = work.all * forwards * recipe.settings.steps / rate
-    source = f"by this device's bench at {row['tokens']:,} tokens; without text encoder and VAE"
+    source, rest = f"by this device's bench at {row['tokens']:,} tokens", "without text encoder and VAE"
     if config is None:
-        return _Times(dense, None, source)
+        return _Times(dense, None, f"{source}; {rest}")
     saved = _sparse_steps(config, recipe) * work.attention * (1 - best["total"] / dense_ms)
-    return _Times(dense, dense - forwards * saved / rate, f"{source}, density {row['density']:.2f}", row["density"])
+    source = f"{source} and density {row['density']:.2f}; {rest}"
+    return _Times(dense, dense - forwards * saved / rate, source, row["density"])
 
 
 def _break_even(row: dict[str, Any]) -> float:
@@ -404,7 +409,7 @@ def _free_bytes(folder: Path) -> int:
 
 
 def _with_warnings(cost: Cost, plan: Plan) -> Cost:
-    told = [*_hopeless(cost, plan), *_too_large(cost, plan), *_without_gain(cost)]
+    told = [*_hopeless(cost, plan), *_too_large(cost, plan), *_without_gain(cost)] if plan.pending else []
     return Cost(**{**vars(cost), "warnings": tuple(f"warning: {line}" for line in told)})
 
 
@@ -449,5 +454,5 @@ def _without_gain(cost: Cost) -> list[str]:
         return []
     return [
         f"sparsity does not pay at this size and density: about {duration(cost.sparse_seconds)} a sparse video, "
-        f"{duration(cost.dense_seconds)} a dense one; break-even: a density of {cost.break_even:.2f}"
+        f"{duration(cost.dense_seconds)} a dense one ({cost.source}); break-even: a density of {cost.break_even:.2f}"
     ]
