@@ -83,6 +83,8 @@ def test_a_sweep_marks_rows_that_are_all_dense_and_leaves_them_out_of_the_pictur
     assert [row["warmup_steps"] for row in rows[1:]] == [0, 0, 2]
     assert [row["threshold"] for row in with_sparse_calls(rows)] == [0.9, 0.5]
     assert "all dense: no call was sparse, so these rows say nothing of sparse attention" in done.err
-    # The picture is the one of the other rows alone.
-    plot(rows[:3], tmp_path / "others.png")
+    # The picture is the one of the other rows alone, and says of which model and device.
+    told = json.loads((out / "sweep.json").read_text(encoding="utf-8"))
+    title = f"{model}, {told['tokens']} tokens, 2 steps, {told['devices'][0]}"
+    plot(rows[:3], tmp_path / "others.png", title)
     assert (out / "sweep.png").read_bytes() == (tmp_path / "others.png").read_bytes()

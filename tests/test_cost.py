@@ -64,8 +64,9 @@ def test_times_come_from_the_row_of_the_bench_that_is_most_alike(plan_of):
     # In a forward 4 dense calls take 0.4 s, and linear layers run at the same speed.
     dense = 20 * 0.4 / found.attention_share
     assert found.dense_seconds == pytest.approx(dense)
-    # In 15 steps a sparse call takes 40 of 100 ms.
-    assert found.sparse_seconds == pytest.approx(dense - 15 * 0.4 * 0.6)
+    # In 15 steps a sparse call takes 10 ms for its choice, and at density 0.5 50 ms for attention, of 100 ms.
+    assert found.sparse_seconds == pytest.approx(dense - 15 * 0.4 * 0.4)
+    assert found.density == 0.5
     assert found.seconds == pytest.approx(found.dense_seconds + found.sparse_seconds)
     # With 90 ms left for attention that takes 30 ms at density 0.3.
     assert found.break_even == pytest.approx(0.9)

@@ -163,9 +163,15 @@ def _sweep(
         }
         for label, config in labels
     ]
-    _write(settings.out, rows, _environment(plan))
+    environment = _environment(plan)
+    _write(settings.out, rows, environment)
     if settings.plot and with_sparse_calls(rows):
-        plot(rows, settings.out / "sweep.png")
+        of = (
+            environment["model"],
+            f"{environment['tokens']} tokens, {environment['steps']} steps",
+            *environment["devices"],
+        )
+        plot(rows, settings.out / "sweep.png", ", ".join(of))
     elif settings.plot:
         # One of an earlier sweep is not of these rows.
         (settings.out / "sweep.png").unlink(missing_ok=True)

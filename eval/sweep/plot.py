@@ -31,7 +31,7 @@ _STYLES = {
 _OF_RESIDUAL = ("refresh_every", "refresh", "extrapolate")
 
 
-def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
+def plot(rows: Sequence[dict[str, Any]], path: Path, title: str) -> None:
     """A panel per quality, above against density, below against speed-up; a line per axis, its points named.
 
     Rows without a sparse call are left out: they would show as perfect. Presets and other points with a name are stars
@@ -40,12 +40,14 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
     Args:
         rows: as `sweep.json` holds them, one of them with a sparse call.
         path: of the picture; the suffix says which format.
+        title: above it: which model and device it is of.
     """
     from matplotlib.figure import Figure
 
     sparse = with_sparse_calls(rows)
     qualities = [name for name in _LABELS if any(row.get(name) is not None for row in sparse)]
     figure = Figure(figsize=(4.6 * len(qualities), 7), layout="constrained")
+    figure.suptitle(title, fontsize="medium", wrap=True)
     grid = figure.subplots(2, len(qualities), squeeze=False)
     for panels, cost in zip(grid, ("density", "speedup"), strict=True):
         for axes, quality in zip(panels, qualities, strict=True):
