@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from tests.cli_tools import Run, save_tiny_wan, tool
@@ -285,3 +286,30 @@ def test_a_point_without_a_residual_is_on_the_residuals_line_alone() -> None:
     # Without a name the base point would have no mark of its own.
     plain = base | {"name": None}
     assert sweep_plot._lines([plain, named]) == {"threshold": [plain]}
+
+
+def test_the_names_of_points_cover_neither_each_other_nor_points() -> None:
+    """Points at one place, as the base point of all axes is, and points that are close to each other."""
+    usual = {"threshold": 0.9, "stride": 8, "warmup_steps": 5, "attention": "x", "name": None}
+    measured = {"density": 0.77, "speedup": 1.13, "psnr": 36.8, "as_asked": 0.97}
+    changes = [
+        {},
+        {"stride": 4, "psnr": 36.9, "speedup": 1.09},
+        {"stride": 16, "density": 0.767, "psnr": 36.2},
+        {"stride": 32, "density": 0.769, "psnr": 36.2},
+        {"warmup_steps": 2, "density": 0.731, "psnr": 33.9},
+        {"threshold": 0.95, "density": 0.843, "psnr": 42.8},
+        {"threshold": 0.5, "density": 0.468, "psnr": 25.1, "name": "a point with a rather long name"},
+    ]
+    rows = [usual | measured | change for change in changes]
+    figure = sweep_plot.draw(rows, "demo on a CPU")
+    assert figure.get_suptitle() == "demo on a CPU"
+    figure.draw_without_rendering()
+    for axes in figure.axes:
+        boxes = [text.get_window_extent() for text in axes.texts if text.get_text()]
+        assert len(boxes) >= 8
+        assert not [(one, other) for one, other in itertools.combinations(boxes, 2) if one.overlaps(other)]
+        marks = [axes.transData.transform(line.get_xydata()) for line in axes.get_lines() if len(line.get_xdata()) != 2]
+        assert not [box for box in boxes for x, y in np.concatenate(marks) if box.contains(x, y)]
+        frame = axes.get_window_extent()
+        assert all(frame.x0 <= box.x0 and box.x1 <= frame.x1 for box in boxes)

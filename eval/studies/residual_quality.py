@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+from xattn_video_eval.plot_labels import Label, write_labels
 from xattn_video_eval.results import RESULTS, append_rows, provenance
 from xattn_video_eval.studies import selection_plots
 from xattn_video_eval.studies.held_out import write_prompts
@@ -88,14 +89,13 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
     ]
     axes.errorbar(density, mean, yerr=spread, fmt="o", capsize=3, label="mean over videos, 95 % bootstrap interval")
     axes.plot(density, worst, "v", label="worst video")
-    for row in rows:
-        place = (row["density"], row["psnr"])
-        axes.annotate(row["name"], place, xytext=(6, 4), textcoords="offset points", fontsize="small")
     axes.set(xlabel="density of all calls, refreshes counted as 1", ylabel="PSNR against dense, dB")
     axes.set_title(f"{rows[0]['videos']} videos, {rows[0]['tokens']:,} tokens, {rows[0]['steps']} steps")
     axes.margins(0.12)
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
+    figure.draw_without_rendering()
+    write_labels(axes, [Label(row["name"], row["density"], row["psnr"]) for row in rows])
     with whole_files(path) as (partial,):
         figure.savefig(partial, dpi=110)
 

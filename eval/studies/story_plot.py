@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+from xattn_video_eval.plot_labels import Label, write_labels
 from xattn_video_eval.studies import selection_plots
 from xattn_video_eval.studies.story_quality import LEDGER
 from xattn_video_pipelines.common import jsonl
@@ -50,6 +51,7 @@ def draw(series: dict[tuple[int, int], list[Row]]) -> Any:
     tokens = [row["prompt_tokens"] for row in most]
     answers.plot(tokens, [100 * row["right"]["dense"] for row in most], "k-", linewidth=3, alpha=0.25, label="dense")
     seconds.plot(tokens, [row["prefill_seconds"][0] for row in most], "k-", linewidth=3, alpha=0.25, label="dense")
+    labels = []
     for key, rows in series.items():
         lengths = [row["prompt_tokens"] for row in rows]
         name = f"sparse, stride {key[0]}" + (f", last {key[1]} tokens dense" if key[1] else "")
@@ -57,9 +59,8 @@ def draw(series: dict[tuple[int, int], list[Row]]) -> Any:
         (line,) = answers.plot(lengths, [100 * row["right"]["sparse"] for row in rows], style, label=name, markersize=5)
         seconds.plot(lengths, [row["prefill_seconds"][1] for row in rows], style, color=line.get_color(), markersize=5)
         for row in rows if key in ((16, 0), (16, 64)) else ():
-            place, offset = (row["prompt_tokens"], 100 * row["right"]["sparse"]), (4, 6) if key[1] else (-21, -12)
-            text = f"{row['sparse_density']:.2f}"
-            answers.annotate(text, place, xytext=offset, textcoords="offset points", fontsize=7)
+            text, right = f"{row['sparse_density']:.2f}", 100 * row["right"]["sparse"]
+            labels.append(Label(text, row["prompt_tokens"], right, line.get_color()))
     for axes in (answers, seconds):
         axes.set_xscale("log", base=2)
         axes.set_xticks(tokens, [f"{length:,.0f}" for length in tokens])
@@ -69,6 +70,8 @@ def draw(series: dict[tuple[int, int], list[Row]]) -> Any:
     answers.set_title(f"model {most[0]['model']}; beside the points the density")
     seconds.set(xlabel="tokens of the prompt", ylabel="prefill, seconds", yscale="log", title=most[0]["device"])
     answers.legend(fontsize="small", loc="lower left")
+    figure.draw_without_rendering()
+    write_labels(answers, labels, size=7)
     return figure
 
 

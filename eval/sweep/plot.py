@@ -8,6 +8,7 @@ from typing import Any
 
 from xattn_video import XAttnConfig
 from xattn_video.config import RESIDUALS
+from xattn_video_eval.plot_labels import Label, write_labels
 from xattn_video_pipelines.common.files import whole_files
 
 _LABELS = {
@@ -16,16 +17,16 @@ _LABELS = {
     "ssim": "SSIM against dense",
     "as_asked": "as asked, share of videos",
 }
-# Of each axis: its name, the marker and line, and where a point's name stands, in points from it.
+# Of each axis: its name, and the marker and line.
 _STYLES = {
-    "threshold": ("threshold", "o-", (4, 4)),
-    "stride": ("stride", "s--", (4, -11)),
-    "warmup_steps": ("warm-up steps", "^-.", (-12, 5)),
-    "residual": ("residual", "D:", (4, 4)),
-    "refresh_every": ("refresh at most every", "v-", (4, -11)),
-    "anchors": ("anchors", "P--", (-12, 5)),
-    "threshold_ramp": ("threshold ramp", "X-.", (4, -11)),
-    "keep_masks": ("masks kept for steps", "h:", (-12, 5)),
+    "threshold": ("threshold", "o-"),
+    "stride": ("stride", "s--"),
+    "warmup_steps": ("warm-up steps", "^-."),
+    "residual": ("residual", "D:"),
+    "refresh_every": ("refresh at most every", "v-"),
+    "anchors": ("anchors", "P--"),
+    "threshold_ramp": ("threshold ramp", "X-."),
+    "keep_masks": ("masks kept for steps", "h:"),
 }
 # Without a residual these have no meaning, so a point without one is on every line that leaves them alone.
 _OF_RESIDUAL = ("refresh_every", "refresh", "extrapolate")
@@ -40,38 +41,9 @@ def plot(rows: Sequence[dict[str, Any]], path: Path, title: str) -> None:
     Args:
         rows: as `sweep.json` holds them, one of them with a sparse call.
         path: of the picture; the suffix says which format.
-        title: above it: which model and device it is of.
+        title: above all panels: which model and device they are of.
     """
-    from matplotlib.figure import Figure
-
-    sparse = with_sparse_calls(rows)
-    qualities = [name for name in _LABELS if any(row.get(name) is not None for row in sparse)]
-    figure = Figure(figsize=(4.6 * len(qualities), 7), layout="constrained")
-    figure.suptitle(title, fontsize="medium", wrap=True)
-    grid = figure.subplots(2, len(qualities), squeeze=False)
-    for panels, cost in zip(grid, ("density", "speedup"), strict=True):
-        for axes, quality in zip(panels, qualities, strict=True):
-            for name, points in _lines(sparse).items():
-                points = [row for row in points if row[cost] is not None]
-                label, style, place = _STYLES[name]
-                costs, qualities_of = [row[cost] for row in points], [row[quality] for row in points]
-                (line,) = axes.plot(costs, qualities_of, style, label=label, markersize=5, linewidth=1.2)
-                for row in points:
-                    text = row[name] if isinstance(row[name], str) else f"{row[name]:g}"
-                    _write(axes, text, (row[cost], row[quality]), place, line.get_color())
-            for row in sparse:
-                if row.get("name") and row[cost] is not None:
-                    axes.plot(row[cost], row[quality], "*", color="black", markersize=9)
-                    _write(axes, row["name"], (row[cost], row[quality]), (6, 6), "black")
-            axes.margins(0.12)
-            for row in rows:
-                if row["threshold"] is None and row.get(quality) is not None:
-                    style = ":" if row["attention"] == "dense" else "--"
-                    title = "dense" if row["attention"] == "dense" else "noise floor"
-                    axes.axhline(row[quality], color="grey", linestyle=style, label=title)
-            axes.set(xlabel="density" if cost == "density" else "speed-up, end to end", ylabel=_LABELS[quality])
-            axes.grid(alpha=0.3)
-            axes.legend(fontsize="small")
+    figure = draw(rows, title)
     with whole_files(path) as (partial,):
         figure.savefig(partial, dpi=110)
 
@@ -81,9 +53,48 @@ def with_sparse_calls(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return [row for row in rows if row["threshold"] is not None and not row.get("all_dense")]
 
 
-def _write(axes: Any, text: str, point: tuple[float, float], place: tuple[int, int], colour: str) -> None:
-    """A point's name beside it."""
-    axes.annotate(text, point, xytext=place, textcoords="offset points", fontsize="small", color=colour)
+def draw(rows: Sequence[dict[str, Any]], title: str) -> Any:
+    """The figure of `plot`."""
+    from matplotlib.figure import Figure
+
+    sparse = with_sparse_calls(rows)
+    qualities = [name for name in _LABELS if any(row.get(name) is not None for row in sparse)]
+    figure = Figure(figsize=(4.6 * len(qualities), 7.6), layout="constrained")
+    figure.suptitle(title)
+    grid = figure.subplots(2, len(qualities), squeeze=False)
+    named: list[tuple[Any, list[Label]]] = []
+    for panels, cost in zip(grid, ("density", "speedup"), strict=True):
+        for axes, quality in zip(panels, qualities, strict=True):
+            labels = []
+            for name, points in _lines(sparse).items():
+                points = [row for row in points if row[cost] is not None]
+                label, style = _STYLES[name]
+                costs, qualities_of = [row[cost] for row in points], [row[quality] for row in points]
+                (line,) = axes.plot(costs, qualities_of, style, label=label, markersize=5, linewidth=1.2)
+                for row in points:
+                    text = row[name] if isinstance(row[name], str) else f"{row[name]:g}"
+                    labels.append(Label(text, row[cost], row[quality], line.get_color()))
+            for row in sparse:
+                if row.get("name") and row[cost] is not None:
+                    axes.plot(row[cost], row[quality], "*", color="black", markersize=9)
+                    labels.append(Label(row["name"], row[cost], row[quality]))
+            axes.margins(0.12)
+            for row in rows:
+                if row["threshold"] is None and row.get(quality) is not None:
+                    style = ":" if row["attention"] == "dense" else "--"
+                    what = "dense" if row["attention"] == "dense" else "noise floor"
+                    axes.axhline(row[quality], color="grey", linestyle=style, label=what)
+            axes.set(xlabel="density" if cost == "density" else "speed-up, end to end", ylabel=_LABELS[quality])
+            axes.grid(alpha=0.3)
+            named.append((axes, labels))
+    # One legend beside all panels: inside of one it would cover points or names.
+    lines = {line.get_label(): line for axes, _ in named for line in axes.get_lines()}
+    known = {text: line for text, line in lines.items() if not str(text).startswith("_")}
+    figure.legend(known.values(), known.keys(), loc="outside lower center", ncols=max(1, len(known)), fontsize="small")
+    figure.draw_without_rendering()
+    for axes, labels in named:
+        write_labels(axes, labels)
+    return figure
 
 
 def _lines(rows: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
