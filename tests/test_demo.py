@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,14 @@ import torch
 
 from tests.cli_tools import Run, tool
 from xattn_video_pipelines.common.demo_data import DEMO_WEIGHTS, shipped_prompts
-from xattn_video_pipelines.demo import command, world
+from xattn_video_pipelines.demo import command, timing, world
 from xattn_video_pipelines.demo.judge import judge
 from xattn_video_pipelines.demo.training.vae import reconstruction_psnr
+from xattn_video_pipelines.video.io import read_video
 from xattn_video_pipelines.video.manifest import read_manifest
 from xattn_video_pipelines.video.models import KNOWN_MODELS, find_model, import_diffusers
-from xattn_video_pipelines.video.prompts import read_prompts
+from xattn_video_pipelines.video.plan import Job
+from xattn_video_pipelines.video.prompts import Prompt, read_prompts
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -38,7 +41,7 @@ def test_the_demo_makes_compares_judges_and_sums_up(tmp_path, xattn):
     command = ("demo", "--out", tmp_path, "--limit", 1, "--steps", 3, "--warmup-steps", 2, "--num-frames", 9, "--json")
     done = xattn(*command)
     assert done.code == 0, done.err
-    dense, sparse = (read_manifest(tmp_path / name) for name in ("dense", "xattn-s8-t0.90-w2"))
+    dense, sparse = (read_manifest(tmp_path / name) for name in ("dense", "xattn-s8-t0.50-w2"))
     assert list(dense) == list(sparse) == [("0001", 0)]
     # Two of three steps are warm-up, the third is sparse: the demo's sequences are long enough.
     assert sparse["0001", 0]["dense_reasons"] == {"warmup": 8}
@@ -55,10 +58,23 @@ def test_the_demo_makes_compares_judges_and_sums_up(tmp_path, xattn):
     for side in ("dense", "sparse"):
         assert video[side]["asked"] == {"colour": "red", "shape": "circle", "motion": "left", "background": "white"}
         assert f" {video[side]['saw']}" in done.err
-    for expected in ("$ xattn-video generate --model demo", "$ xattn-video compare", "the judge saw", "speed-up"):
+    for expected in (
+        "$ xattn-video generate --model demo",
+        "$ xattn-video compare",
+        "$ xattn-video report",
+        "the judge saw",
+    ):
         assert expected in done.err
+    # One line says it all; where the machine was busy, it says that too.
+    assert done.err.splitlines()[-1] == f"verdict  {summary['verdict']}"
+    assert f"{100 * (1 - summary['density']):.0f} % of blocks skipped" in summary["verdict"]
+    assert (summary["busy"] is None) == ("timings are not reliable" not in summary["verdict"])
+    assert 0 < summary["speedup_of_attention"] < 100
+    assert summary["verdict"].split(";")[0] in (tmp_path / "report.html").read_text(encoding="utf-8")
+    both = read_video(tmp_path / "side-by-side.mp4")
+    assert both.shape[0] == 9
     assert "no questions: they need up to 8 videos of the shapes world, 32 frames each" in done.err
-    # Run again: nothing is made anew, and the summary is the same.
+    # Run again: nothing is made again, and the summary is the same, times and load of the first run included.
     again = xattn(*command)
     assert "videos: 0 made, 2 kept" in again.err
     assert json.loads(again.out) == summary
@@ -108,10 +124,64 @@ def test_the_vae_brings_held_out_clips_back(pipe):
     assert reconstruction_psnr(pipe.vae, count=2, seed=3) > 30
 
 
-def test_videos_of_two_machines_have_no_speedup_and_a_table_all_the_same():
-    summary = dict.fromkeys(("dense_seconds", "sparse_seconds", "speedup_of_steps", "density", "psnr", "ssim"), 1.0)
-    table = command._table({**summary, "speedup": None, "pairs": 1, "right": {}})
-    assert table.splitlines()[-1].split()[2] == "-"
+def test_dense_and_sparse_videos_are_made_alternately(tmp_path):
+    """Every other pair begins with the sparse one, so that no side has the warmer or the busier machine."""
+    jobs = [
+        Job(kind, None, Prompt(prompt, "a red circle"), 0, tmp_path, {"attention": kind}, None)
+        for kind in ("dense", "xattn")
+        for prompt in ("1", "2", "3")
+    ]
+    order = [(job.kind, job.prompt.id) for job in command._alternating(jobs)]
+    assert order == [("dense", "1"), ("xattn", "1"), ("xattn", "2"), ("dense", "2"), ("dense", "3"), ("xattn", "3")]
+
+
+@pytest.mark.parametrize(
+    ("run", "reason"),
+    [
+        ({"load": 0.4, "cores": 2, "share": 0.95, "threads": 2}, None),
+        ({"load": None, "cores": 2, "share": None, "threads": 2}, None),
+        ({"load": 1.6, "cores": 2, "share": 0.95, "threads": 2}, "load 1.6 on 2 cores before the start"),
+        ({"load": 0.1, "cores": 2, "share": 0.4, "threads": 2}, "the run got 40 % of the time of its 2 threads"),
+    ],
+)
+def test_a_busy_machine_is_told_by_its_load_or_by_the_time_that_a_run_got(run, reason):
+    quiet = {"load": 0.0, "cores": 8, "share": 1.0, "threads": 8}
+    found = timing.busy([quiet, run])
+    assert found == (reason and f"this machine was busy ({reason})")
+
+
+def test_a_watch_sees_attention_and_the_share_of_the_cpu(pipe):
+    watch = timing.Watch()
+    watch.attach(pipe)
+    arguments = {"height": 128, "width": 128, "num_frames": 5, "num_inference_steps": 1, "guidance_scale": 1.0}
+    started = time.perf_counter()
+    pipe("a red circle", **arguments, output_type="latent")
+    seconds = time.perf_counter() - started
+    attention = watch.take_attention()
+    assert 0 < attention < seconds
+    assert watch.take_attention() == 0
+    # A process cannot get more than all of its threads.
+    assert 0 < watch.load["share"] < 1.05
+
+
+def test_the_attention_of_pairs_is_compared_only_where_all_of_it_is_known():
+    known = {"runs": [], "attention_seconds": {"dense/a": 3.0, "dense/b": 5.0, "x/a": 2.0, "x/b": 2.0}}
+    pairs = [("dense/a", "x/a"), ("dense/b", "x/b")]
+    assert timing.attention_speedup(known, pairs) == 2.0
+    assert timing.attention_speedup(known, [*pairs, ("dense/c", "x/c")]) is None
+
+
+def test_what_is_not_known_of_times_has_no_column():
+    names = ("dense_seconds", "sparse_seconds", "speedup", "speedup_of_steps", "speedup_of_attention")
+    summary = {**dict.fromkeys((*names, "density", "psnr", "ssim"), 1.0), "pairs": 1, "right": {}, "busy": None}
+    assert all(f" {head}" in command._table(summary) for head in ("dense s", "speed-up", "attention alone"))
+    # Videos of two machines.
+    table = command._table({**summary, "speedup": None})
+    assert "speed-up" not in table
+    assert "attention alone" in table
+    # Times of a busy machine are not told at all.
+    table = command._table({**summary, "busy": "this machine was busy"})
+    assert table.splitlines()[2].split() == ["density", "PSNR", "dB", "SSIM"]
 
 
 def test_missing_weights_are_one_line(tmp_path, xattn, monkeypatch):

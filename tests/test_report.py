@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+import webbrowser
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from xattn_video_eval.report.paper_tables import load_paper_tables
 from xattn_video_eval.report.settings import ReportSettings
 from xattn_video_eval.report.wording import in_words
 from xattn_video_pipelines.common.errors import UserError
+from xattn_video_pipelines.video.io import read_video
 from xattn_video_pipelines.video.manifest import read_manifest
 
 HOSTILE = '</script><script>alert(1)</script> <img src=x onerror=alert(2)> & "quotes" \' ${title} $title'
@@ -126,7 +128,8 @@ def test_rows_are_the_summaries(run, xattn):
     for label in (SPARSE_LABEL, SECOND):
         summary = json.loads((run / label / "summary.json").read_text())
         row = page.row(label)
-        columns = ("pairs", "density", "psnr", None, None, "ssim", "lpips", "flicker", "border_excess_db")
+        # LPIPS was switched off, so no column is there for it.
+        columns = ("pairs", "density", "psnr", None, None, "ssim", "flicker", "border_excess_db")
         columns += ("dense_seconds", "sparse_seconds", "speedup")
         for name, (text, title) in zip(columns, row[1:], strict=True):
             if name is not None:
@@ -146,7 +149,7 @@ def test_published_rows_are_marked_as_theirs(run):
     page = read(write_report(ReportSettings(run), progress=False))
     for entry in load_paper_tables()["tables"]["video_generation_wan21_14b"]["values"]:
         row = page.row(f"theirs: Wan2.1-14B, threshold {entry['threshold']:g}")
-        assert [float(row[column][0]) for column in (2, 3, 6, 7, 12)] == pytest.approx(
+        assert [float(text) for text, _ in row[1:]] == pytest.approx(
             [entry["density_percent"] / 100, entry["psnr"], entry["ssim"], entry["lpips"], entry["speedup"]]
         )
     assert "another model" in page.text
@@ -425,6 +428,7 @@ def broken_manifest(run: Path) -> None:
         (None, ("--no-lpips", "--lpips-weights", "x"), "--no-lpips and --lpips-weights exclude each other"),
         (None, ("--out", "/no-such-folder/page.html"), "/no-such-folder/page.html: cannot write"),
         (None, ("--out", "."), "--out .: is a folder"),
+        (None, ("--side-by-side", "both.avi"), "--side-by-side must end in .mp4, got both.avi"),
     ],
 )
 def test_bad_input_is_one_line_and_leaves_no_page(run, xattn, spoil, options, message):
@@ -555,3 +559,111 @@ def test_a_scale_holds_its_values_between_different_ticks(low: float, high: floa
     first, last, ticks = charts._scale(low, high)
     assert first <= low <= high <= last
     assert len(set(ticks)) == len(ticks) >= 2
+
+
+def judge(folder: Path, *rows: tuple[str, str, list[str]]) -> None:
+    """A judged.json: of each row the id, what was seen, and what of it is wrong."""
+    asked = {"colour": "red", "shape": "circle"}
+    videos = [{"id": id, "seed": 0, "asked": asked, "saw": saw, "wrong": wrong} for id, saw, wrong in rows]
+    (folder / "judged.json").write_text(json.dumps({"videos": videos}))
+
+
+def columns_of(page: Reader, name: str) -> dict[str, str]:
+    """The cells of a configuration by the heads of the table's columns."""
+    heads = next(row for row in page.rows if [text for text, _ in row[:2]] == ["videos of", "videos"])
+    return {head: text for (head, _), (text, _) in zip(heads, page.row(name), strict=True)}
+
+
+def test_the_verdict_and_the_scores_of_the_judge_and_the_user_are_told(run, tmp_path):
+    judge(run / "dense", ("0001", "red circle", []), ("0002", "red circle", []))
+    judge(run / SECOND, ("0001", "red circle", ["size"]), ("0002", "blue circle", ["colour"]))
+    scores = tmp_path / "scores.jsonl"
+    rows = [{"id": "0001", "folder": SECOND, "mine": 4}, {"id": "0002", "folder": SECOND, "seed": 0, "mine": 1}]
+    scores.write_text("".join(json.dumps(row) + "\n" for row in [*rows, {"id": "0001", "folder": "dense", "mine": 5}]))
+    page = read(write_report(ReportSettings(run, scores=scores), progress=False))
+    density = json.loads((run / SECOND / "summary.json").read_text())["density"]
+    assert f"{SECOND} 1 of 2 as asked (dense: 2 of 2); {100 * (1 - density):.0f} % of blocks skipped" in page.text
+    # Nobody judged these.
+    psnr = json.loads((run / SPARSE_LABEL / "summary.json").read_text())["psnr"]
+    assert f"{SPARSE_LABEL} PSNR {psnr:.1f} dB against dense" in page.text
+    said = {case["id"]: (case["dense_said"], case["sparse_said"]) for case in page.cases}
+    assert said[f"{SECOND}/0002-s0"] == (
+        ["the judge saw red circle"],
+        ["the judge saw blue circle (wrong: colour)", "mine 1"],
+    )
+    assert said[f"{SPARSE_LABEL}/0001-s0"] == (["the judge saw red circle", "mine 5"], [])
+    assert [columns_of(page, SECOND)[head] for head in ("as asked", "mine")] == ["1 of 2", "2.5"]
+    assert [columns_of(page, "dense (reference)")[head] for head in ("as asked", "mine")] == ["2 of 2", "5"]
+    # Verdicts older than the videos are of other ones; without any, there is no column.
+    for folder in ("dense", SECOND):
+        os.utime(run / folder / "judged.json", ns=(1, 1))
+    page = read(write_report(ReportSettings(run), progress=False))
+    assert not {"as asked", "mine"} & columns_of(page, SECOND).keys()
+    assert "the judge saw" not in page.text
+
+
+def test_the_demo_noted_how_busy_its_machine_was(run):
+    names = [f"{label}/{name}-s0" for label in ("dense", SECOND) for name in ("0001", "0002")]
+    seconds = dict(zip(names, (3.0, 3.0, 1.0, 1.0), strict=True))
+    load = {"load": 9.0, "cores": 2, "share": 1.0, "threads": 2}
+    document = {"runs": [load | {"load": 0.1}], "attention_seconds": seconds}
+    (run / "demo.json").write_text(json.dumps(document))
+    assert f"{SECOND} PSNR" in (text := read(write_report(ReportSettings(run), progress=False)).text)
+    assert "attention 3.0x faster" in text
+    (run / "demo.json").write_text(json.dumps(document | {"runs": [load]}))
+    text = read(write_report(ReportSettings(run), progress=False)).text
+    assert text.count("this machine was busy (load 9.0 on 2 cores before the start): timings are not reliable") == 1
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ({"id": "0001", "folder": "none", "mine": 1}, "scores.jsonl:1: folder must be one of dense, dense-alt"),
+        ({"id": "0009", "folder": "dense", "mine": 1}, "scores.jsonl:1: dense has no video '0009'"),
+        ({"id": "0001", "seed": 7, "folder": "dense"}, "scores.jsonl:1: dense has no video '0001' with seed 7"),
+        ({"id": "0001", "folder": "dense", "mine": "good"}, "scores.jsonl:1: mine must be a number, got 'good'"),
+        ({"id": "0001"}, "scores.jsonl:1: not a line such as"),
+        (None, "scores.jsonl: no such file"),
+    ],
+)
+def test_scores_that_are_of_no_video_are_refused(run, tmp_path, line, message):
+    scores = tmp_path / "scores.jsonl"
+    if line is not None:
+        scores.write_text(json.dumps(line) + "\n")
+    with pytest.raises(UserError, match=re.escape(message)):
+        write_report(ReportSettings(run, scores=scores), progress=False)
+
+
+def test_the_pages_comparisons_become_one_video(run, xattn):
+    done = xattn("report", run, "--no-lpips", "--side-by-side", run / "both.mp4")
+    assert done.code == 0, done.err
+    cases = read(run / "report.html").cases
+    sparse = [case["id"] for case in cases if case["folder"] != "dense-alt"]
+    both = read_video(run / "both.mp4")
+    # Four comparisons of 17 frames; 64 pixels become 256, with a gap between the two and texts above and below.
+    assert both.shape == (4 * 17, 256 + 76, 2 * 256 + 8, 3)
+    for place, id in enumerate(sparse):
+        for left, name in ((0, f"dense/{id.split('/')[1]}"), (264, id)):
+            small = read_video(run / f"{name}.mp4")[5].astype(float)
+            drawn = both[place * 17 + 5, 28:284, left : left + 256].reshape(64, 4, 64, 4, 3).mean((1, 3))
+            assert abs(drawn - small).mean() < 4, name
+    # Above and below stand texts, which are lighter than the paper.
+    for text in (both[0, :28, :256], both[0, :28, 264:], both[0, 284:310], both[0, 310:]):
+        assert text.max() > 120 > 60 > text.min()
+
+
+def test_the_page_is_shown_where_a_browser_is_found(run, xattn):
+    opened: list[str] = []
+
+    class Browser(webbrowser.BaseBrowser):
+        def open(self, url: str, new: int = 0, autoraise: bool = True) -> bool:
+            opened.append(url)
+            return True
+
+    webbrowser.register("of-the-tests", None, Browser(), preferred=True)
+    try:
+        assert "no browser" not in xattn("report", run, "--no-lpips", "--max-megabytes", 0, "--open").out
+        assert opened == [(run / "report.html").resolve().as_uri()]
+    finally:
+        webbrowser._tryorder.remove("of-the-tests")
+        del webbrowser._browsers["of-the-tests"]

@@ -1,4 +1,4 @@
-"""One self-contained page about a run: settings, every configuration with the noise floor, players, density, speed.
+"""One self-contained page about a run: a verdict, players, every configuration with the noise floor, density, speed.
 
     manifests, summaries (measured where missing)  ->  worst cases first  ->  videos, tables, charts  ->  report.html
 
@@ -8,13 +8,19 @@ The program behind `xattn-video report`; from Python it is `write_report(ReportS
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Annotated
 
+from xattn_video_eval.compare import FLOOR
 from xattn_video_eval.report.data import load_run, worst_first
 from xattn_video_eval.report.page import build_page
+from xattn_video_eval.report.scores import read_scores
 from xattn_video_eval.report.settings import ReportSettings
+from xattn_video_eval.report.side_by_side import write_side_by_side
 from xattn_video_eval.report.videos import embed
+from xattn_video_pipelines.common.browser import show_page
 from xattn_video_pipelines.common.errors import UserError
 from xattn_video_pipelines.common.files import write_texts
+from xattn_video_pipelines.common.settings import Option
 from xattn_video_pipelines.common.terminal import say
 
 EXAMPLE = """\
@@ -24,10 +30,14 @@ example:
 """
 
 
-def command(settings: ReportSettings) -> int:
+def command(settings: ReportSettings, *, open: Annotated[bool, Option("show the page in a browser")] = False) -> int:
     """`xattn-video report`: write the page; returns the exit code. Raises UserError."""
     out = write_report(settings)
     say(f"wrote {out} ({out.stat().st_size / 1e6:.1f} MB); it needs no other file and no network")
+    if settings.side_by_side is not None:
+        say(f"wrote {settings.side_by_side}: dense and sparse beside each other")
+    if open:
+        show_page(out)
     return 0
 
 
@@ -41,12 +51,18 @@ def write_report(settings: ReportSettings, *, progress: bool = True) -> Path:
         progress: show bars on stderr.
 
     Raises:
-        UserError: one line; RUN is no run, a video is missing, damaged or cut off, or the page cannot be written.
+        UserError: one line; RUN is no run, a video is missing, damaged or cut off, the scores are of no video of the
+            run, or a file cannot be written.
     """
     if settings.path.is_dir():
         raise UserError(f"--out {settings.path}: is a folder; name the page's file")
     loaded = load_run(settings, progress=progress)
     cases = worst_first(loaded)
-    page = build_page(loaded, cases, embed(loaded, cases, settings.max_megabytes, progress))
+    scores = read_scores(loaded, settings.scores)
+    embedded = embed(loaded, cases, settings.max_megabytes, progress)
+    page = build_page(loaded, cases, embedded, scores)
+    if settings.side_by_side is not None:
+        sparse = [case for case in embedded.cases if case.label != FLOOR]
+        write_side_by_side(loaded, sparse, settings.side_by_side)
     write_texts({settings.path: page})
     return settings.path

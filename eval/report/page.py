@@ -13,14 +13,17 @@ from xattn_video_eval.report import charts
 from xattn_video_eval.report import data as report_data
 from xattn_video_eval.report.data import Case, Compared, Run
 from xattn_video_eval.report.paper_tables import load_paper_tables
+from xattn_video_eval.report.scores import Scores, verdicts
 from xattn_video_eval.report.templates import render
 from xattn_video_eval.report.videos import Embedded, player_cases, prompt_of
-from xattn_video_pipelines.video import Record
+from xattn_video_pipelines.video import Key, Record
 
 _WORST = 12
+# A column of a table: the name of its value, its head, and how the value is written.
+Column = tuple[str, str, str]
 
-# Columns of the table of configurations: a summary's name, the head, how its value is written.
-_COLUMNS = (
+# Of the table of configurations; the names are a summary's.
+_COLUMNS: tuple[Column, ...] = (
     ("pairs", "videos", "d"),
     ("density", "density", ".3f"),
     ("psnr", "PSNR dB", ".2f"),
@@ -35,50 +38,88 @@ _COLUMNS = (
     ("speedup", "speed-up", ".2f"),
 )
 _SPEED = ("dense_seconds", "sparse_seconds", "speedup")
+# Of the paper's table; its names are those of the columns above.
+_PAPER_COLUMNS = tuple(column for column in _COLUMNS if column[0] in ("density", "psnr", "ssim", "lpips", "speedup"))
+_SPEED_COLUMNS = (("seconds", "s a video", ".2f"), ("seconds_per_step", "s a step", ".2f"), ("peak", "peak GiB", ".2f"))
 
 
-def build_page(run: Run, cases: Sequence[Case], embedded: Embedded) -> str:
+def build_page(run: Run, cases: Sequence[Case], embedded: Embedded, scores: Scores) -> str:
     """The whole page as one text.
 
     Args:
         run: what is reported on.
         cases: every compared video, the worst first.
         embedded: the videos that are in the page.
+        scores: what the judge and the user say of the videos.
     """
     sparse = [case for case in cases if case.label != FLOOR]
     worst = sorted(sparse, key=lambda case: (case.row["psnr"], case.row["ssim"]))[:_WORST]
     series = [*run.sparse, *([run.floor] if run.floor else [])]
+    configurations, subject = _configurations(run, scores), _subject(run)
     return render(
         "page.html.jinja",
-        title=f"xattn-video report: {run.folder.resolve().name}",
+        title=f"{subject}: sparse against dense attention",
+        run_name=run.folder.resolve().name,
+        verdicts=verdicts(run, scores),
         run=run,
         embedded=embedded,
         settings=report_data.settings(run),
-        columns=_COLUMNS,
-        configurations=_configurations(run),
+        columns=_present((*_COLUMNS, *_score_columns(scores)), configurations),
+        configurations=configurations,
+        paper_columns=_PAPER_COLUMNS,
         paper=_paper(),
         legend=charts.legend([one.label for one in series]),
-        scatters=_scatters(run, series, embedded),
+        scatters=_scatters(run, series, embedded, subject),
         worst=[(case, prompt_of(run, case.key)) for case in worst],
+        flicker_known=any(case.row["flicker_worst_frame"] is not None for case in worst),
+        region_known=any(case.row["worst_region"] is not None for case in worst),
         density=_density(run),
         reasons=_reasons(run),
         speed=_speed(run),
+        speed_columns=_present(_SPEED_COLUMNS, _speed(run)),
         residuals=_residuals(run),
         meanings=_meanings(run),
         remarks=_remarks(run),
-        player_cases=player_cases(run, embedded),
+        player_cases=player_cases(run, embedded, scores),
     )
 
 
-def _configurations(run: Run) -> list[dict[str, Any]]:
+def _subject(run: Run) -> str:
+    """The model and the device, as the dense videos name them: what a title must say."""
+    records = list(run.dense.values())
+    models = report_data.told(records, "model_name") or report_data.told(records, "model")
+    devices = report_data.told(records, "device_name")
+    return " on ".join(" / ".join(names) for names in (models or ["a model"], devices) if names)
+
+
+def _present(columns: Iterable[Column], rows: Sequence[dict[str, Any]]) -> list[Column]:
+    """The columns in which a row has a value."""
+    return [column for column in columns if any(row["numbers"].get(column[0]) is not None for row in rows)]
+
+
+def _score_columns(scores: Scores) -> list[Column]:
+    """The judge's column and those of the user's scores, of whose names none is a summary's."""
+    return [("as_asked", "as asked", ""), *((f"own {name}", name, ".4g") for name in scores.names)]
+
+
+def _said(scores: Scores, label: str, records: Iterable[Key]) -> dict[str, Any]:
+    """What the judge and the user say of a folder, as the columns of `_score_columns`."""
+    right = scores.right(label, records)
+    own = {f"own {name}": scores.mean(label, name) for name in scores.names}
+    return {"as_asked": None if right is None else f"{right[0]} of {right[1]}", **own}
+
+
+def _configurations(run: Run, scores: Scores) -> list[dict[str, Any]]:
     """The rows of the table: dense, the noise floor, and every sparse configuration."""
-    rows: list[dict[str, Any]] = [_row("dense (reference)", {"pairs": len(run.dense), "density": 1.0})]
+    dense = {"pairs": len(run.dense), "density": 1.0, **_said(scores, report_data.DENSE, run.dense)}
+    rows: list[dict[str, Any]] = [_row("dense (reference)", dense)]
     if run.floor:
         # How long the floor took tells nothing about speed.
-        values = {**run.floor.summary, "psnr_worst": _worst(run.floor), **dict.fromkeys(_SPEED)}
+        said = _said(scores, run.floor.label, run.floor.rows)
+        values = {**run.floor.summary, "psnr_worst": _worst(run.floor), **dict.fromkeys(_SPEED), **said}
         rows.append(_row(f"{run.floor.label} (noise floor)", values, "floor"))
     for one in run.sparse:
-        own = {"psnr_worst": _worst(one), "below_floor": _below_floor(run, one)}
+        own = {"psnr_worst": _worst(one), "below_floor": _below_floor(run, one), **_said(scores, one.label, one.rows)}
         rows.append(_row(one.label, {**one.summary, **own}))
     return rows
 
@@ -114,7 +155,7 @@ def _below_floor(run: Run, one: Compared) -> float | None:
     return float(np.mean(differences)) if differences else None
 
 
-def _scatters(run: Run, series: Sequence[Compared], embedded: Embedded) -> list[Markup]:
+def _scatters(run: Run, series: Sequence[Compared], embedded: Embedded, subject: str) -> list[Markup]:
     """PSNR against density and against speed-up, a mark a video; no picture where none of its costs is known."""
     playable = {case.id for case in embedded.cases}
     floor = (run.floor.summary["psnr"], "noise floor, mean") if run.floor else None
@@ -132,7 +173,7 @@ def _scatters(run: Run, series: Sequence[Compared], embedded: Embedded) -> list[
                     )
                     points.append(charts.Point(row[cost], row["psnr"], index, text, case if case in playable else None))
         if points:
-            title = f"PSNR against {cost}"
+            title = f"PSNR against {cost}: {subject}"
             y_label = "PSNR against dense, dB"
             pictures.append(charts.scatter(points, x_label=label, y_label=y_label, line=floor, title=title))
     return pictures
@@ -175,9 +216,11 @@ def _speed(run: Run) -> list[dict[str, Any]]:
     return [
         {
             "label": label,
-            "seconds": _mean(records.values(), "seconds"),
-            "seconds_per_step": _mean(records.values(), "seconds_per_step"),
-            "peak": _peak(records.values()),
+            "numbers": {
+                "seconds": _mean(records.values(), "seconds"),
+                "seconds_per_step": _mean(records.values(), "seconds_per_step"),
+                "peak": _peak(records.values()),
+            },
             "devices": report_data.told(records.values(), "device_name"),
         }
         for label, records in folders

@@ -27,6 +27,17 @@ class ReportSettings(Settings):
     max_megabytes: Annotated[
         float, Option("videos in the page, worst cases first, until this size; 0 for none", metavar="N")
     ] = 64.0
+    scores: Annotated[
+        Path | None,
+        Option(
+            'your own scores: a .jsonl of {"id": ..., "folder": ..., "any name": number}; seed may stand in it too',
+            metavar="FILE",
+        ),
+    ] = None
+    side_by_side: Annotated[
+        Path | None,
+        Option("also write the page's sparse videos beside their dense ones, as one video", metavar="FILE.mp4"),
+    ] = None
     lpips: Annotated[bool, Option("leave LPIPS out", group=_MEASURING)] = True
     lpips_weights: Annotated[Path | None, Option("as in compare", group=_MEASURING, metavar="FOLDER")] = None
     device: Annotated[str, Option("device of LPIPS; auto takes a GPU if there is one", group=_MEASURING)] = "auto"
@@ -39,5 +50,7 @@ class ReportSettings(Settings):
     def check(self) -> None:
         if not (math.isfinite(self.max_megabytes) and self.max_megabytes >= 0):
             raise UserError(f"--max-megabytes must be a number from 0, got {self.max_megabytes}")
+        if self.side_by_side is not None and self.side_by_side.suffix != ".mp4":
+            raise UserError(f"--side-by-side must end in .mp4, got {self.side_by_side}")
         if not self.lpips and self.lpips_weights is not None:
             raise UserError("--no-lpips and --lpips-weights exclude each other")

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from xattn_video_eval.report.data import DENSE, Case, Run
+from xattn_video_eval.report.scores import Scores
 from xattn_video_pipelines.common.errors import UserError
 from xattn_video_pipelines.video import Key, check_exists, video_file, video_info, video_name
 
@@ -77,7 +78,7 @@ def data_url(path: Path, digest: str | None = None) -> str:
     return "data:video/mp4;base64," + base64.b64encode(data).decode("ascii")
 
 
-def player_cases(run: Run, embedded: Embedded) -> list[dict[str, Any]]:
+def player_cases(run: Run, embedded: Embedded, scores: Scores) -> list[dict[str, Any]]:
     """What the script needs of each case, JSON-ready: its two videos, what to show, frames and frames a second."""
     folders = {one.label: one.records for one in run.compared}
 
@@ -96,7 +97,8 @@ def player_cases(run: Run, embedded: Embedded) -> list[dict[str, Any]]:
             "psnr": row["psnr"],
             "ssim": row["ssim"],
             "density": row["density"],
-            "worst_frame": row["flicker_worst_frame"],
+            "dense_said": scores.said(DENSE, case.key),
+            "sparse_said": scores.said(case.label, case.key),
         }
 
     return [describe(case) for case in embedded.cases]

@@ -36,7 +36,7 @@ _LONGEST_PROMPT = 64
 
 EXAMPLE = """\
 example:
-  xattn-video judge demo-out/dense demo-out/xattn-s8-t0.90-w5
+  xattn-video judge demo-out/dense demo-out/xattn-s8-t0.50-w2
 """
 
 
@@ -96,7 +96,7 @@ def judge_folder(folder: Path, *, keys: Collection[Key] | None = None, progress:
     # disable=None: no bar where stderr is a file.
     bar = tqdm(videos, desc="judge", unit="video", leave=False, disable=None if progress and not is_quiet() else True)
     rows = [_row(record, file) for record, file in bar]
-    return {"folder": str(folder), "totals": _totals(rows), "videos": rows}
+    return {"folder": str(folder), "totals": totals(rows), "videos": rows}
 
 
 def saw(verdict: Verdict) -> str:
@@ -128,7 +128,8 @@ def _row(record: Record, file: Path) -> Record:
     }
 
 
-def _totals(rows: list[Record]) -> dict[str, Any]:
+def totals(rows: list[Record]) -> dict[str, Any]:
+    """What `judge_folder` gives under this name, of these rows alone."""
     right = {}
     for names in (*((name,) for name in _IN_ALL), _IN_ALL, ("size",)):
         of = [row for row in rows if not row["asked"].keys().isdisjoint(names)]
@@ -146,15 +147,15 @@ def _table(document: dict[str, Any]) -> str:
         if not row["asked"]:
             wrong = "not counted"
         lines.append((video_name((row["id"], row["seed"])), _shortened(row["prompt"]), row["saw"], wrong or "as asked"))
-    totals = document["totals"]
+    counts = document["totals"]
     shares = [
         f"{name} {total['share']:.1%} ({total['right']}/{total['asked']})"
-        for name, total in totals["right"].items()
+        for name, total in counts["right"].items()
         if total["asked"]
     ]
     end = [f"right in {document['folder']}: {', '.join(shares) or 'nothing was asked for'}"]
-    if others := totals["videos"] - totals["counted"]:
-        end.append(f"not counted: {others} of {totals['videos']}, whose prompts name nothing of the shapes world")
+    if others := counts["videos"] - counts["counted"]:
+        end.append(f"not counted: {others} of {counts['videos']}, whose prompts name nothing of the shapes world")
     return "\n".join([aligned(lines, left=len(lines[0]), rules=(1, len(lines))), *end])
 
 

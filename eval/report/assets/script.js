@@ -136,6 +136,8 @@
     const values = [`PSNR ${one.psnr.toFixed(2)} dB`, `SSIM ${one.ssim.toFixed(4)}`];
     if (one.density !== null) values.push(`density ${one.density.toFixed(3)}`);
     element("values").textContent = values.join(", ");
+    element("said").textContent = [["dense", one.dense_said], [one.folder, one.sparse_said]]
+      .filter(([, said]) => said.length).map(([name, said]) => `${name}: ${said.join(", ")}`).join("; ");
     element("seek").max = last();
     for (const picture of [canvas, ...shown.flat().map((slot) => slot.picture)]) {
       picture.width = one.width;

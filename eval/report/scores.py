@@ -1,0 +1,141 @@
+"""What others say of a run's videos: the judge of the demo's world, and the user's own scores; and the verdicts."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NotRequired, TypedDict
+
+from xattn_video_eval.report.data import DENSE, Compared, Run
+from xattn_video_pipelines.common import jsonl
+from xattn_video_pipelines.common.errors import UserError
+from xattn_video_pipelines.common.files import read_own
+from xattn_video_pipelines.common.schema import complaint, parse_json
+from xattn_video_pipelines.common.verdict import verdict
+from xattn_video_pipelines.demo import JUDGED_JSON, attention_speedup, busy, read_timing
+from xattn_video_pipelines.video import MANIFEST, Key, Record, video_name
+
+_MOST_BYTES = 2**30
+_KEYS = ("id", "seed", "folder")
+
+
+class _JudgedRow(TypedDict):
+    id: str
+    seed: int
+    asked: dict[str, str]
+    saw: str
+    wrong: list[str]
+
+
+class _Judged(TypedDict):
+    videos: list[_JudgedRow]
+
+
+class _ScoreRow(TypedDict):
+    id: str
+    seed: NotRequired[int]
+    folder: str
+
+
+@dataclass(frozen=True)
+class Scores:
+    """By folder and video: what the judge said (`judged`) and the user's numbers (`own`), which `names` names."""
+
+    judged: dict[str, dict[Key, Record]]
+    own: dict[str, dict[Key, dict[str, float]]]
+    names: tuple[str, ...]
+
+    def right(self, label: str, keys: Iterable[Key]) -> tuple[int, int] | None:
+        """How many of these videos are as asked, of how many that ask for something; None where nobody judged."""
+        rows = [row for key in keys if (row := self.judged.get(label, {}).get(key)) and row["asked"]]
+        # A prompt need not name the size.
+        return (sum(not set(row["wrong"]) - {"size"} for row in rows), len(rows)) if rows else None
+
+    def mean(self, label: str, name: str) -> float | None:
+        """The mean of one of the user's scores over the videos of a folder that have it."""
+        values = [row[name] for row in self.own.get(label, {}).values() if name in row]
+        return sum(values) / len(values) if values else None
+
+    def said(self, label: str, key: Key) -> list[str]:
+        """What the judge and the user say of one video, in words."""
+        lines = []
+        if (row := self.judged.get(label, {}).get(key)) is not None:
+            wrong = f" (wrong: {', '.join(row['wrong'])})" if row["wrong"] else ""
+            lines.append(f"the judge saw {row['saw']}{wrong}")
+        return lines + [f"{name} {value:g}" for name, value in self.own.get(label, {}).get(key, {}).items()]
+
+
+def read_scores(run: Run, own: Path | None) -> Scores:
+    """The judged.json of every folder that is not older than its videos, and the user's file, if there is one.
+
+    Raises:
+        UserError: the user's file cannot be read, or a line of it is not of this run.
+    """
+    folders = {DENSE: (run.dense_folder, run.dense)} | {one.label: (one.folder, one.records) for one in run.compared}
+    judged = {label: _judged(folder, records) for label, (folder, records) in folders.items()}
+    scores: dict[str, dict[Key, dict[str, float]]] = {}
+    names: dict[str, None] = {}
+    if own is not None:
+        if not own.is_file():
+            raise UserError(f"--scores {own}: no such file")
+        for place, row in jsonl.read(own, 'not a line such as {"id": "0001", "folder": "dense", "mine": 4}', _ScoreRow):
+            if row["folder"] not in folders:
+                raise UserError(f"--scores {place}: folder must be one of {', '.join(folders)}, got {row['folder']!r}")
+            keys = [key for key in folders[row["folder"]][1] if key == (row["id"], row.get("seed", key[1]))]
+            if not keys:
+                raise UserError(f"--scores {place}: {row['folder']} has no video {_asked_for(row)}")
+            values = {name: _number(place, name, value) for name, value in row.items() if name not in _KEYS}
+            names |= dict.fromkeys(values)
+            for key in keys:
+                scores.setdefault(row["folder"], {}).setdefault(key, {}).update(values)
+    return Scores(judged, scores, tuple(names))
+
+
+def verdicts(run: Run, scores: Scores) -> list[tuple[str, str]]:
+    """A line of words about each sparse folder, with the folder's name."""
+    return [(one.label, _verdict(run, one, scores)) for one in run.sparse]
+
+
+def _verdict(run: Run, one: Compared, scores: Scores) -> str:
+    keys, summary, timing = list(one.rows), one.summary, read_timing(run.folder)
+    right = scores.right(one.label, keys)
+    pairs = [(f"{DENSE}/{video_name(key)}", f"{one.label}/{video_name(key)}") for key in keys]
+    attention = attention_speedup(timing, pairs)
+    return verdict(
+        right=right,
+        dense_right=right and scores.right(DENSE, keys),
+        # Likeness is no quality: it speaks where nobody has judged.
+        psnr=summary["psnr"] if right is None else None,
+        density=summary["density"],
+        attention=attention,
+        whole=summary["speedup"],
+        # The demo noted it of its own videos alone.
+        doubt=None if attention is None else busy(timing["runs"]),
+    )
+
+
+def _judged(folder: Path, records: dict[Key, Record]) -> dict[Key, Record]:
+    path = folder / JUDGED_JSON
+    try:
+        if os.lstat(path).st_mtime_ns < os.stat(folder / MANIFEST).st_mtime_ns:
+            return {}
+        value: Any = parse_json(read_own(path, _MOST_BYTES))
+    except (OSError, ValueError):
+        return {}
+    if complaint(value, _Judged) is not None:
+        return {}
+    rows = {(row["id"], row["seed"]): row for row in value["videos"]}
+    return {key: row for key, row in rows.items() if key in records}
+
+
+def _asked_for(row: Record) -> str:
+    return f"{row['id']!r}" + (f" with seed {row['seed']}" if "seed" in row else "")
+
+
+def _number(place: str, name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise UserError(f"--scores {place}: {name} must be a number, got {value!r}")
+    return float(value)
