@@ -60,7 +60,7 @@ def draw(rows: Sequence[dict[str, Any]], title: str) -> Any:
     sparse = with_sparse_calls(rows)
     qualities = [name for name in _LABELS if any(row.get(name) is not None for row in sparse)]
     figure = Figure(figsize=(4.6 * len(qualities), 7.6), layout="constrained")
-    figure.suptitle(title)
+    figure.suptitle(title, fontsize="medium", wrap=True)
     grid = figure.subplots(2, len(qualities), squeeze=False)
     named: list[tuple[Any, list[Label]]] = []
     for panels, cost in zip(grid, ("density", "speedup"), strict=True):
