@@ -98,12 +98,17 @@ def test_finished_videos_of_this_run_tell_more_than_the_bench(plan_of):
         ((), {"model": "wan2.1-14b"}, "this is hopeless: a video takes more than 7.5 days even on a CPU with 1 TFLOP"),
         ((row(dense_ms=3e6),), {}, "this is hopeless: a video takes about 44 h"),
         ((row(attend_ms=95.0),), {}, "sparsity does not pay at this size and density: about "),
+        ((), {"negative_prompt": "blur"}, "the negative prompt has no effect"),
         ((), SMALL | {"min_tokens": 0, "warmup_steps": 16}, "sparsity does not pay here: were attention free"),
     ],
 )
 def test_what_is_not_worth_starting_is_said(plan_of, rows, given, told):
     warnings = estimate(plan_of(rows, **given)).warnings
     assert any(line.startswith(f"warning: {told}") for line in warnings), warnings
+
+
+def test_with_guidance_a_negative_prompt_has_an_effect(plan_of):
+    assert estimate(plan_of(negative_prompt="blur", guidance_scale=5.0)).warnings == ()
 
 
 def test_what_is_dense_in_every_call_is_told_elsewhere(plan_of):

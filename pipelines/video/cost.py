@@ -413,7 +413,9 @@ def _free_bytes(folder: Path) -> int:
 
 
 def _with_warnings(cost: Cost, plan: Plan) -> Cost:
-    told = [*_hopeless(cost, plan), *_too_large(cost, plan), *_without_gain(cost)] if plan.pending else []
+    told = []
+    if plan.pending:
+        told = [*_hopeless(cost, plan), *_too_large(cost, plan), *_without_gain(cost), *_without_effect(cost, plan)]
     return Cost(**{**vars(cost), "warnings": tuple(f"warning: {line}" for line in told)})
 
 
@@ -460,3 +462,9 @@ def _without_gain(cost: Cost) -> list[str]:
         f"sparsity does not pay at this size and density: about {duration(cost.sparse_seconds)} a sparse video, "
         f"{duration(cost.dense_seconds)} a dense one ({cost.source}); break-even: a density of {cost.break_even:.2f}"
     ]
+
+
+def _without_effect(cost: Cost, plan: Plan) -> list[str]:
+    if cost.forwards > 1 or not any(job.prompt.negative_prompt for job in plan.pending):
+        return []
+    return ["the negative prompt has no effect: without guidance (--guidance-scale above 1) the model never reads it"]
