@@ -11,6 +11,7 @@ import pytest
 
 from tests.cli_tools import tool
 from xattn_video_pipelines.video import GenerateSettings, Plan, cost, make_plan
+from xattn_video_pipelines.video.cost import bench_rows as real_rows
 from xattn_video_pipelines.video.cost import estimate, first_line, lines_of, needed_files, weights_bytes
 from xattn_video_pipelines.video.models import KNOWN_MODELS, find_model
 from xattn_video_pipelines.video.progress import told_of_first_step
@@ -72,6 +73,7 @@ def test_times_come_from_the_row_of_the_bench_that_is_most_alike(plan_of):
     assert found.break_even == pytest.approx(0.9)
     assert "this device's bench at 4,352 tokens" in first_line(found, 4352, 2)
     assert found.warnings == ()
+    assert set(row()) <= set(real_rows()[0])
     assert "time    unknown; run: xattn-video bench --record" in lines_of(estimate(plan_of()))
 
 

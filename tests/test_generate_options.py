@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from tests.cli_tools import SIZE, SPARSE, SPARSE_LABEL, Run, save_tiny_wan, tool
 from xattn_video_pipelines.common.errors import UserError
 from xattn_video_pipelines.video import GenerateSettings, make_plan, read_manifest, read_video
+from xattn_video_pipelines.video.prompts import Prompt, completed
 
 ROOT = Path(__file__).resolve().parent.parent
 FOX = "a red fox runs through fresh snow"
@@ -49,6 +50,15 @@ def test_a_prompt_file_takes_the_negative_prompt_where_it_has_none(tmp_path):
     plan = make_plan(GenerateSettings(model="demo", prompts=path, out=tmp_path / "out", negative_prompt="blur"))
     assert [job.prompt.negative_prompt for job in plan.jobs] == ["blur", "own"]
     assert [job.identity["negative_prompt"] for job in plan.jobs] == ["blur", "own"]
+
+
+def test_an_image_is_for_the_prompts_that_have_none(tmp_path):
+    for name in ("own.png", "other.png"):
+        (tmp_path / name).write_bytes(b"")
+    own, none = Prompt("1", "a", image=tmp_path / "own.png"), Prompt("2", "b")
+    given = completed([own, none], tmp_path / "other.png", None)
+    assert [prompt.image and prompt.image.name for prompt in given] == ["own.png", "other.png"]
+    assert completed([own, none], None, None) == [own, none]
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from xattn_video_pipelines.common.schema import parse_json
+from xattn_video_pipelines.common import jsonl
 from xattn_video_pipelines.common.tables import duration, size
 from xattn_video_pipelines.video.adaptation import BITS
 from xattn_video_pipelines.video.all_dense import foreseen
@@ -265,8 +265,8 @@ def bench_rows() -> list[dict[str, Any]]:
     for folder in ("eval", "xattn_video_eval"):
         path = packages / folder / "results" / _BENCH
         if path.is_file():
-            rows = [parse_json(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
-            return [row for row in reversed(rows) if "total" in row["best_ms"]]
+            _, rows = jsonl.Follower(path, from_start=True, complaint="not a row of xattn-video bench").news()
+            return rows[::-1]
     return []
 
 
@@ -312,14 +312,15 @@ def _measured(plan: Plan) -> _Times:
     """Times of the videos of this run that are finished."""
     device = plan.environment["device_name"]
     found = [job.found for job in plan.jobs if job.found is not None and job.found.get("device_name") == device]
-    found = [record for record in found if record.get("seconds")]
+    # Manifests of earlier versions do not tell all of it.
+    found = [record for record in found if record.get("seconds") and record.get("mean_density") is not None]
     if not found:
         return _Times()
     dense, sparse = (
-        _mean([record["seconds"] for record in found if (record["attention"] == "xattn") == sparse])
+        _mean([record["seconds"] for record in found if (record.get("attention") == "xattn") == sparse])
         for sparse in (False, True)
     )
-    density = _mean([record["mean_density"] for record in found if record["attention"] == "xattn"])
+    density = _mean([record["mean_density"] for record in found if record.get("attention") == "xattn"])
     return _Times(dense, sparse, f"by {len(found)} finished videos of this run", density)
 
 
