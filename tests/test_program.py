@@ -194,6 +194,7 @@ FROM_FILE = """
 [paint]
 folders = ["a", "b"]
 sizes = [4, 2]
+titles = "sea"
 depth = 1.5
 frame = false
 sign = true
@@ -211,7 +212,7 @@ sign = true
 def test_a_file_gives_settings_and_options_win(more, changed, tmp_path, capsys):
     path = tmp_path / "mine.toml"
     path.write_text(FROM_FILE)
-    expected = Painting((Path("a"), Path("b")), sizes=(4, 2), depth=1.5, frame=False, sign=True)
+    expected = Painting((Path("a"), Path("b")), sizes=(4, 2), titles=("sea",), depth=1.5, frame=False, sign=True)
     assert painting("--config", str(path), *more) == 3
     assert capsys.readouterr().out == f"{replace(expected, **changed)} False\n"
 
@@ -234,7 +235,7 @@ def test_a_file_gives_settings_and_options_win(more, changed, tmp_path, capsys):
             "[paint]\ndepth = 2026-01-01",
             "--config {path}: depth must be a number, a text, true, false or a list of these",
         ),
-        ("[paint]\nsizes = 4", "--config {path}: sizes must be a list, got 4"),
+        ("[paint]\nstyle = ['ink']", "--config {path}: style must be one value, and not true or false, got ['ink']"),
         ("[paint]\nframe = 'no'", "--config {path}: frame must be true or false, got 'no'"),
         ("[paint]\ndepth = true", "--config {path}: depth must be one value, and not true or false, got True"),
         ("[paint]\ndepth = 'deep'", "argument --depth: invalid float value: 'deep' in {path} (see: tool paint --help)"),

@@ -305,7 +305,8 @@ def _flat(run: Callable[..., int], command: str | None) -> Callable[..., int]:
             if command is None:
                 return run(settings, **values)
             if is_verbose():
-                say(run_text(command, settings), sys.stderr)
+                # Without the comment at its head, which is about a file.
+                say(run_text(command, settings).partition("\n\n")[2], sys.stderr)
             with running(command, settings):
                 return run(settings, **values)
 
@@ -345,8 +346,10 @@ def _take_from_file(
             continue
         several = get_origin(argument.hint) is tuple
         is_switch = argument.hint in (bool, bool | None)
+        if several and not isinstance(value, list):
+            value = [value]
         if isinstance(value, list) != several or isinstance(value, bool) != is_switch:
-            kind = "a list" if several else "true or false" if is_switch else "one value, and not true or false"
+            kind = "true or false" if is_switch else "one value, and not true or false"
             raise UserError(f"--config {path}: {name} must be {kind}, got {value!r}")
         source: dict[str, Any] = {"keyword": option_name(name), "source": str(path)}
         if isinstance(value, bool):
