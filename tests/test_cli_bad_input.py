@@ -13,6 +13,7 @@ import pytest
 
 from tests.cli_tools import SIZE, Run, save_tiny_cogvideox, save_tiny_wan, tool
 from xattn_video_pipelines.cli import COMMANDS
+from xattn_video_pipelines.common.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -145,6 +146,25 @@ def test_a_known_model_that_is_not_here_is_refused_offline(prompts, tmp_path, xa
     # Nothing but the description is needed to plan a known model's run.
     plan = json.loads(xattn(*command, "--dry-run", "--json").out.splitlines()[-1])
     assert (plan["height"], plan["width"], plan["tokens"], plan["flow_shift"]) == (480, 832, 32_760, 3.0)
+
+
+def test_without_a_network_transformers_is_told_to_look_into_the_cache(tmp_path, monkeypatch):
+    """Or the model is refused at once. transformers alone would try each of its files for half a minute."""
+    from xattn_video_pipelines.qa.load import reach
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.file_download.constants.HF_HUB_CACHE", str(tmp_path))
+    look = reach.__wrapped__
+    assert look(str(tmp_path)) == {}
+    with pytest.raises(UserError, match="--model some/model: not in the local cache, and the Hub cannot be reached"):
+        look("some/model")
+    cached = tmp_path / "models--some--model"
+    for name, text in (("refs/main", "0" * 40), (f"snapshots/{'0' * 40}/config.json", "{}")):
+        (cached / name).parent.mkdir(parents=True)
+        (cached / name).write_text(text)
+    assert look("some/model") == {"local_files_only": True}
+    with pytest.raises(UserError, match=r"--model a/b/c: no such folder, and no Hub id \(owner/name\)"):
+        look("a/b/c")
 
 
 def test_an_output_that_cannot_be_written(model, prompts, tmp_path, xattn):
