@@ -550,6 +550,14 @@ def test_the_page_is_no_wider_than_the_window(run, tmp_path, width):
         page.open(path, width, 844)
         page.wait(f"{DRAWN} === 0")
         assert page.evaluate("document.documentElement.scrollWidth") <= width
+        # Nor with all that is folded.
+        page.evaluate("document.querySelectorAll('details').forEach((part) => { part.open = true; })")
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+        page.evaluate(press("play"))
+        page.wait("document.getElementById('dense').currentTime > 0.2")
+        for _ in range(20):
+            dense, sparse = page.evaluate(TIMES)
+            assert abs(dense - sparse) <= 0.05
         assert page.complaints == []
 
 

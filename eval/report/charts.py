@@ -14,7 +14,7 @@ COLOURS = 8
 _TEMPLATE = "charts.html.jinja"
 _SHAPES = ("circle", "square", "diamond", "triangle")
 _WIDTH, _HEIGHT = 560, 340
-_LEFT, _RIGHT, _TOP, _BOTTOM = 56, 30, 34, 48
+_LEFT, _RIGHT, _TOP, _BOTTOM = 56, 30, 34, 56
 
 
 @dataclass(frozen=True)

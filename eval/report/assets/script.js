@@ -171,9 +171,9 @@
     player.addEventListener("error", () => { element("values").textContent = "this browser cannot play the video"; });
   });
   players[0].addEventListener("timeupdate", () => {
-    // More than a frame and a half apart: the second follows the first.
+    // Apart by more than an eye forgives, in seconds: the second follows the first.
     const apart = Math.abs(players[0].currentTime - players[1].currentTime);
-    if (playing && !players[0].ended && apart * current.fps > 1.5) players[1].currentTime = players[0].currentTime;
+    if (playing && !players[0].ended && apart > 0.05) players[1].currentTime = players[0].currentTime;
   });
 
   const neighbour = (by) => choose(cases[cases.indexOf(current) + by]);
