@@ -15,6 +15,7 @@ from tests.cli_tools import Run, tool
 from xattn_video_pipelines.common.demo_data import DEMO_WEIGHTS, shipped_prompts
 from xattn_video_pipelines.demo import command, timing, world
 from xattn_video_pipelines.demo.judge import judge
+from xattn_video_pipelines.demo.settings import DemoSettings
 from xattn_video_pipelines.demo.training.vae import reconstruction_psnr
 from xattn_video_pipelines.video.io import read_video
 from xattn_video_pipelines.video.manifest import read_manifest
@@ -133,6 +134,14 @@ def test_dense_and_sparse_videos_are_made_alternately(tmp_path):
     ]
     order = [(job.kind, job.prompt.id) for job in command._alternating(jobs)]
     assert order == [("dense", "1"), ("xattn", "1"), ("xattn", "2"), ("dense", "2"), ("dense", "3"), ("xattn", "3")]
+
+
+def test_settings_that_are_not_given_are_the_demos_own_or_the_presets():
+    own, mine = DemoSettings(), DemoSettings(prompts=Path("mine.txt"), preset="fast")
+    assert (own.first, mine.first, DemoSettings(limit=4).first) == (2, None, 4)
+    assert own.attention == {"preset": None, "threshold": 0.5, "warmup_steps": 2}
+    assert mine.attention == {"preset": "fast"}
+    assert DemoSettings(threshold=0.9).attention == own.attention | {"threshold": 0.9}
 
 
 @pytest.mark.parametrize(

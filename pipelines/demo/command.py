@@ -84,7 +84,7 @@ def demo(settings: DemoSettings) -> dict[str, Any]:
     print(_INTRODUCTION, flush=True)
     generating = GenerateSettings(
         model="demo", prompts=settings.prompts or shipped_prompts("demo.txt"), attention="both", lossless=True,
-        device=settings.device, out=settings.out, limit=settings.limit, steps=settings.steps,
+        device=settings.device, out=settings.out, limit=settings.first, steps=settings.steps,
         num_frames=settings.num_frames, overwrite=settings.overwrite, **settings.attention,
     )  # fmt: skip
     _announce("generate", generating)
