@@ -643,8 +643,10 @@ def test_scores_that_are_of_no_video_are_refused(run, tmp_path, line, message):
 
 
 def test_the_pages_comparisons_become_one_video(run, xattn):
-    done = xattn("report", run, "--no-lpips", "--side-by-side", run / "both.mp4")
+    done = xattn("report", run, "--no-lpips", "--side-by-side", run / "both.mp4", "--json")
     assert done.code == 0, done.err
+    page, both = run / "report.html", run / "both.mp4"
+    assert json.loads(done.out) == {"page": str(page), "bytes": page.stat().st_size, "side_by_side": str(both)}
     cases = read(run / "report.html").cases
     sparse = [case["id"] for case in cases if case["folder"] != "dense-alt"]
     both = read_video(run / "both.mp4")

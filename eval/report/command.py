@@ -7,6 +7,8 @@ The program behind `xattn-video report`; from Python it is `write_report(ReportS
 
 from __future__ import annotations
 
+import contextlib
+from json import dumps
 from pathlib import Path
 from typing import Annotated
 
@@ -20,7 +22,8 @@ from xattn_video_eval.report.videos import embed
 from xattn_video_pipelines.common.browser import show_page
 from xattn_video_pipelines.common.errors import UserError
 from xattn_video_pipelines.common.files import write_texts
-from xattn_video_pipelines.common.settings import Option
+from xattn_video_pipelines.common.program import for_people
+from xattn_video_pipelines.common.settings import Json, Option
 from xattn_video_pipelines.common.terminal import say
 
 EXAMPLE = """\
@@ -30,14 +33,23 @@ example:
 """
 
 
-def command(settings: ReportSettings, *, open: Annotated[bool, Option("show the page in a browser")] = False) -> int:
+def command(
+    settings: ReportSettings,
+    *,
+    open: Annotated[bool, Option("show the page in a browser")] = False,
+    json: Json = False,
+) -> int:
     """`xattn-video report`: write the page; returns the exit code. Raises UserError."""
-    out = write_report(settings)
-    say(f"wrote {out} ({out.stat().st_size / 1e6:.1f} MB); it needs no other file and no network")
-    if settings.side_by_side is not None:
-        say(f"wrote {settings.side_by_side}: dense and sparse beside each other")
-    if open:
-        show_page(out)
+    with contextlib.redirect_stdout(for_people(json)):
+        out, both = write_report(settings), settings.side_by_side
+        size = out.stat().st_size
+        say(f"wrote {out} ({size / 1e6:.1f} MB); it needs no other file and no network")
+        if both is not None:
+            say(f"wrote {both}: dense and sparse beside each other")
+        if open:
+            show_page(out)
+    if json:
+        print(dumps({"page": str(out), "bytes": size, "side_by_side": None if both is None else str(both)}))
     return 0
 
 

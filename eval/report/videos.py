@@ -12,6 +12,7 @@ from typing import Any
 from xattn_video_eval.report.data import DENSE, Case, Run
 from xattn_video_eval.report.scores import Scores
 from xattn_video_pipelines.common.errors import UserError
+from xattn_video_pipelines.common.terminal import is_quiet
 from xattn_video_pipelines.video import Key, check_exists, video_file, video_info, video_name
 
 
@@ -42,7 +43,7 @@ def embed(run: Run, cases: Sequence[Case], max_megabytes: float, progress: bool 
     frames: dict[str, int] = {}
     digests: dict[str, str | None] = {}
     kept, left_out, total = [], [], 0
-    for case in tqdm(cases, desc="videos", unit="case", disable=not progress):
+    for case in tqdm(cases, desc="videos", unit="case", disable=is_quiet() or not progress):
         paths = {}
         for label in (DENSE, case.label):
             folder, records = folders[label]
