@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 # Under the help of every command.
 EXIT_CODES = """\
-exit codes: 0 all is well; 1 what was checked is not well (bench, doctor); 2 bad input, said in one line;
+exit codes: 0 all is well; 1 what was checked is not well (bench, tune, doctor); 2 bad input, in one line;
 3 some items failed and the others are made, the same command tries them again; 130 stopped by Ctrl-C"""
 
 

@@ -81,7 +81,7 @@ def demo(settings: DemoSettings) -> dict[str, Any]:
     # Programs do not import the measures. The command line knows them, and runs each program as a user would.
     from xattn_video_pipelines.cli import module_of
 
-    print(_INTRODUCTION, flush=True)
+    say(_INTRODUCTION, progress=True)
     generating = GenerateSettings(
         model="demo", prompts=settings.prompts or shipped_prompts("demo.txt"), attention="both", lossless=True,
         device=settings.device, out=settings.out, limit=settings.first, steps=settings.steps,
@@ -113,7 +113,7 @@ def demo(settings: DemoSettings) -> dict[str, Any]:
 
 
 def _announce(command: str, settings: Settings) -> None:
-    say(f"\n$ xattn-video {shlex.join([command, *settings.arguments()])}")
+    say(f"\n$ xattn-video {shlex.join([command, *settings.arguments()])}", progress=True)
 
 
 def _generate(settings: GenerateSettings) -> Timing:
@@ -132,7 +132,7 @@ def _generate(settings: GenerateSettings) -> Timing:
 
     made = produce(plan, on_video, watch.attach)
     kept = len(plan.jobs) - len(made.records)
-    say(f"videos: {len(made.records)} made, {kept} kept")
+    say(f"videos: {len(made.records)} made, {kept} kept", progress=True)
     if made.records:
         timing["runs"].append(watch.load)
     if made.batch.code:
