@@ -452,13 +452,15 @@ def test_an_older_page_survives_a_failure(run):
     with pytest.raises(UserError, match="damaged"):
         write_report(ReportSettings(run), progress=False)
     assert page.read_bytes() == before
-    assert sorted(path.name for path in run.iterdir() if path.is_file()) == ["plan.jsonl", "report.html"]
+    assert sorted(path.name for path in run.iterdir() if path.is_file()) == ["plan.jsonl", "report.html", "run.toml"]
 
 
-def test_help_ends_with_an_example(capfd):
+def test_help_ends_with_an_example_and_the_exit_codes(capfd):
     done = run_command(capfd, "report", "--help")
     assert done.code == 0
-    assert done.out.rstrip().endswith("xattn-video report out")
+    options, _, end = done.out.partition("\nexit codes: ")
+    assert options.rstrip().endswith("xattn-video report out")
+    assert end.startswith("0 ")
 
 
 @pytest.mark.parametrize("values", [[(0.5, 30.0)], [(0.3, 99.0), (0.3, 99.0)], [(0.1, -2.5), (1.0, 100.0)]])
