@@ -244,6 +244,9 @@ def test_no_help_loads_torch_or_diffusers():
     done = subprocess.run([sys.executable, "-c", code, *commands], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("usage: xattn-video") == len(commands)
+    assert "[OPTIONS] [PROMPT...]\n" in done.stdout
+    assert "DENSE_DIR [SPARSE_DIR]\n" in done.stdout
+    assert "[ARGS]" not in done.stdout
 
 
 @pytest.mark.parametrize(

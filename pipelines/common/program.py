@@ -97,12 +97,13 @@ def add_command(app: App, run: Callable[..., int], name: str, about: str, exampl
         name, about, example: as of `program`.
         place: commands are listed in the order of this number.
     """
-    settings = _settings_of(run)
+    settings, call = _settings_of(run), _flat(run, name)
     app.command(
-        _flat(run, name),
+        call,
         name=name,
         help=about,
         help_epilogue=f"{example.rstrip()}\n\n{EXIT_CODES}",
+        help_formatter=_help_formatter(_optional_places(call)),
         sort_key=place,
         config=functools.partial(_take_from_file, name, settings) if settings else (),
     )
@@ -437,14 +438,30 @@ def _shown_default(value: Any) -> str | None:
     return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
-def _help_formatter() -> Any:
-    """Columns under a rule with the part's title, and a usage line in lower case as of most programs."""
+def _optional_places(call: Callable[..., int]) -> str:
+    """The arguments without an option that may be left out, as a usage line has them: "[PROMPT...]"."""
+    parameters = inspect.signature(call).parameters.values()
+    optional = [p for p in parameters if p.kind is not p.KEYWORD_ONLY and p.default is not p.empty]
+    # What is an option too has its name there, as in the table below.
+    names = [
+        f"{p.name.upper()}..." if p.kind is p.POSITIONAL_OR_KEYWORD else get_args(p.annotation)[1].metavar
+        for p in optional
+    ]
+    return " ".join(f"[{name}]" for name in names)
+
+
+def _help_formatter(optional_places: str = "") -> Any:
+    """Columns under a rule with the part's title, and a usage line in lower case as of most programs.
+
+    Args:
+        optional_places: what the usage line has in place of "[ARGS]".
+    """
     from cyclopts.help import DefaultFormatter, PanelSpec
     from rich.box import Box
 
     class Formatter(DefaultFormatter):
         def render_usage(self, console: Any, options: Any, usage: Any) -> None:
-            console.print(f"usage: {usage}", highlight=False, markup=False)
+            console.print(f"usage: {usage}".replace("[ARGS]", optional_places), highlight=False, markup=False)
 
     # a rule with the title above, nothing at the sides and below
     box = Box("─── \n" + 7 * "    \n")
