@@ -284,6 +284,8 @@ def test_dense_layers_stay_dense_and_are_counted(model: Any) -> None:
 def test_wrong_arguments_are_named() -> None:
     with pytest.raises(TypeError, match="config must be an XAttnConfig"):
         XAttnProcessor({"stride": 8})  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"got 0\.9; write threshold=0\.9"):
+        XAttnProcessor(0.9)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="threshold"):
         XAttnProcessor(threshold=1.5)
     assert XAttnProcessor(XAttnConfig(stride=16), threshold=0.8).config == XAttnConfig(stride=16, threshold=0.8)

@@ -76,7 +76,8 @@ class XAttnProcessor:
         elif config is None or isinstance(config, XAttnConfig):
             self.config = (config or XAttnConfig()).replace(**settings)
         else:
-            raise TypeError(f"config must be an XAttnConfig, the name of a preset or None, got {config!r}")
+            meant = f"; write threshold={config!r}" if isinstance(config, float) else ""
+            raise TypeError(f"config must be an XAttnConfig, the name of a preset or None, got {config!r}{meant}")
         self.on_call = on_call
         # whether `set_attention_backend` attached it, and another backend takes it off
         self.by_backend = False
@@ -101,10 +102,10 @@ class XAttnProcessor:
     def start_generation(self, steps: int | None = None) -> None:
         """Say that a new video begins: the next forward is in step 0, and `warmup_steps` counts from there.
 
-        For a loop of your own around a transformer. A diffusers pipeline that the processor is attached to needs
-        it not, nor does a loop with such a pipeline's scheduler: their steps are seen. After this call every change
-        of the timestep is the next step, whether it falls or rises, until `step` says more. Say it before each video
-        then: only a pipeline that begins a generation (`scheduler.set_timesteps`) ends what was said here.
+        For a loop of your own around a transformer. A diffusers pipeline that the processor is attached to
+        does not need it, nor does a loop with such a pipeline's scheduler: their steps are seen. After this call every
+        change of the timestep is the next step, whether it falls or rises, until `step` says more. Say it before each
+        video then: only a pipeline that begins a generation (`scheduler.set_timesteps`) ends what was said here.
 
         Args:
             steps: how many steps it will have, or None. Settings that are shares of all steps need it.
