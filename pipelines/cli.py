@@ -93,7 +93,7 @@ EXAMPLE = """\
 example:
   xattn-video demo
   xattn-video generate --model wan2.1-1.3b --prompts prompts.txt --attention both --out out
-  xattn-video compare out/dense out/xattn-s8-t0.90-w5
+  xattn-video compare out
 """
 
 

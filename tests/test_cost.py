@@ -74,7 +74,7 @@ def test_times_come_from_the_row_of_the_bench_that_is_most_alike(plan_of):
     assert "this device's bench at 4,352 tokens" in first_line(found, 4352, 2)
     assert found.warnings == ()
     assert set(row()) <= set(real_rows()[0])
-    assert "time    unknown; run: xattn-video bench --record" in lines_of(estimate(plan_of()))
+    assert "time      unknown; run: xattn-video bench --record" in lines_of(estimate(plan_of()))
 
 
 def test_finished_videos_of_this_run_tell_more_than_the_bench(plan_of):

@@ -66,7 +66,7 @@ def test_an_image_is_for_the_prompts_that_have_none(tmp_path):
     [
         ({}, "needs a prompt in quotes.* got neither"),
         ({"prompt": ("a b",), "prompts": Path("p.txt")}, "needs a prompt in quotes.* got both"),
-        ({"prompt": ("a", "red", "fox")}, 'a prompt of several words stands in quotes: "a red fox"'),
+        ({"prompt": ("a", "red", "fox")}, 'put a prompt of several words in quotes: "a red fox"'),
         ({"prompt": (f"{ROOT}/prompts/demo.txt",)}, "demo.txt is a file; give it as --prompts .*demo.txt"),
         ({"prompt": (" ",)}, "prompt 1 is empty"),
         ({"prompt": ("a b", "a b")}, "prompt 2 is the same as prompt 1: 'a b'"),

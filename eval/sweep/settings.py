@@ -24,7 +24,7 @@ AXES = {
 _USUAL: dict[str, tuple[Any, ...]] = {
     "threshold": (0.5, 0.7, 0.8, 0.9, 0.95, 0.99), "stride": (4, 8, 16, 32), "warmup_steps": (0, 2, 5, 8),
 }  # fmt: skip
-_GROUP = "axes; the base point is --preset, without one threshold 0.9, stride 8, 5 warm-up steps or a quarter"
+_GROUP = "axes; base point: --preset, else threshold 0.9, stride 8, warm-up 5"
 _POINTS = "further points"
 _MEASURING = "measuring"
 

@@ -21,7 +21,7 @@ EXAMPLE = """\
 example:
   xattn-video generate "a red fox runs through fresh snow" --model wan2.1-1.3b
   xattn-video generate --model wan2.1-1.3b --prompts prompts.txt --attention both --out out
-  xattn-video compare out/dense out/xattn-s8-t0.90-w5
+  xattn-video compare out
 """
 
 
@@ -104,17 +104,17 @@ def _report_dry_run(plan: Plan, cost: Cost, *, as_json: bool) -> None:
         print(dumps(document))
         return
     tokens = "unknown" if recipe.tokens is None else f"{recipe.tokens:,}"
-    say(f"model   {recipe.model.identity} ({recipe.model.pipeline})")
-    say(f"size    {settings.width} x {settings.height}, {settings.num_frames} frames at {settings.fps} a second")
-    say(f"tokens  {tokens} video tokens a forward pass, {settings.steps} steps")
+    say(f"model     {recipe.model.identity} ({recipe.model.pipeline})")
+    say(f"size      {settings.width} x {settings.height}, {settings.num_frames} frames at {settings.fps} a second")
+    say(f"tokens    {tokens} video tokens a forward pass, {settings.steps} steps")
     for line in lines_of(cost):
         say(line)
     residual = document["residual_bytes"]
     if residual is None and any(job.config is not None and job.config.residual != "off" for job in plan.jobs):
-        say("memory  of the residuals is not known for this model; it is bounded by what the GPU has left")
+        say("memory    of the residuals is not known for this model; it is bounded by what the GPU has left")
     if residual is not None:
-        say(f"memory  {size(residual)} for the residuals of a forward; guidance as two forwards takes twice")
-    say(f"device  {plan.device}, {plan.dtype}")
+        say(f"memory    {size(residual)} for the residuals of a forward; guidance as two forwards takes twice")
+    say(f"device    {plan.device}, {plan.dtype}")
     for video in document["videos"]:
         say(f"{video['status']:8}  {video['file']}")
     say(f"{len(pending)} of {len(plan.jobs)} videos to make; nothing was loaded or written")

@@ -174,21 +174,21 @@ def lines_of(cost: Cost) -> list[str]:
     if cost.attention_share is not None and cost.flop_per_video is not None:
         often = "1 forward" if cost.forwards == 1 else f"{cost.forwards} forwards"
         lines.append(
-            f"work    {_rounded(cost.flop_per_video / 1e12)} TFLOP a video, {often} a step; attention is "
+            f"work      {_rounded(cost.flop_per_video / 1e12)} TFLOP a video, {often} a step; attention is "
             f"{cost.attention_share:.0%} of it"
         )
-    lines.append(f"time    {_time(cost)}")
+    lines.append(f"time      {_time(cost)}")
     if cost.most_speedup is not None:
         where = "at any density" if cost.break_even == 1 else f"below a density of {cost.break_even:.2f}"
         lines.append(
-            f"gain    at most {cost.most_speedup:.2f}x end to end; break-even: a sparse call is faster {where}"
+            f"gain      at most {cost.most_speedup:.2f}x end to end; break-even: a sparse call is faster {where}"
         )
     has = "" if cost.memory_bytes is None else f"; the device has {size(cost.memory_bytes)}"
     weights = "unknown" if cost.weights_bytes is None else size(cost.weights_bytes)
-    lines.append(f"weights {weights}{has}")
+    lines.append(f"weights   {weights}{has}")
     if cost.download_bytes != 0:
         lines.append(f"download  {'unknown' if cost.download_bytes is None else size(cost.download_bytes)}")
-    lines.append(f"disk    at most {size(cost.disk_bytes)}; {size(cost.free_bytes)} are free")
+    lines.append(f"disk      at most {size(cost.disk_bytes)}; {size(cost.free_bytes)} are free")
     return lines
 
 

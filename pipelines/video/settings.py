@@ -57,7 +57,7 @@ class VideoSettings(Settings):
     model: Annotated[str, Option(f"{', '.join(KNOWN_MODELS)}; or a local folder; or a Hub id")]
     prompts: Annotated[Path | None, Option("prompts from a file, .txt or .jsonl, instead", metavar="FILE")] = None
     image: Annotated[Path | None, Option("picture that the video starts from (image-to-video)", metavar="FILE")] = None
-    negative_prompt: Annotated[str | None, Option("what the video is to lack", metavar="TEXT")] = None
+    negative_prompt: Annotated[str | None, Option("what the video must not show", metavar="TEXT")] = None
     out: Annotated[Path, Option("folder of the videos", metavar="DIR")] = Path("out")
 
     preset: PresetOption = None
@@ -123,7 +123,7 @@ class VideoSettings(Settings):
             if text.endswith((".txt", ".jsonl")) and Path(text).is_file():
                 raise UserError(f"{text} is a file; give it as --prompts {text}")
         if len(self.prompt) > 1 and not any(" " in text for text in self.prompt):
-            raise UserError(f'a prompt of several words stands in quotes: "{" ".join(self.prompt)}"')
+            raise UserError(f'put a prompt of several words in quotes: "{" ".join(self.prompt)}"')
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,7 +161,8 @@ class GenerateSettings(VideoSettings):
         Option("first denoising steps that stay dense; default: the preset's, 5 without one", _ATTENTION),
     ] = None
     warmup: Annotated[
-        float | None, Option("the largest share of all steps that they may be; 0.25 for few steps", _ATTENTION)
+        float | None,
+        Option("the largest share of all steps that the warm-up may take; 0.25 suits models of few steps", _ATTENTION),
     ] = None
     last_steps: Annotated[
         int | None,
