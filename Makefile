@@ -45,6 +45,7 @@ new-enough:
 		{ echo "xattn-video needs Python 3.11 or newer; name one with: make PYTHON=/path/to/python3.11" >&2; exit 2; }
 
 $(READY): pyproject.toml constraints.txt | new-enough
+	@echo "Installing into $(VENV), once. This takes some minutes, and pip prints nothing while all is well."
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[all,test,lint]'
 	@touch $@
