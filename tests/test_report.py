@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import math
 import os
 import re
 import shutil
@@ -589,7 +590,10 @@ def test_the_verdict_and_the_scores_of_the_judge_and_the_user_are_told(run, tmp_
     judge(run / SECOND, ("0001", "red circle", ["size"]), ("0002", "blue circle", ["colour"]))
     scores = tmp_path / "scores.jsonl"
     rows = [{"id": "0001", "folder": SECOND, "mine": 4}, {"id": "0002", "folder": SECOND, "seed": 0, "mine": 1}]
-    scores.write_text("".join(json.dumps(row) + "\n" for row in [*rows, {"id": "0001", "folder": "dense", "mine": 5}]))
+    # As an editor may leave it: with a mark at its head and no line end behind its last line; and by another name.
+    text = "\n".join(json.dumps(row) for row in [*rows, {"id": "0001", "folder": "dense", "mine": 5}])
+    (tmp_path / "mine.jsonl").write_text(text, encoding="utf-8-sig")
+    scores.symlink_to("mine.jsonl")
     page = read(write_report(ReportSettings(run, scores=scores), progress=False))
     density = json.loads((run / SECOND / "summary.json").read_text())["density"]
     assert f"{SECOND} 1 of 2 as asked (dense: 2 of 2); {100 * (1 - density):.0f} % of blocks skipped" in page.text
@@ -631,7 +635,10 @@ def test_the_demo_noted_how_busy_its_machine_was(run):
         ({"id": "0001", "folder": "none", "mine": 1}, "scores.jsonl:1: folder must be one of dense, dense-alt"),
         ({"id": "0009", "folder": "dense", "mine": 1}, "scores.jsonl:1: dense has no video '0009'"),
         ({"id": "0001", "seed": 7, "folder": "dense"}, "scores.jsonl:1: dense has no video '0001' with seed 7"),
-        ({"id": "0001", "folder": "dense", "mine": "good"}, "scores.jsonl:1: mine must be a number, got 'good'"),
+        ({"id": "0001", "folder": "dense", "mine": "good"}, "scores.jsonl:1: mine must be a number from"),
+        ({"id": "0001", "folder": "dense", "mine": math.nan}, "scores.jsonl:1: not a line such as"),
+        ({"id": "0001", "folder": "dense", "mine": 1e308}, "scores.jsonl:1: mine must be a number from"),
+        ({"id": "0001", "folder": "dense", "mine": 10**400}, "scores.jsonl:1: mine must be a number from"),
         ({"id": "0001"}, "scores.jsonl:1: not a line such as"),
         (None, "scores.jsonl: no such file"),
     ],
@@ -642,6 +649,14 @@ def test_scores_that_are_of_no_video_are_refused(run, tmp_path, line, message):
         scores.write_text(json.dumps(line) + "\n")
     with pytest.raises(UserError, match=re.escape(message)):
         write_report(ReportSettings(run, scores=scores), progress=False)
+
+
+def test_a_video_of_the_run_is_not_written_over(run):
+    video = run / "dense" / "0001-s0.mp4"
+    before = video.read_bytes()
+    with pytest.raises(UserError, match="that folder has the run's own videos"):
+        write_report(ReportSettings(run, side_by_side=video), progress=False)
+    assert video.read_bytes() == before
 
 
 def test_the_pages_comparisons_become_one_video(run, xattn):

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import math
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
 from xattn_video_eval.report.data import DENSE, Compared, Run
-from xattn_video_pipelines.common import jsonl
-from xattn_video_pipelines.common.errors import UserError
-from xattn_video_pipelines.common.files import read_own
+from xattn_video_pipelines.common.errors import UserError, one_line
+from xattn_video_pipelines.common.files import read_input, read_own
 from xattn_video_pipelines.common.schema import complaint, parse_json
 from xattn_video_pipelines.common.verdict import verdict
 from xattn_video_pipelines.demo import JUDGED_JSON, attention_speedup, busy, read_timing
@@ -79,15 +77,16 @@ def read_scores(run: Run, own: Path | None) -> Scores:
     scores: dict[str, dict[Key, dict[str, float]]] = {}
     names: dict[str, None] = {}
     if own is not None:
-        if not own.is_file():
-            raise UserError(f"--scores {own}: no such file")
-        for place, row in jsonl.read(own, 'not a line such as {"id": "0001", "folder": "dense", "mine": 4}', _ScoreRow):
+        for place, row in _lines(own):
             if row["folder"] not in folders:
-                raise UserError(f"--scores {place}: folder must be one of {', '.join(folders)}, got {row['folder']!r}")
+                got = one_line(repr(row["folder"]), 60)
+                raise UserError(f"--scores {place}: folder must be one of {', '.join(folders)}, got {got}")
             keys = [key for key in folders[row["folder"]][1] if key == (row["id"], row.get("seed", key[1]))]
             if not keys:
                 raise UserError(f"--scores {place}: {row['folder']} has no video {_asked_for(row)}")
-            values = {name: _number(place, name, value) for name, value in row.items() if name not in _KEYS}
+            values = {name: value for name, value in row.items() if name not in _KEYS}
+            if (wrong := complaint(values, dict[str, float])) is not None:
+                raise UserError(f"--scores {place}: {wrong}")
             names |= dict.fromkeys(values)
             for key in keys:
                 scores.setdefault(row["folder"], {}).setdefault(key, {}).update(values)
@@ -131,11 +130,27 @@ def _judged(folder: Path, records: dict[Key, Record]) -> dict[Key, Record]:
     return {key: row for key, row in rows.items() if key in records}
 
 
+def _lines(path: Path) -> Iterator[tuple[str, Record]]:
+    """The rows of the user's file with their places. It is no log: its last line counts without a line end too."""
+    try:
+        text = read_input(path).decode("utf-8-sig")
+    except OSError as error:
+        raise UserError(f"--scores {path}: {(error.strerror or str(error)).lower()}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"--scores {path}: not UTF-8") from None
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = parse_json(line)
+            wrong = complaint(row, _ScoreRow)
+        except ValueError as error:
+            wrong = str(error)
+        if wrong is not None:
+            example = '{"id": "0001", "folder": "dense", "mine": 4}'
+            raise UserError(f"--scores {path}:{number}: not a line such as {example} ({wrong})")
+        yield f"{path}:{number}", row
+
+
 def _asked_for(row: Record) -> str:
-    return f"{row['id']!r}" + (f" with seed {row['seed']}" if "seed" in row else "")
-
-
-def _number(place: str, name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise UserError(f"--scores {place}: {name} must be a number, got {value!r}")
-    return float(value)
+    return one_line(repr(row["id"]), 60) + (f" with seed {row['seed']}" if "seed" in row else "")

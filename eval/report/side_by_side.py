@@ -47,8 +47,12 @@ def write_side_by_side(run: Run, cases: Sequence[Case], path: Path) -> None:
     Videos of different sizes are drawn at the top left of a picture in which the largest has room.
 
     Raises:
-        UserError: there is no case, a file is missing or damaged or has too few frames, or `path` cannot be written.
+        UserError: there is no case, a file is missing or damaged or has too few frames, or `path` is in a folder of the
+            run's own videos or cannot be written.
     """
+    folders = (run.dense_folder, *(one.folder for one in run.compared))
+    if path.parent.resolve() in [folder.resolve() for folder in folders]:
+        raise UserError(f"--side-by-side {path}: that folder has the run's own videos; name a file elsewhere")
     if not cases:
         raise UserError(f"--side-by-side {path}: no sparse video is in the page (--max-megabytes)")
     clips = [_clip(run, case) for case in cases]
