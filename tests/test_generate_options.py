@@ -115,7 +115,7 @@ def test_a_lora_changes_the_video_and_belongs_to_its_identity(model, tmp_path, x
     assert np.array_equal(plain, weightless)
     assert not np.array_equal(plain, weighed)
     record = read_manifest(tmp_path / "out/dense")[FOX_ID, 0]
-    assert record["lora"] == {sha256(lora.read_bytes()).hexdigest(): 1.5}
+    assert record["lora"] == {sha256(lora.read_bytes()).hexdigest()[:16]: 1.5}
     assert record["lora_files"] == ["style.safetensors"]
     # The name of the file tells nothing; its bytes and the weight do.
     renamed = lora.rename(tmp_path / "other.safetensors")

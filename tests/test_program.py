@@ -233,8 +233,13 @@ def test_a_file_gives_settings_and_options_win(more, changed, tmp_path, capsys):
         ("[paint]\nguests = true", "--config {path}: guests must be given on the command line, not in a file"),
         (
             "[paint]\ndepth = 2026-01-01",
-            "--config {path}: depth must be a number, a text, true, false or a list of these",
+            "--config {path}: depth must be a number, a text without NUL, true, false or a list of these",
         ),
+        (
+            '[paint]\nfolders = ["a", "b\\u0000c"]',
+            "--config {path}: folders must be a number, a text without NUL, true, false or a list of these",
+        ),
+        (f"[paint]\nstyle = '{9000 * 'x'}'", f"argument --style: invalid choice: '{1900 * 'x'}"),
         ("[paint]\nstyle = ['ink']", "--config {path}: style must be one value, and not true or false, got ['ink']"),
         ("[paint]\nframe = 'no'", "--config {path}: frame must be true or false, got 'no'"),
         ("[paint]\ndepth = true", "--config {path}: depth must be one value, and not true or false, got True"),
@@ -253,6 +258,7 @@ def test_what_is_wrong_with_a_file_of_settings_is_one_line(text, message, tmp_pa
     assert captured.out == ""
     assert captured.err.startswith(f"tool: error: {message}")
     assert captured.err.count("\n") == 1
+    assert len(captured.err) < 2100
 
 
 def test_a_run_is_repeated_by_the_file_that_it_wrote(tmp_path, monkeypatch, capsys):

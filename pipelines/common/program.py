@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TextIO, get_args, get_origin, get_type_hints
 
 from xattn_video.extras import explain
-from xattn_video_pipelines.common.errors import UserError, did_you_mean
+from xattn_video_pipelines.common.errors import UserError, did_you_mean, one_line
 from xattn_video_pipelines.common.run_file import RUN_FILE, read_run, run_text, running
 from xattn_video_pipelines.common.settings import (
     OUTPUT,
@@ -38,6 +38,9 @@ if TYPE_CHECKING:
 EXIT_CODES = """\
 exit codes: 0 all is well; 1 what was checked is not well (bench, tune, doctor); 2 bad input, in one line;
 3 some items failed and the others are made, the same command tries them again; 130 stopped by Ctrl-C"""
+
+# Characters of a message about an error: no message of this project's own words has as many.
+_LONGEST = 2000
 
 
 class UsageError(UserError):
@@ -204,8 +207,9 @@ def guarded(name: str, call: Callable[[], int]) -> int:
 
 
 def _complain(name: str, message: object) -> None:
-    """The one line on stderr. It may quote what others wrote."""
-    print(f"{name}: error: {printable(' '.join(str(message).split()))}", file=sys.stderr)
+    """The one line on stderr. It may quote what others wrote, which may be long."""
+    line = printable(one_line(message))
+    print(f"{name}: error: {line if len(line) <= _LONGEST else line[:_LONGEST] + '...'}", file=sys.stderr)
 
 
 class _Log(io.FileIO):

@@ -115,13 +115,16 @@ def read_run(path: Path, command: str, settings: type[Settings]) -> dict[str, Va
         if options[key].command_line_only:
             raise UserError(f"--config {path}: {key} must be given on the command line, not in a file")
         if not _is_value(value):
-            raise UserError(f"--config {path}: {key} must be a number, a text, true, false or a list of these")
+            raise UserError(
+                f"--config {path}: {key} must be a number, a text without NUL, true, false or a list of these"
+            )
     return table
 
 
 def _is_value(value: Any) -> bool:
-    simple = (bool, int, float, str)
-    return isinstance(value, simple) or (isinstance(value, list) and all(isinstance(one, simple) for one in value))
+    values = value if isinstance(value, list) else [value]
+    # The command line cannot hold a NUL either, and no name of a file may.
+    return all(isinstance(one, bool | int | float | str) and "\0" not in str(one) for one in values)
 
 
 def _toml(value: Any) -> str:

@@ -40,8 +40,8 @@ class Lora:
 
     @property
     def digest(self) -> str:
-        """The SHA-256 of the file."""
-        return _digest(self.path)
+        """The first digits of the file's SHA-256, so few that a message shows the weight behind them too."""
+        return _digest(self.path)[:16]
 
 
 @dataclass(frozen=True)
