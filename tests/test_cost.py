@@ -102,6 +102,7 @@ def test_finished_videos_of_this_run_tell_more_than_the_bench(plan_of):
         ((row(attend_ms=95.0),), {}, "sparsity does not pay at this size and density: about "),
         ((), {"negative_prompt": "blur"}, "the negative prompt has no effect"),
         ((), SMALL | {"min_tokens": 0, "warmup_steps": 16}, "sparsity does not pay here: were attention free"),
+        ((), {"residual": "int4", "refresh_every": 1.0}, "sparsity does not pay here: were attention free"),
     ],
 )
 def test_what_is_not_worth_starting_is_said(plan_of, rows, given, told):
@@ -117,6 +118,29 @@ def test_what_is_dense_in_every_call_is_told_elsewhere(plan_of):
     found = estimate(plan_of((row(attend_ms=95.0),), **SMALL))
     assert (found.most_speedup, found.warnings) == (1.0, ())
     assert found.sparse_seconds == found.dense_seconds
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"num_layers": 0},
+        {"num_attention_heads": 10**30},
+        {"attention_head_dim": None},
+        {"ffn_dim": "wide"},
+        {"ffn_dim": None, "mlp_ratio": [4]},
+        {"num_single_layers": -2},
+    ],
+    ids=str,
+)
+def test_of_a_model_with_odd_sizes_nothing_is_known(plan_of, tmp_path, given):
+    parts = {"transformer": {"_class_name": "WanTransformer3DModel", **given}, "vae": {"_class_name": "none"}}
+    index = {"_class_name": "WanPipeline", **{part: ["diffusers", "A"] for part in parts}}
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    for part, config in parts.items():
+        (tmp_path / part).mkdir()
+        (tmp_path / part / "config.json").write_text(json.dumps(config))
+    found = estimate(plan_of(model=str(tmp_path)))
+    assert (found.attention_share, found.flop_per_video, found.most_speedup) == (None, None, None)
 
 
 def test_weights_that_do_not_fit_are_said(plan_of, monkeypatch):

@@ -132,7 +132,7 @@ def estimate(plan: Plan, *, ask_hub: bool = False) -> Cost:
         ask_hub: whether to ask the Hub for the size of what is to be downloaded, which takes up to 3 seconds.
     """
     recipe, given = plan.recipe, plan.given
-    config = next((job.config for job in plan.jobs if job.config is not None), None)
+    config = _first_config(plan)
     work, forwards = _work(recipe), _forwards(recipe)
     steps = recipe.settings.steps
     flop = None if work is None else work.all * forwards * steps
@@ -166,6 +166,10 @@ def estimate(plan: Plan, *, ask_hub: bool = False) -> Cost:
         warnings=(),
     )
     return _with_warnings(cost, plan)
+
+
+def _first_config(plan: Plan) -> XAttnConfig | None:
+    return next((job.config for job in plan.jobs if job.config is not None), None)
 
 
 def lines_of(cost: Cost) -> list[str]:
@@ -416,7 +420,12 @@ def _free_bytes(folder: Path) -> int:
 def _with_warnings(cost: Cost, plan: Plan) -> Cost:
     told = []
     if plan.pending:
-        told = [*_hopeless(cost, plan), *_too_large(cost, plan), *_without_gain(cost), *_without_effect(cost, plan)]
+        told = [
+            *_hopeless(cost, plan),
+            *_too_large(cost, plan),
+            *_without_gain(cost, plan),
+            *_without_effect(cost, plan),
+        ]
     return Cost(**{**vars(cost), "warnings": tuple(f"warning: {line}" for line in told)})
 
 
@@ -446,8 +455,9 @@ def _too_large(cost: Cost, plan: Plan) -> list[str]:
     ]
 
 
-def _without_gain(cost: Cost) -> list[str]:
-    if cost.most_speedup == 1:
+def _without_gain(cost: Cost, plan: Plan) -> list[str]:
+    config = _first_config(plan)
+    if config is not None and foreseen(config, plan.recipe) is not None:
         # `warn_of_all_dense` says it.
         return []
     if cost.most_speedup is not None and cost.most_speedup < _WORTH_IT:

@@ -15,12 +15,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Required, TypedDict
 
 from xattn_video_pipelines.common.demo_data import DEMO_WEIGHTS
 from xattn_video_pipelines.common.errors import UserError, one_line
 from xattn_video_pipelines.common.files import read_input
-from xattn_video_pipelines.common.schema import parse_json
+from xattn_video_pipelines.common.schema import Range, complaint, parse_json
 from xattn_video_pipelines.common.settings import option_name
 from xattn_video_pipelines.video.adaptation import Adaptation, read_loras
 
@@ -470,18 +470,31 @@ def _geometry(vae: dict[str, Any] | None, transformer: dict[str, Any] | None, mu
     return Geometry(vae_time=vae_time, vae_space=vae_space, patch=(sides[0], sides[1], sides[2]), multiple=multiple)
 
 
+_Size = Annotated[int, Range(1, 2**20)]
+
+
+class _AttentionConfig(TypedDict, total=False):
+    """The part of a transformer's config that tells the size of its attention."""
+
+    num_layers: Required[_Size]
+    num_attention_heads: Required[_Size]
+    attention_head_dim: Required[_Size]
+    num_single_layers: Annotated[int, Range(0, 2**20)] | None
+    ffn_dim: _Size | None
+    mlp_ratio: Annotated[float, Range(0, 1000)] | None
+
+
 def _attention_size(transformer: dict[str, Any] | None) -> AttentionSize | None:
     """What a transformer's config says of its attention, or None."""
     if transformer is None:
         return None
     config = _completed(transformer)
-    layers, heads, head_dim = (config.get(name) for name in ("num_layers", "num_attention_heads", "attention_head_dim"))
-    if not (isinstance(layers, int) and isinstance(heads, int) and isinstance(head_dim, int)):
+    if complaint(config, _AttentionConfig) is not None:
         return None
+    heads, head_dim = config["num_attention_heads"], config["attention_head_dim"]
     # Four times the width is what models have that do not say it.
-    width = heads * head_dim
-    feed_forward = round(config.get("ffn_dim") or (config.get("mlp_ratio") or 4) * width)
-    return AttentionSize(layers + (config.get("num_single_layers") or 0), heads, head_dim, feed_forward)
+    feed_forward = config.get("ffn_dim") or round((config.get("mlp_ratio") or 4) * heads * head_dim)
+    return AttentionSize(config["num_layers"] + (config.get("num_single_layers") or 0), heads, head_dim, feed_forward)
 
 
 def _completed(config: dict[str, Any]) -> dict[str, Any]:
