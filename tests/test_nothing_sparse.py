@@ -52,6 +52,16 @@ def generate(model: Any, processor: XAttnProcessor, steps: int, *, told: bool = 
             model(latents, torch.tensor([999]), text)
 
 
+def test_each_generation_is_told_under_pythons_usual_filters(model: Any) -> None:
+    processor = XAttnProcessor(**SETTINGS | {"warmup_steps": 5})
+    model.set_attn_processor(processor)
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("default")
+        for _ in range(2):
+            generate(model, processor, 1)
+    assert len(texts(seen)) == 2
+
+
 CASES = {
     "warm-up": ({"warmup_steps": 5}, 4, ["4 of 4 steps are dense", "warmup_steps=5", "warmup=0.25"]),
     "a share": ({"warmup_steps": 5, "warmup": 0.9}, 4, ["4 of 4 steps are dense", "warmup=0.9"]),

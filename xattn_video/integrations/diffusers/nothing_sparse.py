@@ -100,4 +100,6 @@ class Generation:
 
     def _warn(self, why: str) -> None:
         self._settled = True
-        warnings.warn(f"no attention call of this generation is sparse: {why}", NothingSparse, stacklevel=2)
+        text = f"no attention call of this generation is sparse: {why}"
+        # Python's own registry would show only the first of the generations with the same text.
+        warnings.warn_explicit(text, NothingSparse, __file__, 0, module=__name__)
