@@ -131,6 +131,7 @@ def painting(*arguments: str) -> int:
         (["a", "--sizes", "4,2", "1"], Painting((Path("a"),), sizes=(4, 2, 1))),
         (["a", "--tools", "knife, brush"], Painting((Path("a"),), tools=("knife", "brush"))),
         (["a", "--titles", "sea, calm", "sky"], Painting((Path("a"),), titles=("sea, calm", "sky"))),
+        (["a", "--titles", "sea", "--titles", "sky"], Painting((Path("a"),), titles=("sea", "sky"))),
         (["a", "--dtype", "bf16", "--no-sign"], Painting((Path("a"),), dtype="bfloat16", sign=False)),
     ],
 )

@@ -20,10 +20,15 @@ def one_line(message: object, most: int | None = None) -> str:
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """The end of a message about an unknown word: the known word that is most like it, or nothing.
+    """The end of a message about an unknown word: the known word that it begins, or that is most like it, or nothing.
 
     >>> did_you_mean("--treshold", ["--threshold", "--stride"])
     '; did you mean --threshold?'
+    >>> did_you_mean("--neg", ["--height", "--negative-prompt"])
+    '; did you mean --negative-prompt?'
     """
-    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
-    return f"; did you mean {near[0]}?" if near else ""
+    # The dashes, which all options have, would make each like the others.
+    bare, whole = word.lstrip("-"), {one.lstrip("-"): one for one in known}
+    begun = [name for name in whole if bare and name.startswith(bare)]
+    near = difflib.get_close_matches(bare, begun or whole, n=1, cutoff=0.0 if begun else 0.6)
+    return f"; did you mean {whole[near[0]]}?" if near else ""

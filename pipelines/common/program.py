@@ -405,7 +405,8 @@ def _metavar(kind: Any) -> str:
 
 
 def _converted(kind: Any, tokens: Sequence[Token], *, commas: bool) -> Any:
-    """The value of an option: of a list that is given twice the last one, as for an option with one value.
+    """The value of an option. Of a list that is given twice the last one counts, as for an option with one value; but
+    texts and paths, which people give one by one (`--lora A --lora B`), add up.
 
     Args:
         kind: the type of the value.
@@ -414,10 +415,9 @@ def _converted(kind: Any, tokens: Sequence[Token], *, commas: bool) -> Any:
     """
     from cyclopts import CoercionError, convert
 
-    if get_origin(kind) is tuple:
+    if commas and get_origin(kind) is tuple:
         tokens = tokens[max(place for place, token in enumerate(tokens) if token.index == 0) :]
-        if commas:
-            tokens = [token.evolve(value=part) for token in tokens for part in re.split(r",\s*", token.value) if part]
+        tokens = [token.evolve(value=part) for token in tokens for part in re.split(r",\s*", token.value) if part]
     kinds = get_args(kind) or (kind,)
     for token in tokens:
         # cyclopts would cut 8.5 to 8, and an empty text is the path of this folder.
