@@ -238,17 +238,20 @@ def test_version(xattn):
     assert xattn("--version") == (0, f"xattn-video {__version__}\n", "")
 
 
-def test_no_help_loads_torch_or_diffusers():
+def test_no_help_and_no_wrong_size_loads_torch_or_diffusers():
     """Of all commands but the one study, which is in no wheel."""
     code = (
         "import sys\nfrom xattn_video_pipelines.cli import main\n"
         "for command in sys.argv[1:]:\n"
         "    assert main([*command.split(), '--help']) == 0\n"
-        "    assert not {'torch', 'diffusers', 'transformers'} & set(sys.modules), command"
+        "    assert not {'torch', 'diffusers', 'transformers'} & set(sys.modules), command\n"
+        "assert main(['generate', 'fox', '--model', 'demo', '--height', '60']) == 2\n"
+        "assert not {'torch', 'diffusers', 'transformers'} & set(sys.modules)"
     )
     commands = ["", *COMMANDS.keys() - {"selection-quality"}]
     done = subprocess.run([sys.executable, "-c", code, *commands], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    assert "--height must be a multiple of 16" in done.stderr
     assert done.stdout.count("usage: xattn-video") == len(commands)
     assert "[OPTIONS] [PROMPT...]\n" in done.stdout
     assert "DENSE_DIR [SPARSE_DIR]\n" in done.stdout

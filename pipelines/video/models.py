@@ -360,13 +360,14 @@ def settle(given: GenerateSettings, prompts: Sequence[Prompt]) -> Recipe:
     for name in ("height", "width", "num_frames", "steps"):
         if values[name] is None:
             raise UserError(f"{option_name(name)}: {model.name} ({model.pipeline}) has no default; give one")
-    _check_call(model)
     second = defaults.guidance_scale_2 if given.guidance_scale is None else None
     settings = ResolvedSettings(**values, guidance_scale_2=second)
     tokens = None
     if model.geometry is not None:
         model.geometry.check(settings.height, settings.width, settings.num_frames)
         tokens = model.geometry.tokens(settings.height, settings.width, settings.num_frames)
+    # After the size, because these ask the pipeline's class, and to import it takes seconds.
+    _check_call(model)
     _check_prompts(model, given.prompts, prompts)
     adaptation = Adaptation(read_loras(given.lora), given.quantize)
     adaptation.check(model)
