@@ -186,7 +186,7 @@ def test_mp4_on_both_sides_unless_both_have_a_copy(
     assert summary["psnr"] == pytest.approx(video_psnr(read_video(dense), read_video(sparse)))
     assert summary["psnr"] != pytest.approx(video_psnr(clip(), noisy(clip())), abs=1e-3)
     out = capsys.readouterr().out
-    assert "decoded: mp4 (H.264) of 1 pairs" in out
+    assert "decoded: mp4 (H.264) of 1 pair, " in out
     assert ("lossless copy on one side only" in out) == any(with_copy)
 
 
@@ -202,7 +202,7 @@ def test_no_speed_up_across_devices(tmp_path: Path, capsys: pytest.CaptureFixtur
     add(tmp_path / "b", "cat", 0, clip(), device_name="fast")
     run_compare(tmp_path / "a", tmp_path / "b", "--no-lpips", "--json")
     captured = capsys.readouterr()
-    assert "made on different devices, so no speed-up: 1 pairs" in captured.err
+    assert "made on different devices, so no speed-up: 1 pair\n" in captured.err
     summary = json.loads(captured.out)
     assert summary["speedup"] is summary["videos"][0]["speedup"] is None
 

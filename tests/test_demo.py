@@ -67,14 +67,17 @@ def test_the_demo_makes_compares_judges_and_sums_up(tmp_path, xattn):
     ):
         assert expected in done.err
     # One line says it all; where the machine was busy, it says that too.
-    assert done.err.splitlines()[-1] == f"verdict  {summary['verdict']}"
+    assert done.err.splitlines()[-1] == f"verdict       {summary['verdict']}"
     assert f"{100 * (1 - summary['density']):.0f} % of blocks skipped" in summary["verdict"]
     assert (summary["busy"] is None) == ("timings are not reliable" not in summary["verdict"])
     assert 0 < summary["speedup_of_attention"] < 100
     assert summary["verdict"].split(";")[0] in (tmp_path / "report.html").read_text(encoding="utf-8")
     both = read_video(tmp_path / "side-by-side.mp4")
     assert both.shape[0] == 9
-    assert "no questions: they need up to 8 videos of the shapes world, 32 frames each" in done.err
+    assert (
+        "it is asked about at most 8 videos, each of at least 32 frames and with a prompt of the shapes world"
+        in done.err
+    )
     # Run again: nothing is made again, and the summary is the same, times and load of the first run included.
     again = xattn(*command)
     assert "videos: 0 made, 2 kept" in again.err

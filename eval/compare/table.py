@@ -59,18 +59,22 @@ def _definitions(summary: dict[str, Any]) -> list[str]:
     return lines
 
 
+def _pairs(number: int) -> str:
+    return "1 pair" if number == 1 else f"{number} pairs"
+
+
 def _notes(summary: dict[str, Any]) -> list[str]:
     notes = []
     counts = summary["source"]
     if counts["lossless"]:
-        notes.append(f"decoded: lossless copies (FFV1) of {counts['lossless']} pairs")
+        notes.append(f"decoded: lossless copies (FFV1) of {_pairs(counts['lossless'])}")
     if counts["mp4"]:
         why = "compression loss included; generate both sides with --lossless to leave it out"
-        notes.append(f"decoded: mp4 (H.264) of {counts['mp4']} pairs, {why}")
+        notes.append(f"decoded: mp4 (H.264) of {_pairs(counts['mp4'])}, {why}")
     if summary["one_sided_lossless"]:
-        notes.append(f"lossless copy on one side only, so mp4 on both: {summary['one_sided_lossless']} pairs")
+        notes.append(f"lossless copy on one side only, so mp4 on both: {_pairs(summary['one_sided_lossless'])}")
     if summary["different_devices"]:
-        notes.append(f"made on different devices, so no speed-up: {summary['different_devices']} pairs")
+        notes.append(f"made on different devices, so no speed-up: {_pairs(summary['different_devices'])}")
     if summary["lpips_unavailable"]:
         notes.append(f"LPIPS: unavailable ({summary['lpips_unavailable']})")
     if summary["identical_frames"]:

@@ -24,6 +24,7 @@ from xattn_video_pipelines.common.errors import UserError
 from xattn_video_pipelines.common.files import write_texts
 from xattn_video_pipelines.common.program import for_people
 from xattn_video_pipelines.common.settings import Json, Option
+from xattn_video_pipelines.common.tables import size
 from xattn_video_pipelines.common.terminal import say
 
 EXAMPLE = """\
@@ -42,14 +43,14 @@ def command(
     """`xattn-video report`: write the page; returns the exit code. Raises UserError."""
     with contextlib.redirect_stdout(for_people(json)):
         out, both = write_report(settings), settings.side_by_side
-        size = out.stat().st_size
-        say(f"wrote {out} ({size / 1e6:.1f} MB); it needs no other file and no network")
+        number = out.stat().st_size
+        say(f"wrote {out} ({size(number)}); it needs no other file and no network")
         if both is not None:
             say(f"wrote {both}: dense and sparse beside each other")
         if open:
             show_page(out)
     if json:
-        print(dumps({"page": str(out), "bytes": size, "side_by_side": None if both is None else str(both)}))
+        print(dumps({"page": str(out), "bytes": number, "side_by_side": None if both is None else str(both)}))
     return 0
 
 

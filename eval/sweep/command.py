@@ -29,7 +29,7 @@ from xattn_video_pipelines.common.errors import UserError
 from xattn_video_pipelines.common.files import write_texts
 from xattn_video_pipelines.common.program import for_people
 from xattn_video_pipelines.common.settings import Json, Option
-from xattn_video_pipelines.common.tables import aligned
+from xattn_video_pipelines.common.tables import aligned, duration
 from xattn_video_pipelines.common.terminal import say
 from xattn_video_pipelines.demo import asked, judge_folder
 from xattn_video_pipelines.video import (
@@ -226,7 +226,7 @@ def forecast(plan: Plan, configs: int, left: int) -> str:
     if not left or not seconds:
         return text
     mean = sum(seconds) / len(seconds)
-    return f"{text}: at most about {left * mean / 60:.0f} min at {mean:.1f} s a dense video"
+    return f"{text}: at most about {duration(left * mean)} at {mean:.1f} s a dense video"
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:

@@ -38,24 +38,31 @@ def aligned(lines: Sequence[Sequence[str]], *, left: int = 0, rules: Collection[
 
 
 def duration(seconds: float | None) -> str:
-    """A time in its two largest units, from two days on in days.
+    """A time in its two largest units, below a minute in seconds and from two days on in days.
 
-    >>> duration(90), duration(9000), duration(400_000)
-    ('1 min 30 s', '2 h 30 min', '4.6 days')
+    >>> duration(0.04), duration(42.4), duration(90), duration(9000), duration(400_000)
+    ('0.04 s', '42 s', '1 min 30 s', '2 h 30 min', '4.6 days')
     """
     if seconds is None:
         return "unknown"
+    if seconds < 10:
+        # Digits that say something, also where a video takes far less than a second.
+        return f"{seconds:.2g} s"
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     if hours >= 48:
         return f"{seconds / 86400:,.1f} days"
-    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"
+    if hours:
+        return f"{hours} h {minutes:02d} min"
+    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
 
 
 def size(number: float) -> str:
-    """A number of bytes, in GiB or MiB.
+    """A number of bytes, in GiB, MiB or KiB.
 
-    >>> size(3 * 2**29), size(5 * 2**20)
-    ('1.5 GiB', '5.0 MiB')
+    >>> size(3 * 2**29), size(5 * 2**20), size(45_000)
+    ('1.5 GiB', '5.0 MiB', '44 KiB')
     """
-    return f"{number / 2**30:,.1f} GiB" if number >= 2**30 else f"{number / 2**20:.1f} MiB"
+    if number >= 2**30:
+        return f"{number / 2**30:,.1f} GiB"
+    return f"{number / 2**20:.1f} MiB" if number >= 2**20 else f"{number / 2**10:.0f} KiB"

@@ -105,10 +105,10 @@ def demo(settings: DemoSettings) -> dict[str, Any]:
     _announce("report", reporting)
     report.write_report(reporting)
     say(_table(summary))
-    say(f"videos   {dense} and {sparse}")
-    say(f"both     {reporting.side_by_side}")
-    say(f"page     {reporting.path}")
-    say(f"verdict  {summary['verdict']}")
+    say(f"videos        {dense} and {sparse}")
+    say(f"side by side  {reporting.side_by_side}")
+    say(f"page          {reporting.path}")
+    say(f"verdict       {summary['verdict']}")
     return summary | {"report": str(reporting.path), "side_by_side": str(reporting.side_by_side)}
 
 
@@ -167,7 +167,10 @@ def _ask(settings: DemoSettings, keys: list[Key]) -> None:
     folder = settings.out / "answers"
     questions = write_story(settings.out / "dense", keys, folder)
     if questions is None:
-        print(f"\nno questions: they need up to {len(ORDINALS)} videos of the shapes world, {SCENE_FRAMES} frames each")
+        print(
+            "\nno questions for the second model: it is asked about at most "
+            f"{len(ORDINALS)} videos, each of at least {SCENE_FRAMES} frames and with a prompt of the shapes world"
+        )
         return
     # Answers to the same questions about other videos may be there.
     (folder / ANSWERS).unlink(missing_ok=True)
@@ -266,4 +269,5 @@ def _table(summary: dict[str, Any]) -> str:
         # Where the two were not made on the same device, or with as many threads, there is none.
         columns |= {head: f"{summary[name]:.2f}" for head, name in ratios.items() if summary[name] is not None}
     table = aligned([tuple(columns), tuple(columns.values())])
-    return f"\nsummary: means over {summary['pairs']} videos\n{table}"
+    over = "" if summary["pairs"] == 1 else f": means over {summary['pairs']} videos"
+    return f"\nsummary{over}\n{table}"
