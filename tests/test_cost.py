@@ -146,7 +146,7 @@ def test_of_a_model_with_odd_sizes_nothing_is_known(plan_of, tmp_path, given):
 def test_weights_that_do_not_fit_are_said(plan_of, monkeypatch):
     monkeypatch.setattr(cost, "_memory_bytes", lambda device: 10**6)
     (line,) = estimate(plan_of()).warnings
-    assert "the weights alone take 21.4 MiB of memory, and cpu has 1.0 MiB" in line
+    assert "the weights alone take 21.4 MiB of memory, and cpu has 977 KiB" in line
 
 
 def test_weights_are_counted_from_files_or_from_the_published_configurations():
