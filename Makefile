@@ -48,6 +48,8 @@ $(READY): pyproject.toml constraints.txt | new-enough
 	@echo "Installing into $(VENV), once. This takes some minutes, and pip prints nothing while all is well."
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[all,test,lint]'
+	@$(BIN)/python -c 'import torchvision' 2>/dev/null || \
+		$(BIN)/python -m pip install --quiet --disable-pip-version-check ./pipelines/demo/torchvision_fit
 	@touch $@
 
 demo: $(READY)

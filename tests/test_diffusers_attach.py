@@ -825,11 +825,14 @@ import torchvision.transforms
 
 def test_diffusers_can_be_imported_before_this_package(tmp_path: Path) -> None:
     """As in the README, also beside a torchvision of another torch: torch itself has it repaired."""
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    fit = ROOT / "pipelines/demo/torchvision_fit"
+    project = tomllib.loads((fit / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     (line,) = (f"{name} = {call}" for name, call in project["entry-points"]["torch.backends"].items())
-    installed = tmp_path / "xattn_video-0.dist-info"
+    installed = tmp_path / "xattn_video_torchvision_fit-0.dist-info"
     installed.mkdir()
-    (installed / "METADATA").write_text("Metadata-Version: 2.1\nName: xattn-video\nVersion: 0\n", encoding="utf-8")
+    (installed / "METADATA").write_text(
+        f"Metadata-Version: 2.1\nName: {project['name']}\nVersion: 0\n", encoding="utf-8"
+    )
     (installed / "entry_points.txt").write_text(f"[torch.backends]\n{line}\n", encoding="utf-8")
     program = """
 import sys
@@ -840,7 +843,11 @@ from diffusers import WanPipeline
 from xattn_video import XAttnProcessor
 assert "set_attn_processor" in dir(WanPipeline)
 """
-    in_a_fresh_process(program, tmp_path)
+    in_a_fresh_process(program, tmp_path, fit)
+    # Without the package, or with one of before, torch is imported all the same.
+    in_a_fresh_process(
+        "import sys; sys.modules['xattn_video.integrations.torchvision_ops'] = None; import torch", tmp_path, fit
+    )
 
 
 def test_a_scheduler_of_another_kind_changes_nothing(model: Any) -> None:

@@ -58,6 +58,9 @@ OPEN = {
         ("xattn_video_eval.tune.*", "launches the kernels with configurations of its own"),
         ("xattn_video", "in the front of ops, xattention is the module of the function"),
     ],
+    "xattn_video.integrations": [
+        ("xattn_video_pipelines.demo.torchvision_fit.*", "a distribution of its own, which torch calls and is small"),
+    ],
 }
 
 

@@ -4,8 +4,8 @@ A CUDA build of torchvision beside a CPU build of torch fails to import with `op
 exist`, and takes transformers and diffusers down with it. Neither needs those operators to make a video, so
 declaring their schemas is enough. The operators themselves stay unusable.
 
-So that the order of imports does not matter, torch calls `declare_at_import` at the end of its own import: it is one of
-this package's entry points, in the group `torch.backends` (`TORCH_DEVICE_BACKEND_AUTOLOAD=0` turns that off).
+Importing this package before diffusers repairs that. Where the order of imports shall not matter, torch itself can call
+`declare_at_import` at the end of its own import: the small distribution `pipelines/demo/torchvision_fit` tells it to.
 """
 
 from __future__ import annotations
