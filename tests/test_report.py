@@ -429,6 +429,7 @@ def broken_manifest(run: Path) -> None:
         (None, ("--no-lpips", "--lpips-weights", "x"), "--no-lpips and --lpips-weights exclude each other"),
         (None, ("--out", "/no-such-folder/page.html"), "/no-such-folder/page.html: cannot write"),
         (None, ("--out", "."), "--out .: is a folder"),
+        (None, ("--out", "run/dense/manifest.jsonl"), "--out must end in .html, got run/dense/manifest.jsonl"),
         (None, ("--side-by-side", "both.avi"), "--side-by-side must end in .mp4, got both.avi"),
     ],
 )

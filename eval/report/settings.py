@@ -50,6 +50,9 @@ class ReportSettings(Settings):
     def check(self) -> None:
         if not (math.isfinite(self.max_megabytes) and self.max_megabytes >= 0):
             raise UserError(f"--max-megabytes must be a number from 0, got {self.max_megabytes}")
+        if self.path.suffix != ".html" and not self.path.is_dir():
+            # so that a file of the run is not written over
+            raise UserError(f"--out must end in .html, got {self.out}")
         if self.side_by_side is not None and self.side_by_side.suffix != ".mp4":
             raise UserError(f"--side-by-side must end in .mp4, got {self.side_by_side}")
         if not self.lpips and self.lpips_weights is not None:

@@ -50,6 +50,8 @@ _ROW_DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 _VARIANT = re.compile(r"\.(fp16|bf16|fp32|ema)\b")
 _SMALL = (".json", ".txt", ".model")
 _BENCH = "efficiency.jsonl"
+# A call with less than this share of the tokens of a row is slower than the row says: what a call costs comes on top.
+_LEAST_OF_ROW = 0.25
 # More than CPUs reach in attention as a rule, so a time that it gives is a lower bound.
 _FAST_CPU = 1e12
 # Taken for the sparse steps where no video is finished: nobody knows the density of a video beforehand, and that of the
@@ -275,12 +277,18 @@ def bench_rows() -> list[dict[str, Any]]:
 
 
 def nearest_row(rows: Iterable[dict[str, Any]], device_name: str, dtype: str, recipe: Recipe) -> dict[str, Any] | None:
-    """The row of this device and dtype whose call is most like the model's: by the size of a head, then by tokens."""
+    """The row of this device and dtype whose call is most like the model's: by the size of a head, then by tokens.
+
+    None where there is none, or where all are of calls that are much longer.
+    """
     attention, tokens = recipe.model.attention, recipe.tokens
     assert attention is not None
     assert tokens is not None
     alike = [
-        row for row in rows if (row["device"], row["dtype"], row["causal"]) == (device_name, _ROW_DTYPES[dtype], False)
+        row
+        for row in rows
+        if (row["device"], row["dtype"], row["causal"]) == (device_name, _ROW_DTYPES[dtype], False)
+        and tokens >= _LEAST_OF_ROW * row["tokens"]
     ]
     return min(
         alike,
