@@ -19,9 +19,10 @@ FOLDERS = {
     "xattn_video_eval": "eval",
     "xattn_video_prompts": "prompts",
 }
-# Part of the checkout alone; the demo's data is a distribution of its own.
+# Part of the checkout alone; the demo's data and what makes torchvision fit are distributions of their own.
 NOT_INSTALLED = {
     "xattn_video_pipelines.demo.data",
+    "xattn_video_pipelines.demo.torchvision_fit",
     "xattn_video_pipelines.demo.training",
     "xattn_video_eval.first_gpu",
     "xattn_video_eval.studies",
