@@ -161,7 +161,7 @@ def not_percent(value: Any) -> str:
     >>> not_percent(90)
     '; 0.9, not 90?'
     """
-    return f"; {value / 100:g}, not {value:g}?" if isinstance(value, int | float) and 2 <= value <= 100 else ""
+    return f"; {value / 100:g}, not {value:g}?" if isinstance(value, int | float) and 10 <= value <= 100 else ""
 
 
 # The time that a run over many items may take.
