@@ -15,6 +15,7 @@ import pytest
 from tests.cli_tools import SIZE, Run, save_tiny_wan, tool
 from tests.test_hostile_folder import DENSE, ESCAPES, SPARSE, add_video, edit
 from xattn_video_pipelines.common.batch import PLAN
+from xattn_video_pipelines.common.run_file import RUN_FILE
 from xattn_video_pipelines.common.tables import aligned
 from xattn_video_pipelines.common.terminal import printable
 from xattn_video_pipelines.demo.asking import QUESTIONS
@@ -252,7 +253,7 @@ def test_three_that_ask_at_once_ask_each_question_once(tmp_path):
     assert len({out for out, _ in told}) == 1
     rows = (tmp_path / "answers" / ANSWERS).read_text().splitlines()
     assert [json.loads(row)["id"] for row in rows] == ["q0", "q1", "q2"]
-    assert sorted(path.name for path in (tmp_path / "answers").iterdir()) == sorted([ANSWERS, PLAN, SUMMARY])
+    assert sorted(path.name for path in (tmp_path / "answers").iterdir()) == sorted([ANSWERS, PLAN, RUN_FILE, SUMMARY])
 
 
 def test_a_video_replaced_by_another_of_equal_size_and_time_is_asked_about_again(tmp_path, xattn):

@@ -336,7 +336,7 @@ def test_an_output_folder_of_somebody_hostile(model, tmp_path, xattn, command):
     options += ("--attention", "dense") if command == "generate" else ("--no-lpips", "--no-plot", "--thresholds", 0.9)
     lines = []
     for name, target in (
-        ("dense-alt", "."), ("xattn-s8-t0.90-w5", "."), ("dense/manifest.jsonl", "text.txt"),
+        ("dense-alt", "."), ("xattn-s8-t0.90-w0", "."), ("dense/manifest.jsonl", "text.txt"),
         ("dense/manifest.jsonl", "new.txt"), ("dense/.0001-s0.lock", "text.txt"), ("dense/.0001-s0.lock", "new.txt"),
     ):  # fmt: skip
         if command == "generate" and not name.startswith("dense/"):
@@ -348,7 +348,15 @@ def test_an_output_folder_of_somebody_hostile(model, tmp_path, xattn, command):
         (out / name).unlink()
         assert everything(victim) == {str(victim / "text.txt"): (b"precious", (victim / "text.txt").stat().st_mtime_ns)}
     assert all("link" in line for line in lines), lines
-    for name in ("dense/0001-s0.mp4", "dense/0001-s0.mkv", "dense/.0001-s0.partial.mp4", "sweep.json", "sweep.csv"):
+    for name in (
+        "dense/0001-s0.mp4",
+        "dense/0001-s0.mkv",
+        "dense/.0001-s0.partial.mp4",
+        "sweep.json",
+        "sweep.csv",
+        "run.toml",
+    ):
+        (out / name).unlink(missing_ok=True)
         (out / name).symlink_to(victim / "text.txt")
     done = xattn(command, *options)
     assert done.code == 0, done.err

@@ -222,7 +222,7 @@ def forecast(plan: Plan, configs: int, left: int) -> str:
     folder = next(job.folder for job in plan.jobs if job.attention == "dense")
     told = [record.get("seconds") for record in read_manifest(folder).values()]
     seconds = [value for value in told if value is not None]
-    text = f"{configs} configurations, {left} of {len(plan.jobs)} videos to make"
+    text = f"{configs} configuration{'s' * (configs != 1)}, {left} of {len(plan.jobs)} videos to make"
     if not left or not seconds:
         return text
     mean = sum(seconds) / len(seconds)
