@@ -13,6 +13,8 @@ GPU_WORKERS ?= 4
 GPU_TESTS := tests/test_triton_kernels.py tests/test_attention_hopper.py tests/test_call_blocks.py \
 	tests/test_flex_backend.py tests/test_fa4_backend.py tests/test_efficiency.py tests/test_tune.py \
 	tests/test_synthetic.py
+# For a torchvision that was built for another torch; what its installation leaves there is removed.
+TORCHVISION_FIT := ./pipelines/demo/torchvision_fit
 # The first interpreter that is new enough; PYTHON=... overrides.
 PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11 python; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
@@ -49,7 +51,8 @@ $(READY): pyproject.toml constraints.txt | new-enough
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[all,test,lint]'
 	@$(BIN)/python -c 'import torchvision' 2>/dev/null || \
-		$(BIN)/python -m pip install --quiet --disable-pip-version-check ./pipelines/demo/torchvision_fit
+		$(BIN)/python -m pip install --quiet --disable-pip-version-check $(TORCHVISION_FIT)
+	@rm -rf $(TORCHVISION_FIT)/build $(TORCHVISION_FIT)/*.egg-info
 	@touch $@
 
 demo: $(READY)
