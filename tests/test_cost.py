@@ -154,7 +154,7 @@ def test_weights_that_do_not_fit_are_said(plan_of, monkeypatch):
 
 def test_weights_are_counted_from_files_or_from_the_published_configurations():
     demo = find_model("demo")
-    # The files of the demo hold 16 bits a weight, and beside them a head of some kB each.
+    # The files of the demo hold 16 bits a weight, and beside them a header of some kB each.
     files = sum(path.stat().st_size for path in Path(demo.source).glob("*/*.safetensors"))
     assert 0.97 < weights_bytes(demo, "float32", None) / (2 * files) < 1
     wan = KNOWN_MODELS["wan2.1-1.3b"]
