@@ -7,23 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli_tools import SIZE, Run, save_tiny_wan, tool
+from tests.cli_tools import SIZE
 from tests.test_sweep import TINY
 from xattn_video import XAttnConfig
 from xattn_video.integrations.diffusers import NothingSparse
 from xattn_video_eval.sweep import SweepSettings
 from xattn_video_eval.sweep.plot import plot, with_sparse_calls
 from xattn_video_pipelines.video import GenerateSettings, make_plan, told_of_all_dense, warn_of_all_dense
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny_wan(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture
-def xattn(capfd: pytest.CaptureFixture[str]) -> Run:
-    return tool(capfd)
 
 
 @pytest.mark.parametrize(

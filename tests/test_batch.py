@@ -18,11 +18,9 @@ from safetensors.torch import load_file, save_file
 from tests.cli_tools import (
     SIZE,
     SPARSE,
-    Run,
     save_tiny_image_to_video,
     save_tiny_wan,
     tiny_tokenizer,
-    tool,
 )
 from xattn_video_pipelines.common import jsonl
 from xattn_video_pipelines.common.batch import FAILURES, Batch, SomeFailed, is_out_of_memory, kind_of
@@ -58,11 +56,6 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def image_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny_image_to_video(tmp_path_factory.mktemp("image-model"))
-
-
-@pytest.fixture
-def xattn(capfd: pytest.CaptureFixture[str]) -> Run:
-    return tool(capfd)
 
 
 def write_prompts(path: Path, **texts: str) -> Path:

@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 
-from tests.cli_tools import Run, tool
 from tests.language_families import save_video_model
 from xattn_video_pipelines.common import jsonl
 from xattn_video_pipelines.common.batch import FAILURES, SomeFailed
@@ -29,11 +28,6 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("qa")
     save_video_model(folder)
     return folder
-
-
-@pytest.fixture
-def xattn(capfd: pytest.CaptureFixture[str]) -> Run:
-    return tool(capfd)
 
 
 def write_items(folder: Path, *videos: str) -> Path:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.cli_tools import SIZE, Result, Run, save_tiny_wan, tool
+from tests.cli_tools import SIZE, Result, Run, save_tiny_wan
 from tests.language_families import save_language_model, save_video_model
 from xattn_video import HeadThresholds, XAttnConfig, XAttnProcessor, xattention
 from xattn_video.ops import KeyMask, checked_call, dense_attention
@@ -149,11 +149,6 @@ def test_means_are_over_the_calls_of_a_layer() -> None:
 
 GRID = ("--values", 4, "--start", 0.9, "--factor", 0.7)
 TINY = (*SIZE[:-1], 4, "--block-size", 16, "--min-tokens", 0, "--warmup-steps", 1, "--measured-steps", 2)
-
-
-@pytest.fixture
-def xattn(capfd: pytest.CaptureFixture[str]) -> Run:
-    return tool(capfd)
 
 
 @pytest.fixture(scope="module")

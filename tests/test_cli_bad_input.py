@@ -11,21 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli_tools import SIZE, Run, save_tiny_cogvideox, save_tiny_wan, tool
+from tests.cli_tools import SIZE, Run, save_tiny_cogvideox
 from xattn_video_pipelines.cli import COMMANDS
 from xattn_video_pipelines.common.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny_wan(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture
-def xattn(capfd: pytest.CaptureFixture[str]) -> Run:
-    return tool(capfd)
 
 
 @pytest.fixture

@@ -22,12 +22,9 @@ from tests.cli_tools import (
     SPARSE,
     SPARSE_LABEL,
     TINY_TOKENS,
-    Run,
     save_tiny_image_to_video,
-    save_tiny_wan,
     tiny_text_encoder,
     tiny_tokenizer,
-    tool,
 )
 from xattn_video import XAttnConfig
 from xattn_video_pipelines.cli import main
@@ -45,18 +42,8 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny_wan(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
 def image_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny_image_to_video(tmp_path_factory.mktemp("image-model"))
-
-
-@pytest.fixture
-def xattn(capfd: pytest.CaptureFixture[str]) -> Run:
-    return tool(capfd)
 
 
 @pytest.fixture

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 
-from tests.cli_tools import Run, tool
 from xattn_video_pipelines.common.demo_data import DEMO_WEIGHTS, shipped_prompts
 from xattn_video_pipelines.demo import command, timing, world
 from xattn_video_pipelines.demo.judge import judge
@@ -24,11 +23,6 @@ from xattn_video_pipelines.video.plan import Job
 from xattn_video_pipelines.video.prompts import Prompt, read_prompts
 
 ROOT = Path(__file__).resolve().parent.parent
-
-
-@pytest.fixture
-def xattn(capfd: pytest.CaptureFixture[str]) -> Run:
-    return tool(capfd)
 
 
 @pytest.fixture(scope="module")

@@ -10,18 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.cli_tools import Run, tool
 from tests.test_extras import in_a_fresh_python
 from xattn_video.extras import install_command
 from xattn_video_pipelines import doctor
 from xattn_video_pipelines.common import environment
 
 ROOT = Path(__file__).resolve().parent.parent
-
-
-@pytest.fixture
-def xattn(capfd: pytest.CaptureFixture[str]) -> Run:
-    return tool(capfd)
 
 
 def test_a_working_machine_has_exit_code_zero_and_a_report_for_people(xattn):

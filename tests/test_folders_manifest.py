@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.cli_tools import SIZE, Run, save_tiny_wan, tool
+from tests.cli_tools import SIZE
 from xattn_video_eval.report.videos import data_url
 from xattn_video_pipelines.common import jsonl
 from xattn_video_pipelines.common.errors import UserError
@@ -25,16 +25,6 @@ from xattn_video_pipelines.video.manifest import (
     remove_records,
     size_and_digest,
 )
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny_wan(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture
-def xattn(capfd: pytest.CaptureFixture[str]) -> Run:
-    return tool(capfd)
 
 
 def bulk(folder: Path, count: int) -> None:

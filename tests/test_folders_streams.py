@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli_tools import SIZE, Run, save_tiny_wan, tool
+from tests.cli_tools import SIZE
 from tests.test_hostile_folder import DENSE, ESCAPES, SPARSE, add_video, edit
 from xattn_video_pipelines.common.batch import PLAN
 from xattn_video_pipelines.common.run_file import RUN_FILE
@@ -37,19 +37,9 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny_wan(tmp_path_factory.mktemp("model"))
-
-
 @pytest.fixture
 def run(prepared: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(prepared, tmp_path / "run"))
-
-
-@pytest.fixture
-def xattn(capfd: pytest.CaptureFixture[str]) -> Run:
-    return tool(capfd)
 
 
 def start(*arguments: object) -> subprocess.Popen[str]:

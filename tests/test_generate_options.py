@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from tests.cli_tools import SIZE, SPARSE, SPARSE_LABEL, Run, save_tiny_wan, tool
+from tests.cli_tools import SIZE, SPARSE, SPARSE_LABEL
 from xattn_video_pipelines.common.errors import UserError
 from xattn_video_pipelines.video import GenerateSettings, make_plan, read_manifest, read_video
 from xattn_video_pipelines.video.prompts import Prompt, completed
@@ -22,16 +22,6 @@ ROOT = Path(__file__).resolve().parent.parent
 FOX = "a red fox runs through fresh snow"
 # The first 8 digits of its SHA-256, as `printf %s "..." | sha256sum` prints them.
 FOX_ID = "prompt-c3b6b801"
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny_wan(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture
-def xattn(capfd: pytest.CaptureFixture[str]) -> Run:
-    return tool(capfd)
 
 
 @pytest.mark.parametrize("words", [(FOX, "another one"), ("--prompt", FOX, "another one")])

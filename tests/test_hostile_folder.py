@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.cli_tools import SIZE, Run, save_tiny_wan, tool
+from tests.cli_tools import SIZE, Run
 from xattn_video_pipelines.common.demo_data import DEMO_WATCHER
 from xattn_video_pipelines.video import write_video
 from xattn_video_pipelines.video.manifest import append_record
@@ -65,11 +65,6 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def run(prepared: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(prepared, tmp_path / "place")) / "run"
-
-
-@pytest.fixture
-def xattn(capfd: pytest.CaptureFixture[str]) -> Run:
-    return tool(capfd)
 
 
 def everything(folder: Path) -> dict[str, tuple[bytes, int]]:
@@ -273,11 +268,6 @@ def evil_checkpoint(path: Path, proof: Path, *, zipped: bool) -> None:
 def test_the_pickle_would_do_harm(tmp_path):
     pickle.loads(pickle.dumps(Evil(tmp_path / "proof")))
     assert (tmp_path / "proof").is_dir()
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny_wan(tmp_path_factory.mktemp("model"))
 
 
 @pytest.mark.parametrize("zipped", [True, False])

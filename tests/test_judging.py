@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.cli_tools import Run, tool
+from tests.cli_tools import Run
 from xattn_video_pipelines.common.errors import UserError
 from xattn_video_pipelines.demo.judge import Verdict
 from xattn_video_pipelines.demo.judging import judge_folder, saw
@@ -57,11 +57,6 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def folder(finished: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(finished, tmp_path / "dense"))
-
-
-@pytest.fixture
-def xattn(capfd: pytest.CaptureFixture[str]) -> Run:
-    return tool(capfd)
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2, 40, 41, 1234])

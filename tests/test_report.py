@@ -16,7 +16,7 @@ import pytest
 from markupsafe import escape
 
 from tests.browser_tools import browser_page, find_chromium
-from tests.cli_tools import SPARSE_LABEL, Run, run_command, save_tiny_wan, tool
+from tests.cli_tools import SPARSE_LABEL, run_command, save_tiny_wan
 from xattn_video import XAttnConfig
 from xattn_video_eval.compare.command import compare
 from xattn_video_eval.compare.settings import CompareSettings
@@ -59,11 +59,6 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(made: Path, tmp_path: Path) -> Path:
     """A copy of the run, with its times kept, so that its summaries stay current."""
     return Path(shutil.copytree(made, tmp_path / "run"))
-
-
-@pytest.fixture
-def xattn(capfd: pytest.CaptureFixture[str]) -> Run:
-    return tool(capfd)
 
 
 class Reader(HTMLParser):

@@ -7,19 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli_tools import SIZE, SPARSE, SPARSE_LABEL, Run, save_tiny_wan, tool
+from tests.cli_tools import SIZE, SPARSE, SPARSE_LABEL, Run
 from xattn_video_pipelines.common.batch import FAILURES, PLAN
 from xattn_video_pipelines.video import read_manifest
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny_wan(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture
-def xattn(capfd: pytest.CaptureFixture[str]) -> Run:
-    return tool(capfd)
 
 
 def told(xattn: Run, folder: Path) -> dict:

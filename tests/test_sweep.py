@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.cli_tools import Run, save_tiny_wan, tool
 from xattn_video import XAttnConfig
 from xattn_video_eval.sweep import plot as sweep_plot
 from xattn_video_eval.sweep.settings import SweepSettings
@@ -21,16 +20,6 @@ from xattn_video_pipelines.video.manifest import read_manifest
 
 AXES = ("--thresholds", 0.3, 0.9, "--strides", 8, "--warmup-steps", 1, 5)
 TINY = ("--height", 64, "--width", 64, "--num-frames", 9, "--steps", 6, "--min-tokens", 0, "--block-size", 16)
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny_wan(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture
-def xattn(capfd: pytest.CaptureFixture[str]) -> Run:
-    return tool(capfd)
 
 
 def settings(**given: Any) -> SweepSettings:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.cli_tools import Run, tool
+from tests.cli_tools import Run
 from tests.test_asking import SCENES, add
 from xattn_video_eval.studies.story_plot import latest
 from xattn_video_eval.studies.story_quality import LEDGER, main, table
@@ -21,11 +21,6 @@ from xattn_video_pipelines.qa.load import VIDEO_MODEL
 import transformers  # isort: skip
 
 CARD = DEMO_WATCHER / "README.md"
-
-
-@pytest.fixture
-def xattn(capfd: pytest.CaptureFixture[str]) -> Run:
-    return tool(capfd)
 
 
 def test_it_is_small_and_safe_and_of_standard_classes() -> None:
