@@ -18,7 +18,7 @@ _REMEDIES = {
     "warmup": "give fewer --warmup-steps, or --warmup 0.25, which keeps them to a quarter of all steps",
     "last_steps": "give fewer --last-steps",
     "min_tokens": "give a smaller --min-tokens, or a larger video",
-    "no_backend": "xattn-video doctor says what is missing",
+    "no_backend": "xattn-video doctor --full says what is missing",
 }
 
 

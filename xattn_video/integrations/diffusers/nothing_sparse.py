@@ -11,7 +11,7 @@ from .schedule import Schedule
 # A reason of the statistics -> what it says of a whole generation, and what changes that. `min_tokens` and the reasons
 # of the schedule are told with numbers, below.
 _WORDS = {
-    "no_backend": "this device has no fast implementation; `xattn-video doctor` says why",
+    "no_backend": "this device has no fast implementation; `xattn-video doctor --full` says why",
     "autograd": "the inputs require a gradient; call the model under torch.no_grad()",
     "dropout": "the attention uses dropout; call model.eval()",
     "mask": "the model passes a mask that is not a simple range of valid keys; no setting changes that",
