@@ -101,6 +101,7 @@ def check_record(record: dict[str, Any], model: Path) -> None:
     expected |= {"tokens": TINY_TOKENS, "dtype": "float32", "device": "cpu", "guidance_scale": 5.0}
     assert {name: record[name] for name in expected} == expected
     assert record["seconds"] > 2 * record["seconds_per_step"] > 0
+    assert 0 < record["cpu_share"] <= 1
     assert {"python", "torch", "diffusers", "xattn-video"} <= set(record["versions"])
     assert all(record["versions"].values())
     assert {"commit", "device_name", "finished", "negative_prompt", "image"} <= set(record)

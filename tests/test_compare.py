@@ -207,6 +207,29 @@ def test_no_speed_up_across_devices(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert summary["speedup"] is summary["videos"][0]["speedup"] is None
 
 
+@pytest.mark.parametrize(
+    ("of_dense", "of_sparse", "told"),
+    [
+        ({"cpu_share": 0.95}, {"cpu_share": 0.9}, None),
+        ({}, {}, None),
+        # Too short to tell.
+        ({"cpu_share": 0.95}, {"cpu_share": 0.4, "seconds": 0.5}, None),
+        ({"cpu_share": 0.95}, {"cpu_share": 0.4}, 40),
+        ({"cpu_share": 0.5}, {}, 50),
+    ],
+)
+def test_a_busy_machine_is_told(tmp_path, capsys, of_dense, of_sparse, told):
+    add(tmp_path / "dense", "cat", 0, clip(), **of_dense)
+    add(tmp_path / "sparse", "cat", 0, clip(1), **of_sparse)
+    sides = str(tmp_path / "dense"), str(tmp_path / "sparse")
+    assert main(["compare", *sides, "--no-lpips", "--json"]) == 0
+    captured = capsys.readouterr()
+    text = told and f"this machine was busy (a video got {told} % of the time of its threads)"
+    assert json.loads(captured.out)["busy"] == text
+    lines = [line for line in captured.err.splitlines() if "timings are not reliable" in line]
+    assert lines == ([f"{text}: timings are not reliable"] if told else [])
+
+
 def test_lpips_where_its_weights_load(runs: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     class Distance(Lpips):
         """LPIPS's call with a network that needs no weights: the mean absolute difference."""

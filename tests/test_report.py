@@ -615,7 +615,7 @@ def test_the_verdict_and_the_scores_of_the_judge_and_the_user_are_told(run, tmp_
 def test_the_demo_noted_how_busy_its_machine_was(run):
     names = [f"{label}/{name}-s0" for label in ("dense", SECOND) for name in ("0001", "0002")]
     seconds = dict(zip(names, (3.0, 3.0, 1.0, 1.0), strict=True))
-    load = {"load": 9.0, "cores": 2, "share": 1.0, "threads": 2}
+    load = {"load": 9.0, "cores": 2}
     document = {"runs": [load | {"load": 0.1}], "attention_seconds": seconds}
     (run / "demo.json").write_text(json.dumps(document))
     assert f"{SECOND} PSNR" in (text := read(write_report(ReportSettings(run), progress=False)).text)

@@ -43,7 +43,7 @@ from xattn_video_pipelines.common.program import for_people
 from xattn_video_pipelines.common.run_file import note_run
 from xattn_video_pipelines.common.settings import Json
 from xattn_video_pipelines.common.terminal import is_quiet, say
-from xattn_video_pipelines.video import Key, Record, read_manifest
+from xattn_video_pipelines.video import Key, Record, busy, read_manifest
 
 EXAMPLE = """\
 example:
@@ -175,6 +175,7 @@ def _measured(settings: CompareSettings, pairs: Sequence[Pair], progress: bool) 
         **_means(rows),
         "one_sided_lossless": sum(pair.one_sided for pair in pairs),
         "different_devices": sum(_devices_differ(pair) for pair in pairs),
+        "busy": busy(record for pair in pairs for record in (pair.dense, pair.sparse)),
         "lpips_net": settings.lpips_net,
         "lpips_unavailable": lpips_unavailable,
         "psnr_cap_db": PSNR_CAP_DB,

@@ -61,6 +61,7 @@ class _Summary(TypedDict):
     source: _Source
     identical_frames: Count
     different_devices: Count
+    busy: str | None
     lpips_unavailable: str | None
     psnr_cap_db: _Measure
     definitions: dict[str, str]

@@ -75,6 +75,8 @@ def _notes(summary: dict[str, Any]) -> list[str]:
         notes.append(f"lossless copy on one side only, so mp4 on both: {_pairs(summary['one_sided_lossless'])}")
     if summary["different_devices"]:
         notes.append(f"made on different devices, so no speed-up: {_pairs(summary['different_devices'])}")
+    if summary["busy"]:
+        notes.append(f"{summary['busy']}: timings are not reliable")
     if summary["lpips_unavailable"]:
         notes.append(f"LPIPS: unavailable ({summary['lpips_unavailable']})")
     if summary["identical_frames"]:

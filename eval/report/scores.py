@@ -13,8 +13,8 @@ from xattn_video_pipelines.common.errors import UserError, one_line
 from xattn_video_pipelines.common.files import read_input, read_own
 from xattn_video_pipelines.common.schema import complaint, parse_json
 from xattn_video_pipelines.common.verdict import verdict
-from xattn_video_pipelines.demo import JUDGED_JSON, attention_speedup, busy, read_timing
-from xattn_video_pipelines.video import MANIFEST, Key, Record, video_name
+from xattn_video_pipelines.demo import JUDGED_JSON, attention_speedup, loaded, read_timing
+from xattn_video_pipelines.video import MANIFEST, Key, Record, busy, video_name
 
 _MOST_BYTES = 2**30
 _KEYS = ("id", "seed", "folder")
@@ -111,8 +111,9 @@ def _verdict(run: Run, one: Compared, scores: Scores) -> str:
         density=summary["density"],
         attention=attention,
         whole=summary["speedup"],
-        # The demo noted it of its own videos alone.
-        doubt=None if attention is None else busy(timing["runs"]),
+        # The demo noted the load before its own videos alone.
+        doubt=(None if attention is None else loaded(timing["runs"]))
+        or busy(side[key] for side in (run.dense, one.records) for key in keys),
     )
 
 

@@ -37,6 +37,7 @@ from xattn_video_pipelines.video import (
     Key,
     Plan,
     Record,
+    busy,
     estimate,
     first_line,
     is_all_dense,
@@ -73,7 +74,7 @@ _COLUMNS = {
     "as_asked": ("as asked", ".3f"), "residual_mib": ("residual MiB", ".1f"), "sparse_seconds": ("s", ".1f"),
     "speedup": ("speed-up", ".2f"), "all_dense": ("all dense", ""),
 }  # fmt: skip
-_COMPARED = ("density", "psnr", "ssim", "lpips", "flicker", "dense_seconds", "sparse_seconds", "speedup")
+_COMPARED = ("density", "psnr", "ssim", "lpips", "flicker", "dense_seconds", "sparse_seconds", "speedup", "busy")
 
 
 def command(
@@ -96,6 +97,8 @@ def command(
         say(table(rows), people)
         pictured = settings.plot and bool(with_sparse_calls(rows))
         say(f"wrote sweep.csv, sweep.json{' and sweep.png' if pictured else ''} in {settings.out}", people)
+        if (reason := next((row["busy"] for row in rows if row["busy"]), None)) is not None:
+            say(f"{reason}: timings are not reliable", people)
         if any(row["all_dense"] for row in rows):
             say("all dense: no call was sparse, so these rows say nothing of sparse attention", people)
     if json:
@@ -116,10 +119,11 @@ def sweep(settings: SweepSettings, on_video: Callable[[Job, Record], None] | Non
         A row for each configuration: its settings, its density and speed-up, and how close its videos are to dense
         ones: means over videos, `psnr_worst` of the worst video, and `psnr_low` and `psnr_high`, the 95 % bootstrap
         interval of the mean. `density` is of all calls: a dense call counts as 1, a refresh of the residual too.
-        `residual_mib` is the most memory that residuals took, `calls_without_residual` the sparse calls of all videos
-        that had none because it did not fit. The first row is dense attention itself. Where videos are missing, every
-        row is over those that all configurations have: `videos` is their number. `all_dense` is True where no call of a
-        configuration was sparse, else None; such rows are not in the picture.
+        `busy` says why the times are not reliable, or is None. `residual_mib` is the most memory that residuals took,
+        `calls_without_residual` the sparse calls of all videos that had none because it did not fit. The first row is
+        dense attention itself. Where videos are missing, every row is over those that all configurations have: `videos`
+        is their number. `all_dense` is True where no call of a configuration was sparse, else None; such rows are not
+        in the picture.
 
     Raises:
         UserError: as `generate` and `compare`, or matplotlib is missing.
@@ -285,7 +289,7 @@ def _measured(settings: SweepSettings, plan: Plan, label: str, keys: Sequence[Ke
         known = [value for value in told if value is not None]
         seconds = sum(known) / len(known) if len(known) == len(told) else None
         values: dict[str, Any] = dict.fromkeys((*_COMPARED, "psnr_worst", "psnr_low", "psnr_high")) | {
-            "density": 1.0, "dense_seconds": seconds, "sparse_seconds": seconds, "speedup": 1.0,
+            "density": 1.0, "dense_seconds": seconds, "sparse_seconds": seconds, "speedup": 1.0, "busy": busy(records),
         }  # fmt: skip
     else:
         compared = compare(CompareSettings(dense, folder, lpips=settings.lpips, floor=False), keys=keys)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from xattn_video_pipelines.demo.stories import draw_question as draw_question
     from xattn_video_pipelines.demo.stories import draw_story as draw_story
     from xattn_video_pipelines.demo.timing import attention_speedup as attention_speedup
-    from xattn_video_pipelines.demo.timing import busy as busy
+    from xattn_video_pipelines.demo.timing import loaded as loaded
     from xattn_video_pipelines.demo.timing import read_timing as read_timing
     from xattn_video_pipelines.demo.world import FPS as FPS
     from xattn_video_pipelines.demo.world import asked as asked
@@ -28,7 +28,7 @@ else:
             "judging": ["judge_folder", "judge_folders"],
             "settings": ["JUDGED_JSON", "DemoSettings", "JudgeSettings"],
             "stories": ["KINDS", "SCENE_FRAMES", "draw_question", "draw_story"],
-            "timing": ["attention_speedup", "busy", "read_timing"],
+            "timing": ["attention_speedup", "loaded", "read_timing"],
             "world": ["FPS", "asked"],
         },
     )

@@ -25,12 +25,13 @@ from xattn_video_pipelines.common.terminal import say
 from xattn_video_pipelines.common.verdict import verdict
 from xattn_video_pipelines.demo.judging import judge_folders, totals
 from xattn_video_pipelines.demo.settings import DEMO_JSON, JUDGED_JSON, SIDE_BY_SIDE, DemoSettings, JudgeSettings
-from xattn_video_pipelines.demo.timing import Timing, Watch, attention_speedup, busy, read_timing
+from xattn_video_pipelines.demo.timing import Timing, Watch, attention_speedup, loaded, read_timing
 from xattn_video_pipelines.video import (
     GenerateSettings,
     Job,
     Key,
     Record,
+    busy,
     make_plan,
     print_video,
     produce,
@@ -210,7 +211,7 @@ def _summary(dense: Path, sparse: Path, timing: Timing) -> dict[str, Any]:
     summary = {name: compared[name] for name in names} | {
         "speedup_of_steps": steps[0] / steps[1] if all(steps) else None,
         "speedup_of_attention": attention,
-        "busy": busy(timing["runs"]) or unknown,
+        "busy": loaded(timing["runs"]) or busy(side[key] for side in records for key in keys) or unknown,
         "right": right,
         "videos": videos,
     }

@@ -6,6 +6,7 @@ from xattn_video_pipelines.video.all_dense import (
     told_of_all_dense,
     warn_of_all_dense,
 )
+from xattn_video_pipelines.video.busy import busy
 from xattn_video_pipelines.video.command import generate, print_video
 from xattn_video_pipelines.video.cost import Cost, estimate, first_line
 from xattn_video_pipelines.video.io import frame_times, iter_frames, read_video, video_info, write_video
@@ -55,6 +56,7 @@ __all__ = [
     "ResolvedSettings",
     "VideoPreset",
     "VideoSettings",
+    "busy",
     "check_available",
     "check_exists",
     "estimate",

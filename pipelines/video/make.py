@@ -247,7 +247,7 @@ class _Maker:
                     raise ItemError("out_of_memory", message) from error
             # Only here are the tensors of the failed call gone, because its traceback held them.
             self._offload_to(more)
-            progress.step_seconds.clear()
+            progress.forget_steps()
 
     def _make(self, job: Job, progress: VideoProgress) -> Record:
         from xattn_video_pipelines.common.memory import peak_bytes, reset_peak
@@ -277,6 +277,7 @@ class _Maker:
             "tokens": plan.recipe.tokens,
             "seconds": round(seconds, 4),
             "seconds_per_step": round(sum(steps) / len(steps), 4) if steps else None,
+            "cpu_share": _cpu_share(progress) if plan.device.type == "cpu" else None,
             "peak_memory_bytes": peak,
             **density(None if processor is None else processor.stats.summary(), settings.steps),
             "finished": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -316,6 +317,17 @@ class _Maker:
             self._processor.forget()
         if self._offload == "model":
             self._pipe.maybe_free_model_hooks()
+
+
+def _cpu_share(progress: VideoProgress) -> float | None:
+    """The share of the time of torch's threads that this process computed in the steps of a video; None without steps.
+
+    A process that has to share the cores gets less.
+    """
+    import torch
+
+    seconds = sum(progress.step_seconds) * torch.get_num_threads()
+    return round(min(progress.cpu_seconds / seconds, 1.0), 4) if seconds else None
 
 
 def _check_finite(frames: Any) -> None:

@@ -75,6 +75,7 @@ class _Row(TypedDict, total=False):
     tokens: Count | None
     seconds: Seconds | None
     seconds_per_step: Seconds | None
+    cpu_share: Share | None
     peak_memory_bytes: Count | None
     mean_density: Share | None
     density_by_step: list[Share] | None

@@ -41,29 +41,45 @@ class VideoProgress:
         )  # fmt: skip
         self._last_log = time.perf_counter()
         self.step_seconds: list[float] = []
+        self.cpu_seconds = 0.0
         self._videos, self._first_step_told = total, False
 
     @contextmanager
     def video(self, name: str) -> Iterator[None]:
-        """While it is open, this video is in work: `step_seconds` has its steps, and the bar has its name."""
-        self.step_seconds = []
+        """While it is open, this video is in work.
+
+        `step_seconds` has its steps, `cpu_seconds` the time that the threads of this process computed in them, and the
+        bar has its name.
+        """
+        self.forget_steps()
         self._bar.set_description(name)
         yield
         self._bar.set_postfix_str("", refresh=False)
         self._bar.update()
 
+    def forget_steps(self) -> None:
+        """The steps of this video begin again."""
+        self.step_seconds, self.cpu_seconds = [], 0.0
+
     def steps(self, iterable: Iterable[Any] | None = None, total: int | None = None) -> Any:
         """A bar over denoising steps, as `DiffusionPipeline.progress_bar` gives one."""
         return _StepBar(self, iterable, total)
 
-    def step_done(self, started: float, done: int, total: int | None) -> float:
-        """Notes that a step which began at `started` has ended; gives the time now."""
+    def start_step(self) -> None:
+        """A step begins now."""
         self._synchronize()
-        now = time.perf_counter()
-        self.step_seconds.append(now - started)
+        self._started, self._started_cpu = time.perf_counter(), time.process_time()
+
+    def step_done(self, done: int, total: int | None) -> None:
+        """A step has ended, and the next one begins."""
+        started, started_cpu = self._started, self._started_cpu
+        self.start_step()
+        now, seconds = self._started, self._started - started
+        self.step_seconds.append(seconds)
+        self.cpu_seconds += self._started_cpu - started_cpu
         if not self._first_step_told:
             self._first_step_told = True
-            line = told_of_first_step(now - started, total, self._videos)
+            line = told_of_first_step(seconds, total, self._videos)
             if line:
                 say(line, sys.stderr, progress=True)
         if not self._tty:
@@ -72,7 +88,6 @@ class VideoProgress:
             if now - self._last_log >= _LOG_INTERVAL:
                 self._last_log = now
                 self._bar.refresh()
-        return now
 
     def __enter__(self) -> VideoProgress:
         return self
@@ -104,8 +119,7 @@ class _StepBar(tqdm):  # type: ignore[misc]  # tqdm has no types of its own
         self._progress = progress
         self._done = 0
         self._total = total
-        progress._synchronize()
-        self._step_started = time.perf_counter()
+        progress.start_step()
 
     def update(self, n: float | None = 1) -> bool | None:
         self._note()
@@ -119,4 +133,4 @@ class _StepBar(tqdm):  # type: ignore[misc]  # tqdm has no types of its own
 
     def _note(self) -> None:
         self._done += 1
-        self._step_started = self._progress.step_done(self._step_started, self._done, self._total)
+        self._progress.step_done(self._done, self._total)
