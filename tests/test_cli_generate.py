@@ -318,6 +318,9 @@ def test_a_preset_and_what_replaces_its_values_make_one_configuration(model, pro
     assert record["config"] == config.to_dict()
     assert record["residual_bytes"] > 0
     assert record["dense_reasons"]["refresh"] > 0
+    planned = xattn(*command, "--steps", 8, "--preset", "fast", "--refresh", "1,3", "--dry-run", "--json")
+    changes = {"block_size": 16, "min_tokens": 0, "warmup_steps": 1, "refresh": (1, 3)}
+    assert XAttnConfig.preset("fast", **changes).label() in planned.out
     refused = xattn(*command, "--preset", "balanced", "--keep-masks", 2)
     assert refused.code == 2
     assert "keep_masks goes without a residual" in refused.err

@@ -167,6 +167,11 @@ def test_a_preset_without_its_residual_has_none_of_its_settings():
     )
     with pytest.raises(ValueError, match="refresh_every goes with a residual"):
         XAttnConfig.preset("balanced", residual="off", refresh_every=0.1)
+    # The steps that refresh are told one by one, so there is no largest gap between them.
+    named = XAttnConfig.preset("fast", refresh=[1, 3])
+    assert (named.refresh, named.refresh_every, named.extrapolate) == ((1, 3), None, True)
+    with pytest.raises(ValueError, match="refresh_every goes without a list of steps"):
+        XAttnConfig.preset("fast", refresh=(1, 3), refresh_every=2)
 
 
 def test_models_of_the_command_line_have_the_preset_of_their_family():

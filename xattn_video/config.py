@@ -234,7 +234,7 @@ class XAttnConfig:
                 the name of a model (`wan2.1-1.3b`, as `xattn-video generate --model` takes it); or `fast`, `balanced`
                 or `faithful`: settings for video models with a residual.
             changes: settings that replace the preset's. `residual="off"` also leaves out the preset's settings of the
-                residual.
+                residual, and a list of steps in `refresh` its `refresh_every`.
 
         Raises:
             ValueError: no such preset, or a change that is no setting or out of its range.
@@ -243,6 +243,8 @@ class XAttnConfig:
         if name not in known:
             raise ValueError(f"preset must be one of {', '.join(known)}, got {name_nearest([name], known)[0]}")
         dropped = _OF_RESIDUAL if changes.get("residual") == "off" else set()
+        if isinstance(changes.get("refresh"), (tuple, list)):
+            dropped = {*dropped, "refresh_every"}
         preset = PRESETS[MODEL_PRESETS.get(name, name)]
         values = {setting: value for setting, value in preset.items() if setting not in dropped}
         return cls.from_dict({**values, **changes})

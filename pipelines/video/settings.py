@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 ATTENTION_SETTINGS = (
     "threshold", "stride", "block_size", "warmup_steps", "warmup", "last_steps", "min_tokens", "residual",
-    "refresh_every", "extrapolate", "anchors", "threshold_ramp", "keep_masks",
+    "refresh", "refresh_every", "extrapolate", "anchors", "threshold_ramp", "keep_masks",
 )  # fmt: skip
 # The presets that are of video models.
 VideoPreset = Literal["fast", "balanced", "faithful", "hunyuan-video", "wan"]
@@ -174,6 +174,15 @@ class GenerateSettings(VideoSettings):
             "remember what the kept blocks miss and add it back; int4 takes least memory; default: the preset's, off "
             "without one",
             _ATTENTION,
+        ),
+    ] = None
+    refresh: Annotated[
+        tuple[int, ...] | None,
+        Option(
+            "the sparse steps, counted from 0, that refresh the residual; default: the preset's, without one gaps that "
+            "grow",
+            _ATTENTION,
+            metavar="N",
         ),
     ] = None
     refresh_every: Annotated[
