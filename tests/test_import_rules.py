@@ -178,6 +178,8 @@ def test_every_exception_is_needed(room: str, who: str) -> None:
 
 
 FRONTS = sorted(FOLDERS - {"xattn_video_pipelines.demo.data"})
+# The packages that a user's prompt completes names of.
+SHOW_NO_MORE = {"xattn_video", "xattn_video.integrations.diffusers", "xattn_video.integrations.transformers"}
 
 
 @pytest.mark.parametrize("front", FRONTS)
@@ -187,6 +189,8 @@ def test_a_front_has_what_it_offers(front: str) -> None:
     for name in getattr(module, "__all__", ()):
         assert getattr(module, name) is not None
     assert set(getattr(module, "__all__", ())) <= set(dir(module))
+    if front in SHOW_NO_MORE:
+        assert {name for name in dir(module) if not name.startswith("__")} == set(module.__all__) - {"__version__"}
 
 
 @pytest.mark.parametrize("front", FRONTS)

@@ -38,7 +38,14 @@ def lazy(
         setattr(sys.modules[package], name, value)
         return value
 
-    def names_of_package() -> list[str]:
-        return sorted({*vars(sys.modules[package]), *homes})
+    return load, shown_names(package), sorted(homes)
 
-    return load, names_of_package, sorted(homes)
+
+def shown_names(package: str) -> Callable[[], list[str]]:
+    """The `__dir__` of a package: its `__all__` and Python's own names, without modules and what they import."""
+
+    def names_of_package() -> list[str]:
+        module = sys.modules[package]
+        return sorted({*module.__all__, *(name for name in vars(module) if name.startswith("__"))})
+
+    return names_of_package

@@ -5,6 +5,7 @@ pipe.transformer.set_attn_processor(XAttnProcessor(XAttnConfig(...)))           
 pipe.set_attn_processor(None)                                                      # as it was
 """
 
+from ...fronts import shown_names
 from ..torchvision_ops import repair_torchvision
 from .release import check_release
 
@@ -26,3 +27,5 @@ __all__ = [
     "install",
     "pipeline_transformers",
 ]
+
+__dir__ = shown_names(__name__)

@@ -13,6 +13,7 @@ transformers 4 a static cache is dense too (`mask`): it then asks for whole mask
 """
 
 from ...extras import require
+from ...fronts import shown_names
 from ..torchvision_ops import repair_torchvision
 
 require("xattn_video.integrations.transformers", "transformers")
@@ -28,3 +29,5 @@ from .attention import (  # noqa: E402
 )
 
 __all__ = ["attention_stats", "causal_layers", "stop_xattention", "use_xattention", "xattention_forward"]
+
+__dir__ = shown_names(__name__)
