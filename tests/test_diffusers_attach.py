@@ -315,6 +315,9 @@ def test_the_settings_are_in_signature_and_help() -> None:
     for field in dataclasses.fields(XAttnConfig):
         assert (parameters[field.name].annotation, parameters[field.name].default) == (field.type, field.default)
         assert re.search(rf"^ \|  +(\w+, )*{field.name}(, \w+)*: ", text, re.MULTILINE), field.name
+    # and nothing that only the package itself calls
+    methods, data = {"attach", "forget", "start_generation", "step"}, {"config", "on_call", "stats"}
+    assert {name for name in dir(XAttnProcessor()) if not name.startswith("_")} == methods | data
 
 
 def test_an_xattnprocessor_is_not_the_processor_of_one_module(model: Any) -> None:

@@ -110,7 +110,7 @@ class Attachment:
             if module.processor is wrapper:
                 module.set_processor(wrapper.original)
         self.forget()
-        self.owner.generation.end(complete=False)
+        self.owner._generation.end(complete=False)
 
     @property
     def moment(self) -> Moment:
@@ -145,8 +145,8 @@ class Attachment:
         if schedule.total != self._tracker.total:
             schedule = self._schedule = Schedule(self._config, self._tracker.total)
             if schedule.all_dense is None:
-                self.owner.say_once("schedule", schedule.doubt())
-        self.owner.generation.begin_forward(moment.video, schedule)
+                self.owner._say_once("schedule", schedule.doubt())
+        self.owner._generation.begin_forward(moment.video, schedule)
         reason = schedule.dense_reason(step)
         if self._config.residual != "off" and step == schedule.warmup - 1 and schedule.sparse_steps != 0:
             # the last step of the warm-up is the first refresh, where sparse steps follow
@@ -176,7 +176,7 @@ class Attachment:
         video, before = self._tracker.video, self._state.moment
         if (video, step) != (before.video, before.step):
             if self._remembers:
-                self.owner.forget_idle(self, video, step)
+                self.owner._forget_idle(self, video, step)
             self._branches = max(sum(self._forwards.values()), 1)
             self._forwards.clear()
         number = self._forwards.get(self._branch, 0)
@@ -204,11 +204,11 @@ class Attachment:
         if output is not None:
             if again is None:
                 self._time(kind)
-            self.owner.generation.end_forward(state.moment.step, sparse=skipped, reason=reason, tokens=tokens)
+            self.owner._generation.end_forward(state.moment.step, sparse=skipped, reason=reason, tokens=tokens)
         last = state.moment.step + 1 == self._schedule.total
         if last and sum(self._forwards.values()) >= self._branches:
             # nothing comes after the last forward of the last step
-            self.owner.generation.end(complete=True)
+            self.owner._generation.end(complete=True)
             if self._remembers:
                 self.owner.forget()
         return again
@@ -247,7 +247,8 @@ class Attachment:
         state = self._state
         text = f"sparse attention of step {state.moment.step} gave NaN or inf"
         if getattr(model, "is_cache_enabled", False):
-            self.owner.say_once("not_finite", f"{text}; the cache of the model has it, so that it cannot be done again")
+            text = f"{text}; the cache of the model has it, so that it cannot be done again"
+            self.owner._say_once("not_finite", text)
             return None
         assert state.schedule is not None
         state.begin(state.schedule, state.moment, "not_finite", state.frames, state.exact)
@@ -255,10 +256,10 @@ class Attachment:
         output = model.forward(*args, **kwargs)
         first = output if isinstance(output, Tensor) else output[0]
         if bool(first.isfinite().all()):
-            self.owner.say_once("not_finite", f"{text}; such steps are done again with dense attention")
+            self.owner._say_once("not_finite", f"{text}; such steps are done again with dense attention")
         else:
             self._not_finite = state.moment.video
-            self.owner.say_once("not_finite", f"{text}, and so does dense attention: the cause is elsewhere")
+            self.owner._say_once("not_finite", f"{text}, and so does dense attention: the cause is elsewhere")
         return output
 
     @contextmanager

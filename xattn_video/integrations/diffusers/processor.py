@@ -80,14 +80,14 @@ class XAttnProcessor:
             raise TypeError(f"config must be an XAttnConfig, the name of a preset or None, got {config!r}{meant}")
         self.on_call = on_call
         # whether `set_attention_backend` attached it, and another backend takes it off
-        self.by_backend = False
+        self._by_backend = False
         self.stats = AttentionStats()
         self._tracker = StepTracker()
         self._models: list[WeakLink] = []
         self._said: set[str] = set()
-        self.generation = Generation(self.config)
+        self._generation = Generation(self.config)
         # The last generation of a loop of your own, whose number of steps nobody told, ends with the processor.
-        weakref.finalize(self, self.generation.end, complete=False)
+        weakref.finalize(self, self._generation.end, complete=False)
 
     def __repr__(self) -> str:
         return f"XAttnProcessor({self.config})"
@@ -192,7 +192,7 @@ class XAttnProcessor:
         for attachment in self._attachments():
             attachment.forget()
 
-    def forget_idle(self, running: Attachment, video: int, step: int) -> None:
+    def _forget_idle(self, running: Attachment, video: int, step: int) -> None:
         """Free what is of another video, or of a transformer that has done its part, where this one begins a step.
 
         Within a video another transformer has done its part where it did not run in the last step, or where this one
@@ -205,7 +205,7 @@ class XAttnProcessor:
             if last.video != video or done:
                 attachment.forget()
 
-    def say_once(self, what: str, text: str | None) -> None:
+    def _say_once(self, what: str, text: str | None) -> None:
         """Warn of something, `what` in one word, unless there is nothing to say or it was said before."""
         if text and what not in self._said:
             self._said.add(what)
@@ -377,15 +377,15 @@ def _backend_method(stock: Callable[..., None]) -> Any:
         own = attached_processor(self)
         if ours and own is None:
             own = XAttnProcessor()
-            own.by_backend = True
+            own._by_backend = True
             own.attach(self)
             logger.warning(
                 "set_attention_backend(%r) attached an XAttnProcessor with the default settings; "
                 "pipe.set_attn_processor(XAttnProcessor(...)) takes others, and knows the steps of the pipeline",
                 NAME,
             )
-        elif not ours or own is None or not own.by_backend:
-            if own is not None and own.by_backend:
+        elif not ours or own is None or not own._by_backend:
+            if own is not None and own._by_backend:
                 detach(self)
             stock(self, *args, **kwargs)
 
