@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import linecache
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -17,6 +18,7 @@ from xattn_video import XAttnProcessor
 from xattn_video.integrations.diffusers import NothingSparse
 
 SETTINGS: dict[str, Any] = {"stride": 4, "block_size": 32, "min_tokens": 64, "threshold": 0.5, "warmup_steps": 2}
+CALL = "model(latents, torch.tensor([999]), text)"
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +41,10 @@ def said() -> Iterator[list[Any]]:
 
 
 def texts(said: list[Any]) -> list[str]:
-    return [str(warning.message) for warning in said if warning.category is NothingSparse]
+    """The texts of the warnings, each of which points to the line that runs the model."""
+    found = [warning for warning in said if warning.category is NothingSparse]
+    assert {linecache.getline(one.filename, one.lineno).strip() for one in found} <= {CALL}
+    return [str(warning.message) for warning in found]
 
 
 def generate(model: Any, processor: XAttnProcessor, steps: int, *, told: bool = True, run: int | None = None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections import Counter
 
@@ -22,6 +23,9 @@ _WORDS = {
     "refresh": "every step after the warm-up found the residual again; set a larger refresh_every",
 }
 
+# Packages whose code runs between the line that asks for a generation and a forward of it.
+_BETWEEN = {"accelerate", "diffusers", "torch", "xattn_video"}
+
 
 class NothingSparse(UserWarning):
     """A generation has no sparse attention call, so that it is as slow as with dense attention."""
@@ -38,6 +42,8 @@ class Generation:
         self._config = config
         self._schedule: Schedule | None = None
         self._video: int | None = None
+        # file and line that the warning points to
+        self._asked_by = ("", 0)
         # whether there is nothing to say, or it was said
         self._settled = True
         # why forwards were dense; how many tokens a forward had that `min_tokens` keeps dense
@@ -50,6 +56,7 @@ class Generation:
             return
         self.end(complete=False)
         self._video, self._schedule, self._settled = video, schedule, False
+        self._asked_by = _caller()
         self._reasons.clear()
         self._tokens = None
         if schedule.all_dense is not None:
@@ -102,4 +109,16 @@ class Generation:
         self._settled = True
         text = f"no attention call of this generation is sparse: {why}"
         # Python's own registry would show only the first of the generations with the same text.
-        warnings.warn_explicit(text, NothingSparse, __file__, 0, module=__name__)
+        warnings.warn_explicit(text, NothingSparse, *self._asked_by, module=__name__)
+
+
+def _caller() -> tuple[str, int]:
+    """File and line of the code that asked for this generation: the call of the pipeline, or that of a model.
+
+    It is looked up at the start, since the end may be seen at a later line, or when the garbage collector runs.
+    `warnings.warn(skip_file_prefixes=...)` only looks at the present line, and needs Python 3.12.
+    """
+    frame = sys._getframe()
+    while frame.f_back is not None and str(frame.f_globals.get("__name__")).partition(".")[0] in _BETWEEN:
+        frame = frame.f_back
+    return frame.f_code.co_filename, frame.f_lineno
