@@ -8,6 +8,7 @@ import gc
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -657,6 +658,9 @@ def test_a_warm_up_of_all_steps_is_warned_of_in_each_generation(pipe: WanPipelin
         warnings.simplefilter("always", NothingSparse)
         for _ in range(2):
             call(pipe, num_inference_steps=4)
-    said = [str(warning.message) for warning in seen if warning.category is NothingSparse]
+    found = [warning for warning in seen if warning.category is NothingSparse]
+    said = [str(warning.message) for warning in found]
     assert len(said) == 2
+    # each points to the line that calls the pipeline
+    assert {Path(one.filename).name for one in found} == {"common.py"}
     assert all("4 of 4 steps are dense" in text and "warmup=0.25" in text for text in said)

@@ -377,6 +377,15 @@ def _refusing_unknown(init: Callable[..., None]) -> Callable[..., None]:
 XAttnConfig.__init__ = _refusing_unknown(XAttnConfig.__init__)  # type: ignore[method-assign]
 
 
+def not_percent(value: float) -> str:
+    """The end of a message about a share that is more than 1: what was meant, if it looks like percent.
+
+    >>> not_percent(90)
+    '; 0.9, not 90?'
+    """
+    return f"; {value / 100:g}, not {value:g}?" if 10 <= value <= 100 else ""
+
+
 def check_geometry(stride: int, block_size: int) -> None:
     """Raise `ValueError` unless both are powers of two and stride divides block_size."""
     for name, value in (("stride", stride), ("block_size", block_size)):
@@ -398,7 +407,7 @@ def check_selection(selection: str, top_k: int | None, top_ratio: float | None) 
     if top_k is not None and top_k < 1:
         raise ValueError(f"top_k must be 1 or more, got {top_k}")
     if top_ratio is not None and not 0 < top_ratio <= 1:
-        raise ValueError(f"top_ratio must be in (0, 1], got {top_ratio}")
+        raise ValueError(f"top_ratio must be in (0, 1], got {top_ratio}{not_percent(top_ratio)}")
 
 
 def _check_share(name: str, value: object) -> None:
@@ -407,14 +416,14 @@ def _check_share(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number or None, got {value!r}")
     if not 0 < value < 1:
-        raise ValueError(f"{name} must be between 0 and 1, a share of all steps, got {value}")
+        raise ValueError(f"{name} must be between 0 and 1, a share of all steps, got {value}{not_percent(value)}")
 
 
 def _check_ramp(value: object, selection: str) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"threshold_ramp must be a number, got {value!r}")
     if not -1 <= value <= 1:
-        raise ValueError(f"threshold_ramp must be from -1 to 1, got {value}")
+        raise ValueError(f"threshold_ramp must be from -1 to 1, got {value}{not_percent(value)}")
     if value and selection != "threshold":
         raise ValueError(f"threshold_ramp goes with selection 'threshold', got {value} and selection {selection!r}")
 
@@ -495,7 +504,7 @@ def _checked_threshold(threshold: object) -> float | tuple[float, ...] | HeadThr
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise TypeError(f"threshold must be a number or a sequence of numbers, got {value!r}")
         if not 0 < value <= 1:
-            raise ValueError(f"threshold must be in (0, 1], got {value}")
+            raise ValueError(f"threshold must be in (0, 1], got {value}{not_percent(value)}")
     numbers = tuple(float(value) for value in values)
     return numbers if isinstance(threshold, (tuple, list)) else numbers[0]
 

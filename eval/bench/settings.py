@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
+from xattn_video.config import not_percent
 from xattn_video_pipelines.common.errors import UserError
-from xattn_video_pipelines.common.settings import Dtype, Option, Settings, not_percent, option_name, sparse_config
+from xattn_video_pipelines.common.settings import Dtype, Option, Settings, option_name, sparse_config
 
 if TYPE_CHECKING:
     from xattn_video import XAttnConfig

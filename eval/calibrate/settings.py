@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from xattn_video import XAttnConfig
+from xattn_video.config import not_percent
 from xattn_video_pipelines.common.errors import UserError
-from xattn_video_pipelines.common.settings import DtypeOrAuto, Option, Settings, not_percent, option_name, sparse_config
+from xattn_video_pipelines.common.settings import DtypeOrAuto, Option, Settings, option_name, sparse_config
 from xattn_video_pipelines.qa import QaSettings
 from xattn_video_pipelines.video import GenerateSettings
 

@@ -147,21 +147,7 @@ def sparse_config(preset: str | None = None, **values: Any) -> XAttnConfig:
     try:
         return XAttnConfig.from_dict(values) if preset is None else XAttnConfig.preset(preset, **values)
     except (ValueError, TypeError) as error:
-        shares = (values.get(name) for name in _SHARES if str(error).startswith(f"{name} must"))
-        raise UserError(f"{error}{''.join(map(not_percent, shares))}") from None
-
-
-# The settings of XAttnConfig that are shares of 1, and never more than 1.
-_SHARES = ("threshold", "threshold_ramp", "warmup")
-
-
-def not_percent(value: Any) -> str:
-    """The end of a message about a share that is more than 1: what was meant, if it looks like percent.
-
-    >>> not_percent(90)
-    '; 0.9, not 90?'
-    """
-    return f"; {value / 100:g}, not {value:g}?" if isinstance(value, int | float) and 10 <= value <= 100 else ""
+        raise UserError(str(error)) from None
 
 
 # The time that a run over many items may take.

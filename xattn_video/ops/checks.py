@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..config import not_percent
 from .call_blocks import head_thresholds
 from .key_mask import KeyMask
 from .sparse import Call
@@ -150,7 +151,7 @@ def check_threshold(threshold: float | Tensor, heads: int) -> None:
     """Raise `ValueError` unless threshold is a number in (0, 1] or a tensor 0-d or `[heads]`."""
     if not isinstance(threshold, Tensor):
         if not 0 < threshold <= 1:
-            raise ValueError(f"threshold must be in (0, 1], got {threshold}")
+            raise ValueError(f"threshold must be in (0, 1], got {threshold}{not_percent(threshold)}")
         return
     if threshold.ndim > 1 or (threshold.ndim == 1 and threshold.shape[0] not in (1, heads)):
         raise ValueError(f"threshold must be a number or have shape ({heads},), got shape {tuple(threshold.shape)}")
