@@ -22,6 +22,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tests.tiny.other_families import kandinsky_transformer
 from tests.tiny.wan_family import T2V, T2V_A14B, TEXT_DIM, V2V, flow_scheduler, tiny_transformer
 from xattn_video import XAttnConfig, XAttnProcessor
 from xattn_video.integrations import diffusers as integration
@@ -513,10 +514,15 @@ def test_the_backend_alone_is_dense_and_says_so_once(model: Any, caplog: pytest.
 
 
 @pytest.mark.usefixtures("active_backend")
-def test_sparse_attention_is_not_a_backend_for_dense_steps(model: Any) -> None:
+def test_sparse_attention_is_not_a_backend_for_dense_steps() -> None:
+    # the attention of the text, which stays dense, comes before that of the video
+    model: Any = kandinsky_transformer()
+    before = processors(model)
     model.set_attn_processor(XAttnProcessor(**SETTINGS))
     with pytest.raises(ValueError, match="set_attn_processor"):
         model.set_attention_backend("xattention")
+    assert attached_processor(model) is not None
+    assert {processor._attention_backend for processor in before.values()} == {None}
 
 
 @pytest.mark.usefixtures("active_backend")
@@ -535,6 +541,10 @@ def test_the_backend_by_its_name_attaches_the_defaults(model: Any, caplog: pytes
     assert _AttentionBackendRegistry._active_backend is active
     forward(model)
     assert own.stats.summary()["dense_calls"] == {"warmup": 2}
+    # a name that does not exist changes nothing
+    with pytest.raises(ValueError, match="must be one of"):
+        model.set_attention_backend("bogus")
+    assert attached_processor(model) is own
     # another backend takes it off again, and so does none
     model.set_attention_backend("native")
     assert attached_processor(model) is None

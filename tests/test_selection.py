@@ -112,6 +112,7 @@ def test_top_k_and_top_ratio():
     ("arguments", "words"),
     [
         ({"threshold": 0.0}, "threshold must be in"),
+        ({"threshold": 90}, r"threshold must be in \(0, 1\], got 90; 0\.9, not 90\?"),
         ({"threshold": torch.tensor([0.9, float("nan")])}, r"threshold must be in \(0, 1\], got \[0.8999"),
         ({"threshold": torch.tensor(1.5)}, "threshold must be in"),
         ({"threshold": torch.ones(5)}, "threshold must be a number or have shape"),

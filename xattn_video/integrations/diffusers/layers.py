@@ -171,11 +171,6 @@ class SparseSelfAttention:
 
     @_attention_backend.setter
     def _attention_backend(self, backend: Any) -> None:
-        if backend == self.inner._attention_backend:
-            raise ValueError(
-                "set_attention_backend chooses the backend of dense calls here, got 'xattention', which "
-                "set_attn_processor(XAttnProcessor(...)) has attached already"
-            )
         self._set("_attention_backend", backend)
 
     @property

@@ -375,7 +375,12 @@ def _backend_method(stock: Callable[..., None]) -> Any:
         name = next(iter((*args, *kwargs.values())), None)
         ours = isinstance(name, str) and name.lower() == NAME
         own = attached_processor(self)
-        if ours and own is None:
+        if not ours:
+            # it raises for a backend that is not there, and then nothing has changed
+            stock(self, *args, **kwargs)
+            if own is not None and own._by_backend:
+                detach(self)
+        elif own is None:
             own = XAttnProcessor()
             own._by_backend = True
             own.attach(self)
@@ -384,9 +389,10 @@ def _backend_method(stock: Callable[..., None]) -> Any:
                 "pipe.set_attn_processor(XAttnProcessor(...)) takes others, and knows the steps of the pipeline",
                 NAME,
             )
-        elif not ours or own is None or not own._by_backend:
-            if own is not None and own._by_backend:
-                detach(self)
-            stock(self, *args, **kwargs)
+        elif not own._by_backend:
+            raise ValueError(
+                f"set_attention_backend chooses the backend of dense calls here, got {NAME!r}, which "
+                "set_attn_processor(XAttnProcessor(...)) has attached already"
+            )
 
     return choose_backend
