@@ -133,9 +133,8 @@ def test_the_bench_measures_what_the_goals_need(
 ) -> None:
     other = replace(SMALL, stride=4, locality=0.2)
     monkeypatch.setattr(command, "chosen_cases", lambda args, device: [SMALL, other])
-    assert main(["bench", "--device", "cpu", "--goals", "--rounds", "1"]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    report = json.loads(lines[-1])
+    assert main(["bench", "--device", "cpu", "--goals", "--rounds", "1", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
     assert [(row["stride"], row["config"]["stride"], row["locality"]) for row in report["rows"]] == [
         (16, 16, 0.6), (4, 4, 0.2),
     ]  # fmt: skip
@@ -146,8 +145,8 @@ def test_the_bench_measures_what_the_goals_need(
         assert set(measured["best_ms"]) == {"sdpa", "score", "select", "attend", "refresh", "add", "total"}
     slower = [(goal["stride"], goal["met"] is None) for goal in report["goals"] if "not slower" in goal["goal"]]
     assert slower == [(measured["stride"], measured["density"] > 0.5) for measured in report["rows"]]
-    assert main(["bench", "--device", "cpu", "--tokens", "1100", "--heads", "2", "--rounds", "1"]) == 0
-    report = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert main(["bench", "--device", "cpu", "--tokens", "1100", "--heads", "2", "--rounds", "1", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
     assert "goals" not in report
 
 
@@ -174,9 +173,10 @@ def test_a_failed_gate_leaves_out_its_case_alone(
     monkeypatch.setattr(command, "_measure", measure_one)
     monkeypatch.setattr(command, "select_lists", select_lists)
     out = tmp_path / "new" / "out"
-    assert main(["bench", "--device", "cpu", "--goals", "--rounds", "1", "--record", "--out", str(out)]) == 1
+    arguments = ["bench", "--device", "cpu", "--goals", "--rounds", "1", "--record", "--out", str(out), "--json"]
+    assert main(arguments) == 1
     captured = capsys.readouterr()
-    report = json.loads(captured.out.splitlines()[-1])
+    report = json.loads(captured.out)
     assert report["ok"] is False
     assert [row["stride"] for row in report["rows"]] == [16]
     assert all(failure.startswith("video-1100: up to") for failure in report["failures"][:-1])
@@ -218,8 +218,8 @@ def test_cases_that_differ_in_stride_share_inputs_and_what_was_found_of_dense_ke
 
     monkeypatch.setattr(command, "make_inputs", make_inputs)
     monkeypatch.setattr(command, "dense_candidates", slow_one)
-    assert main(["bench", "--device", "cpu", "--goals", "--rounds", "1"]) == 0
-    rows = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
+    assert main(["bench", "--device", "cpu", "--goals", "--rounds", "1", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)["rows"]
     assert [(row["name"], row["stride"]) for row in rows] == [("one", 8), ("one", 16), ("two", 8), ("two", 16)]
     assert made == ["one", "two"]
     # Once to be judged and twice to be compared with the fastest, and never in a round.
@@ -240,8 +240,8 @@ def test_an_attention_kernel_that_is_wrong_is_a_failure_and_the_others_are_timed
         return dense_kernels.Judged(kernels, {"attend-other": "it needs another GPU"})
 
     monkeypatch.setattr(command, "attention_candidates", named)
-    assert main(["bench", "--device", "cpu", "--goals", "--rounds", "1"]) == 1
-    report = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert main(["bench", "--device", "cpu", "--goals", "--rounds", "1", "--json"]) == 1
+    report = json.loads(capsys.readouterr().out)
     (failure,) = report["failures"]
     assert failure.startswith("video-1100: attend-hopper: wrong result: off float64 by 1.00e-02")
     (row,) = report["rows"]

@@ -27,17 +27,17 @@ from xattn_video_eval.bench.demo_tensors import DemoTensors
 from xattn_video_pipelines.cli import main
 
 ROOT = Path(__file__).resolve().parent.parent
-ARGUMENTS = ["bench", "--device", "cpu", "--tokens", "1100", "--heads", "2", "--rounds", "1"]
+ARGUMENTS = ["bench", "--device", "cpu", "--tokens", "1100", "--heads", "2", "--rounds", "1", "--json"]
 
 
-def test_bench_prints_a_table_and_ends_in_json(
+def test_bench_prints_tables_or_json_and_never_both(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(command, "LEDGER", tmp_path / "ledger.jsonl")
-    assert main([*ARGUMENTS, "--dtype", "fp32", "bf16"]) == 0
+    assert main([*ARGUMENTS, "--dtype", "fp32", "bf16", "--quiet"]) == 0
     assert not command.LEDGER.exists()
-    lines = capsys.readouterr().out.splitlines()
-    report = json.loads(lines[-1])
+    printed = capsys.readouterr()
+    lines, report = printed.err.splitlines(), json.loads(printed.out)
     assert report["ok"] is True
     assert [row["dtype"] for row in report["rows"]] == ["fp32", "bf16"]
     for row in report["rows"]:
@@ -52,8 +52,10 @@ def test_bench_prints_a_table_and_ends_in_json(
     # A line in the first table, and one for each kernel and stage in the second.
     assert sum(line.strip().startswith("video-1100") for line in lines) == 2 + 2 * 7
 
-    assert main([*ARGUMENTS, "--causal", "--record"]) == 0
-    capsys.readouterr()
+    assert main([*(word for word in ARGUMENTS if word != "--json"), "--causal", "--record"]) == 0
+    words = capsys.readouterr().out
+    assert sum(line.strip().startswith("causal-1100") for line in words.splitlines()) == 1 + 7
+    assert "{" not in words
     assert main([*ARGUMENTS, "--record"]) == 0
     recorded = [json.loads(line) for line in command.LEDGER.read_text().splitlines()]
     assert [row["name"] for row in recorded] == ["causal-1100", "video-1100"]
@@ -113,7 +115,7 @@ def test_nothing_that_fits_is_no_success(capsys: pytest.CaptureFixture[str], mon
 
     monkeypatch.setattr(command, "make_inputs", inputs)
     assert main(ARGUMENTS) == 1
-    report = json.loads(capsys.readouterr().out.splitlines()[-1])
+    report = json.loads(capsys.readouterr().out)
     assert (report["ok"], report["too_large"], report["rows"]) == (False, ["video-1100"], [])
 
 
@@ -129,7 +131,7 @@ def test_nothing_is_timed_or_recorded_when_the_result_is_wrong(
     monkeypatch.setattr(gates, "block_sparse_attention", wrong)
     monkeypatch.setattr(command, "LEDGER", tmp_path / "ledger.jsonl")
     assert main([*ARGUMENTS, "--record"]) == 1
-    report = json.loads(capsys.readouterr().out.splitlines()[-1])
+    report = json.loads(capsys.readouterr().out)
     assert report["ok"] is False
     assert report["rows"] == []
     assert "sparse output" in report["failures"][0]
@@ -216,8 +218,8 @@ def test_a_kernel_that_is_wrong_or_raises_is_listed_and_not_timed(
 
     monkeypatch.setattr(command, "dense_candidates", with_bad_ones)
     assert main(ARGUMENTS) == 0
-    lines = capsys.readouterr().out.splitlines()
-    (row,) = json.loads(lines[-1])["rows"]
+    printed = capsys.readouterr()
+    (row,) = json.loads(printed.out)["rows"]
     assert set(row["median_ms"]) == {"sdpa", "score", "select", "attend", "refresh", "add", "total"}
     assert set(row["not_timed"]) == {"wrong", "nan", "raising", "missing"}
     assert row["not_timed"]["wrong"].startswith("wrong result: off float64 by 1.00e-02")
@@ -225,7 +227,7 @@ def test_a_kernel_that_is_wrong_or_raises_is_listed_and_not_timed(
     assert row["not_timed"]["missing"] == "not installed: a_package_that_is_not_here"
     # Once for the judgement, never for a time.
     assert calls == {"wrong": 1, "nan": 1}
-    assert "not timed: raising: RuntimeError: no kernel image is available" in lines
+    assert "not timed: raising: RuntimeError: no kernel image is available" in printed.err.splitlines()
 
 
 def test_attention_that_is_wrong_on_the_timed_problem_ends_the_bench(
@@ -239,7 +241,7 @@ def test_attention_that_is_wrong_on_the_timed_problem_ends_the_bench(
 
     monkeypatch.setattr(command, "resolve", lambda *_: own._replace(block_sparse_forward=wrong))
     assert main(ARGUMENTS) == 1
-    report = json.loads(capsys.readouterr().out.splitlines()[-1])
+    report = json.loads(capsys.readouterr().out)
     assert report["rows"] == []
     assert "video-1100: attend: wrong result" in report["failures"][0]
 
@@ -262,7 +264,7 @@ def test_a_residual_that_is_wrong_is_a_failure_and_not_timed(
 
     monkeypatch.setattr(command, "resolve", lambda *_: own._replace(**{stage: wrong}))
     assert main(ARGUMENTS) == 1
-    report = json.loads(capsys.readouterr().out.splitlines()[-1])
+    report = json.loads(capsys.readouterr().out)
     assert any(words in failure for failure in report["failures"]), report["failures"]
     (row,) = report["rows"]
     assert "attend" in row["best_ms"]
@@ -290,7 +292,7 @@ def test_scores_and_choice_are_judged_on_the_timed_problem(
 
     monkeypatch.setattr(command, "resolve", lambda *_: own._replace(**{stage: wrong}))
     assert main([*ARGUMENTS, "--causal"] if causal else ARGUMENTS) == 1
-    report = json.loads(capsys.readouterr().out.splitlines()[-1])
+    report = json.loads(capsys.readouterr().out)
     assert report["rows"] == []
     assert any(words in failure for failure in report["failures"]), report["failures"]
 
@@ -310,7 +312,7 @@ def test_stages_are_those_of_the_call(capsys: pytest.CaptureFixture[str], monkey
     counted = own._replace(select=select, block_sparse_forward=attend)
     monkeypatch.setattr(command, "resolve", lambda *_: counted)
     assert main(ARGUMENTS) == 0
-    (row,) = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
+    (row,) = json.loads(capsys.readouterr().out)["rows"]
     # Once to know what is kept and what is right, once unmeasured, and once a round.
     times = 2 + row["rounds"]
     # A refresh attends twice, and the residual is added to one more output.
@@ -321,9 +323,9 @@ def test_both_pictures_are_written_and_show_the_rows(capsys: pytest.CaptureFixtu
     pytest.importorskip("matplotlib", reason="pictures need matplotlib")
     folder = tmp_path / "new" / "plots"
     arguments = ["bench", "--device", "cpu", "--tokens", "600", "1100", "--heads", "2", "--rounds", "1"]
-    assert main([*arguments, "--plot", str(folder)]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    rows = json.loads(lines[-1])["rows"]
+    assert main([*arguments, "--plot", str(folder), "--json"]) == 0
+    printed = capsys.readouterr()
+    rows, lines = json.loads(printed.out)["rows"], printed.err.splitlines()
     for name in ("speedup.png", "stages.png"):
         assert (folder / name).read_bytes().startswith(b"\x89PNG")
         assert f"wrote {folder / name}" in lines
@@ -358,7 +360,7 @@ def test_plots_and_rows_that_cannot_be_written_are_refused_before_anything_is_ti
 
 def test_text_inputs_are_causal(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*ARGUMENTS, "--inputs", "text"]) == 0
-    (row,) = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
+    (row,) = json.loads(capsys.readouterr().out)["rows"]
     assert (row["name"], row["inputs"], row["causal"]) == ("causal-1100", "text", True)
 
 
@@ -371,8 +373,8 @@ def test_demo_inputs_are_the_saved_tensors(capsys: pytest.CaptureFixture[str], m
 
     entries = [entry("layer1.head0.step09"), entry("layer3.head1.step02")]
     monkeypatch.setattr(demo_tensors, "load_demo_qkv", lambda: entries)
-    assert main(["bench", "--device", "cpu", "--rounds", "1", "--inputs", "demo"]) == 0
-    rows = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
+    assert main(["bench", "--device", "cpu", "--rounds", "1", "--inputs", "demo", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)["rows"]
     assert [row["name"] for row in rows] == ["demo-layer1.head0.step09", "demo-layer3.head1.step02"]
     for row in rows:
         assert (row["tokens"], row["heads"], row["head_dim"], row["dtype"]) == (720, 1, 24, "bf16")
@@ -396,8 +398,8 @@ def test_demo_inputs_that_are_not_there_are_one_line(
 def test_every_kernel_on_a_gpu_is_timed_or_has_its_reason(capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["bench", "--device", "cuda", "--tokens", "4096", "--head-dim", "128", "--rounds", "1"]
     for inputs in ("video", "text"):
-        assert main([*arguments, "--inputs", inputs]) == 0
-        (row,) = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
+        assert main([*arguments, "--inputs", inputs, "--json"]) == 0
+        (row,) = json.loads(capsys.readouterr().out)["rows"]
         named = set(row["median_ms"]) | set(row["not_timed"])
         assert named >= {"sdpa", "sdpa-flash", "sdpa-cudnn", "sdpa-efficient", "flex", "flex-sparse", "flashinfer"}
         assert named >= {"flash-attn-2", "flash-attn-3", "flash-attn-4"}

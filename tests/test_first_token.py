@@ -23,7 +23,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def command(model: Path, *more: str) -> list[str]:
-    sizes = ["--tokens", "400", "700", "--block-size", "16", "--threshold", "0.5", "--rounds", "2"]
+    sizes = ["--tokens", "400", "700", "--block-size", "16", "--threshold", "0.5", "--rounds", "2", "--json"]
     return ["bench", "--model", str(model), "--device", "cpu", *sizes, *more]
 
 
@@ -32,8 +32,8 @@ def test_a_row_a_length_with_both_times_and_the_density(
 ) -> None:
     monkeypatch.setattr(first_token, "LEDGER", tmp_path / "rows.jsonl")
     assert main(command(model, "--record")) == 0
-    printed = capfd.readouterr().out.splitlines()
-    document = json.loads(printed[-1])
+    captured = capfd.readouterr()
+    printed, document = captured.err.splitlines(), json.loads(captured.out)
     assert document["ok"]
     rows = document["rows"]
     assert [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()] == rows
@@ -56,7 +56,7 @@ def test_the_prompts_end_may_stay_dense(model: Path, capfd: Any) -> None:
     densities = {}
     for last in (0, 40):
         assert main(command(model, "--tokens", "400", "--rounds", "1", "--dense-last", str(last))) == 0
-        (row,) = json.loads(capfd.readouterr().out.splitlines()[-1])["rows"]
+        (row,) = json.loads(capfd.readouterr().out)["rows"]
         assert row["config"]["dense_last"] == last
         densities[last] = row["density"]
     assert densities[0] < densities[40] < 1
@@ -74,10 +74,11 @@ def test_a_model_whose_sparse_logits_are_wrong_is_not_timed(model: Path, capfd: 
 
     with register_module_forward_hook(off_by_a_little):
         assert main(command(model)) == 1
-    printed = capfd.readouterr().out.splitlines()
+    printed = capfd.readouterr()
     assert len(calls) == 2
-    assert printed[0].startswith("wrong result, nothing timed: threshold 1 is off dense logits by 1.0")
-    assert json.loads(printed[-1])["rows"] == []
+    told = printed.err.splitlines()[-1]
+    assert told.startswith("wrong result, nothing timed: threshold 1 is off dense logits by 1.0")
+    assert json.loads(printed.out)["rows"] == []
 
 
 def test_the_model_stays_dense_in_its_own_rounds(model: Path) -> None:

@@ -119,14 +119,15 @@ def test_a_run_answers_dense_and_sparse_and_goes_on_where_it_was_killed(
     summary = json.loads((out / "summary.json").read_text())
     assert summary["configurations"][label]["items"] == 6
     assert (out / "needle.png").read_bytes().startswith(b"\x89PNG")
-    printed = capfd.readouterr().out.splitlines()
-    assert json.loads(printed[-1]) == summary
-    assert printed[0].split()[:2] == ["task", "tokens"]
+    printed = capfd.readouterr().out
+    assert printed.split()[:2] == ["task", "tokens"]
+    assert printed.splitlines()[-1] == f"picture: {out / 'needle.png'}"
 
     # Killed in the middle of the eighth line.
     lines = path.read_bytes().splitlines(keepends=True)
     path.write_bytes(b"".join(lines[:7]) + lines[7][:30])
-    assert main(arguments(model, out)) == 0
+    assert main(arguments(model, out, "--json")) == 0
+    assert json.loads(capfd.readouterr().out) == json.loads((out / "summary.json").read_text())
     again = [json.loads(line) for line in path.read_text().splitlines()]
     assert path.read_bytes().splitlines(keepends=True)[:7] == lines[:7]
     assert [(row["key"], row["label"], row["reply"]) for row in again] == [

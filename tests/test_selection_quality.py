@@ -428,11 +428,11 @@ def save_demo(path: Path) -> None:
     save_file(tensors, path, {"grid": "3x8x8"})
 
 
-def test_the_program_prints_tables_and_ends_in_json(capsys: pytest.CaptureFixture[str]) -> None:
-    assert selection_quality.main([*SMALL, "--threshold", "0.85"]) == 0
+def test_the_program_prints_tables_or_json_and_never_both(capsys: pytest.CaptureFixture[str]) -> None:
+    assert selection_quality.main([*SMALL, "--threshold", "0.85", "--json"]) == 0
     assert not selection_quality.LEDGER.exists()
-    lines = capsys.readouterr().out.splitlines()
-    report = json.loads(lines[-1])
+    printed = capsys.readouterr()
+    lines, report = printed.err.splitlines(), json.loads(printed.out)
     assert list(report["skipped"]) == ["demo"]
     assert any(line.startswith("skipped demo: no file demo_qkv.safetensors") for line in lines)
     video, text = report["rows"]
@@ -465,19 +465,22 @@ def test_the_program_prints_tables_and_ends_in_json(capsys: pytest.CaptureFixtur
 
 
 def test_rows_are_appended_when_asked_for_and_repeat_with_the_seed(capsys: pytest.CaptureFixture[str]) -> None:
-    for seed in ("0", "0", "1"):
-        assert selection_quality.main([*SMALL, "--inputs", "text", "--seed", seed, "--record"]) == 0
+    for words in (("0",), ("0",), ("1", "--json")):
+        printed = capsys.readouterr().out
+        assert selection_quality.main([*SMALL, "--inputs", "text", "--record", "--seed", *words]) == 0
+    assert "== text: " in printed
+    assert "{" not in printed
     rows = [json.loads(line) for line in selection_quality.LEDGER.read_text().splitlines()]
     assert [row["seed"] for row in rows] == [0, 0, 1]
     assert rows[0] == json.loads(json.dumps(rows[1] | {"time": rows[0]["time"]}))
     assert rows[0]["scorers"] != rows[2]["scorers"]
-    assert json.loads(capsys.readouterr().out.splitlines()[-1])["rows"] == rows[2:]
+    assert json.loads(capsys.readouterr().out)["rows"] == rows[2:]
 
 
 def test_the_demo_models_tensors_come_first(capsys: pytest.CaptureFixture[str]) -> None:
     save_demo(demo_tensors.DEMO_QKV)
-    assert selection_quality.main(SMALL) == 0
-    report = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert selection_quality.main([*SMALL, "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
     assert report["skipped"] == {}
     assert [row["inputs"] for row in report["rows"]] == ["demo", "video", "text"]
     demo = report["rows"][0]

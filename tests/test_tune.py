@@ -156,9 +156,9 @@ def pretended_gpu(tmp_path, monkeypatch):
 
 
 def test_what_gains_is_written_and_read_by_the_next_launch(pretended_gpu, capsys):
-    assert main(["tune", "--dtype", "bf16", "fp16"]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    report = json.loads(lines[-1])
+    assert main(["tune", "--dtype", "bf16", "fp16", "--json"]) == 0
+    printed = capsys.readouterr()
+    lines, report = printed.err.splitlines(), json.loads(printed.out)
     # bf16 and fp16 share an entry.
     assert [(row["kernel"], row["dtype"], row["gain"]) for row in report["rows"]] == [
         ("antidiagonal_scores", "bf16", 1.0),
@@ -177,7 +177,7 @@ def test_what_gains_is_written_and_read_by_the_next_launch(pretended_gpu, capsys
     found = launch_tables.find_config("block_sparse", torch.float16, 128, torch.device("cuda", 0))
     assert found == with_stages(4)
     assert main(["tune"]) == 0
-    assert f"nothing to change in {pretended_gpu}" in capsys.readouterr().out
+    assert capsys.readouterr().out.splitlines()[-1] == f"nothing to change in {pretended_gpu}"
 
 
 def test_what_was_measured_before_an_interruption_is_kept(pretended_gpu, monkeypatch):
@@ -194,8 +194,8 @@ def test_what_was_measured_before_an_interruption_is_kept(pretended_gpu, monkeyp
 
 
 def test_the_plain_kernel_is_measured_before_the_one_beside_it(pretended_gpu, capsys):
-    assert main(["tune", "--kernel", "attention_hopper", "block_sparse"]) == 0
-    report = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert main(["tune", "--kernel", "attention_hopper", "block_sparse", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
     assert [row["kernel"] for row in report["rows"]] == ["block_sparse", "attention_hopper"]
 
 
@@ -211,8 +211,8 @@ def test_a_kernel_that_cannot_run_is_left_out_with_its_reason(
     arguments, capability, reason, pretended_gpu, monkeypatch, capsys
 ):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    assert main(["tune", "--kernel", "attention_hopper", *arguments]) == 0
-    report = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert main(["tune", "--kernel", "attention_hopper", *arguments, "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
     assert (report["rows"], list(report["left_out"].values())) == ([], [reason])
     assert not pretended_gpu.exists()
 
@@ -340,7 +340,7 @@ def test_it_measures_on_a_gpu(tmp_path, monkeypatch, capsys):
     few = [{}, {"num_stages": 1}]
     monkeypatch.setattr(tune, "candidates", lambda *args: [{**args[3], **change} for change in few])
     assert main(["tune", "--tokens", "4096", "--heads", "2", "--rounds", "3"]) == 0
-    report = json.loads(capsys.readouterr().out.splitlines()[-1])
+    report = json.loads(capsys.readouterr().out)
     assert len(report["rows"]) + len(report["left_out"]) == len(tune.KERNELS)
     assert [row["kernel"] for row in report["rows"]][:2] == ["antidiagonal_scores", "block_sparse"]
     for row in report["rows"][2:]:

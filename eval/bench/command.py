@@ -9,8 +9,8 @@
 A case with a wrong result has no times but its reason, the others go on, and the exit code is 1 at the end. Ratios are
 taken inside one run. Effective TFLOP/s count the operations that the result needs, whatever a kernel does: dense
 `4 * heads * tokens^2 * head_dim` (half of it if causal), score `1 / (2 * stride)` of that, attend `density` of it,
-total the sum of both; selection and addition multiply nothing. The last line of stdout is JSON; `--record` also appends
-the rows to the ledger of the project, `--out` to one in a folder of the user's, and `--plot` draws them.
+total the sum of both; selection and addition multiply nothing. `--record` appends the rows to the ledger of the
+project, `--out` to one in a folder of the user's, and `--plot` draws them.
 """
 
 from __future__ import annotations

@@ -30,5 +30,6 @@ def command(settings: BenchSettings, *, json: Json = False) -> int:
 
     with contextlib.redirect_stdout(for_people(json)):
         report = bench(settings)
-    print(dumps(report))
+    if json:
+        print(dumps(report))
     return 0 if report["ok"] else 1

@@ -85,7 +85,8 @@ def _evaluate(settings: S, tool: str, load: Callable[[S], tuple[Any, Evaluate]],
     }
     write_texts({settings.out / RESULTS_JSON: dumps(document, indent=2, default=str) + "\n"})
     say(table(rows), for_people(json))
-    print(dumps(document, default=str))
+    if json:
+        print(dumps(document, default=str))
     return 0
 
 

@@ -5,8 +5,8 @@
       ->  threshold against top-k against top-ratio at one density; thresholds against density and mass recalled
       ->  XAttention's published tables beside ours, and where their order is not ours
 
-Inputs: the demo model's own tensors, and a video-like and a causal text-like generator. The last line of stdout is
-JSON, a row an input; `--record` also appends the rows to a ledger, and `--plot` draws them.
+Inputs: the demo model's own tensors, and a video-like and a causal text-like generator. `--json` prints a row an input
+in place of the tables, `--record` appends the rows to a ledger, and `--plot` draws them.
 """
 
 from __future__ import annotations
@@ -122,7 +122,8 @@ def selection_quality(settings: SelectionSettings, *, json: Json = False) -> int
     """`xattn-video selection-quality`: measure and print; returns 0. Raises `UserError` for bad input."""
     with contextlib.redirect_stdout(for_people(json)):
         document = _measured(settings)
-    print(dumps(document))
+    if json:
+        print(dumps(document))
     return 0
 
 

@@ -27,5 +27,6 @@ def command(settings: TuneSettings, *, json: Json = False) -> int:
 
     with contextlib.redirect_stdout(for_people(json)):
         report = tune(settings)
-    print(dumps(report))
+    if json:
+        print(dumps(report))
     return 0 if report["ok"] else 1

@@ -52,7 +52,8 @@ def command(settings: NeedleSettings, *, json: Json = False) -> int:
     """`xattn-video needle`: tables and pictures; 0. Raises UserError."""
     with contextlib.redirect_stdout(for_people(json)):
         summary = needle(settings)
-    print(dumps(summary))
+    if json:
+        print(dumps(summary))
     return 0
 
 
