@@ -88,6 +88,13 @@ class Settings:
                 if value is not None and value < least:
                     raise UserError(f"{option_name(name)} must be {least} or more, got {value}")
 
+    def check_at_most(self, most: int, *names: str) -> None:
+        """Raise UserError unless each of these settings, where it is given, is `most` or less."""
+        for name in names:
+            value = getattr(self, name)
+            if value is not None and value > most:
+                raise UserError(f"{option_name(name)} must be {most} or less, got {value}")
+
     def check_from_zero(self, *names: str) -> None:
         """Raise UserError unless each of these settings, where it is given, is a finite number from 0."""
         for name in names:

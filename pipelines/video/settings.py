@@ -32,6 +32,8 @@ PresetOption = Annotated[
     VideoPreset | None,
     Option("settings of attention under one name; an option that is given replaces the preset's value", "attention"),
 ]
+# No video has more pixels on a side, frames or steps. Much larger numbers overflow where its cost is computed.
+_MOST = 100_000
 _ATTENTION = "attention"
 _VIDEO = "video (defaults: the model's own)"
 _WHICH = "which videos"
@@ -104,6 +106,7 @@ class VideoSettings(Settings):
         self._check_prompts()
         read_loras(self.lora)
         self.check_at_least(1, "height", "width", "num_frames", "fps", "steps", "sample", "limit")
+        self.check_at_most(_MOST, "height", "width", "num_frames", "fps", "steps")
         self.check_from_zero("guidance_scale", "flow_shift")
         check_max_hours(self.max_hours)
         for seed in self.seeds:
