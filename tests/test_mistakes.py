@@ -21,6 +21,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "empty.txt").touch()
     (folder / "empty").mkdir()
     (folder / "run.toml").write_text('[generate]\nmodle = "demo"\n')
+    tables = [f'[{name}]\noverwrite = true\nout = "elsewhere"' for name in ("generate", "demo", "calibrate")]
+    (folder / "again.toml").write_text("\n".join([*tables, '[report]\nout = "elsewhere.html"']) + "\n")
     (folder / "other.toml").write_text('[sweep]\nmodel = "demo"\n')
     return folder
 

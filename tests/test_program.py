@@ -247,6 +247,8 @@ def test_a_file_gives_settings_and_options_win(more, changed, tmp_path, capsys):
         ("[paint]\ndepth = 'deep'", "argument --depth: invalid float value: 'deep' in {path} (see: tool paint --help)"),
         ("[paint]\nsizes = [0]", "--sizes must be 1 or more, got 0"),
         ("[paint]\nsizes = " + 20_000 * "[", "--config {path}: not a TOML file: "),
+        ("[paint]\na" + 100_000 * ".a" + " = 1", "--config {path}: must have at most 2,000 dots, got 100,000"),
+        (300_000 * " ", "--config {path}: must have at most 262,144 bytes, got 300,000"),
     ],
 )
 def test_what_is_wrong_with_a_file_of_settings_is_one_line(text, message, tmp_path, capsys):

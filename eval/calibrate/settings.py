@@ -34,7 +34,7 @@ class CalibrateSettings(Settings):
 
     model: Annotated[str, Option("as of generate with --prompts, of qa with --items; a language model with --texts")]
     out: Annotated[Path, Option("the file of thresholds", metavar="FILE")] = Path("thresholds.json")
-    overwrite: Annotated[bool, Option("replace the file that is there")] = False
+    overwrite: Annotated[bool, Option("replace the file that is there", command_line_only=True)] = False
 
     prompts: Annotated[Path | None, Option("video diffusion: .txt or .jsonl as of generate", _INPUTS, "FILE")] = None
     items: Annotated[Path | None, Option("video understanding: questions as of qa", _INPUTS, "FILE.jsonl")] = None

@@ -23,7 +23,7 @@ class ReportSettings(Settings):
 
     run_dir: Annotated[Path, Option("the --out of generate: dense/ and what to compare", metavar="RUN")]
     _: KW_ONLY
-    out: Annotated[Path | None, Option(f"default: RUN/{REPORT}", metavar="FILE")] = None
+    out: Annotated[Path | None, Option(f"default: RUN/{REPORT}", metavar="FILE", command_line_only=True)] = None
     max_megabytes: Annotated[
         float, Option("videos in the page, worst cases first, until this size; 0 for none", metavar="N")
     ] = 64.0
@@ -36,7 +36,11 @@ class ReportSettings(Settings):
     ] = None
     side_by_side: Annotated[
         Path | None,
-        Option("also write the page's sparse videos beside their dense ones, as one video", metavar="FILE.mp4"),
+        Option(
+            "also write the page's sparse videos beside their dense ones, as one video",
+            metavar="FILE.mp4",
+            command_line_only=True,
+        ),
     ] = None
     lpips: Annotated[bool, Option("leave LPIPS out", group=_MEASURING)] = True
     lpips_weights: Annotated[Path | None, Option("as in compare", group=_MEASURING, metavar="FOLDER")] = None

@@ -87,7 +87,9 @@ class SelectionSettings(Settings):
     block_size: Annotated[int, Option("tokens a block")] = 128
     threshold: Annotated[float, Option("that says which blocks matter")] = 0.9
     record: Annotated[bool, Option(f"append the rows to eval/results/{LEDGER.name}")] = False
-    plot: Annotated[Path | None, Option("draw quality over cost; needs matplotlib", metavar="FILE.png")] = None
+    plot: Annotated[
+        Path | None, Option("draw quality over cost; needs matplotlib", metavar="FILE.png", command_line_only=True)
+    ] = None
 
     @property
     def generated(self) -> dict[str, Any]:

@@ -375,6 +375,8 @@ def _parameter(
     many = get_origin(kind) is tuple
     metavar = f"{option.metavar or _metavar(kind)}{'...' if many else ''}"
     shown: dict[str, Any] = {"help": option.help, "metavar": metavar}
+    if option.command_line_only:
+        shown["help"] += "; never taken from --config"
     if kind == (bool | None):
         # Its default may be yes or no, so both can be given.
         shown["negative"] = f"--no-{name.replace('_', '-')}"

@@ -7,8 +7,8 @@ A file has one table per command, and a key for each setting, by its name in Pyt
     seeds = [0, 1]
 
 It says nothing that options cannot say: its values are read as the values of options are, and a setting that could run
-foreign code is left to the command line. Paths mean what they mean on the command line: a relative path starts from
-the folder where the command runs.
+foreign code or replace a file of any name is left to the command line. Paths mean what they mean on the command line:
+a relative path starts from the folder where the command runs.
 """
 
 from __future__ import annotations
@@ -29,8 +29,9 @@ from xattn_video_pipelines.common.settings import Settings, options_of
 from xattn_video_pipelines.common.terminal import printable
 
 RUN_FILE = "run.toml"
-# A file of settings is short; more than this is something else.
-_MOST_BYTES = 2**20
+# A file of settings is short; more than this is something else. The time to parse a key grows with the square of its
+# dots.
+_MOST_BYTES, _MOST_DOTS = 2**18, 2000
 
 Value = bool | int | float | str | list[bool | int | float | str]
 
@@ -93,7 +94,10 @@ def read_run(path: Path, command: str, settings: type[Settings]) -> dict[str, Va
             the command or has a value of a wrong kind.
     """
     try:
-        document = tomllib.loads(read_input(path, _MOST_BYTES).decode())
+        text = read_input(path, _MOST_BYTES).decode()
+        if text.count(".") > _MOST_DOTS:
+            raise UserError(f"{path}: must have at most {_MOST_DOTS:,} dots, got {text.count('.'):,}")
+        document = tomllib.loads(text)
     except FileNotFoundError:
         raise UserError(f"--config {path}: no such file") from None
     except OSError as error:

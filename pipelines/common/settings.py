@@ -25,7 +25,7 @@ class Option:
     in Python is positional on the command line too; with `named` its name does as well. A switch that is on by default,
     such as `lpips`, becomes `--no-lpips`, and its text says what that does. `commas` says that a list of texts may also
     be written with commas, as all lists of numbers and of choices may. A setting that is `command_line_only` is not
-    taken from a file of settings, which may be somebody else's.
+    taken from a file of settings, which may be somebody else's: it could run foreign code or replace any file.
     """
 
     help: str

@@ -55,7 +55,7 @@ class DemoSettings(Settings):
         Option(f"first steps that stay dense; default: the preset's, {DEMO_WARMUP} without one", "attention"),
     ] = None
     device: Annotated[str, Option("auto, cpu, cuda, cuda:1, xpu, mps")] = "auto"
-    overwrite: Annotated[bool, Option("make finished videos again")] = False
+    overwrite: Annotated[bool, Option("make finished videos again", command_line_only=True)] = False
 
     @property
     def first(self) -> int | None:

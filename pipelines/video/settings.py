@@ -225,7 +225,7 @@ class GenerateSettings(VideoSettings):
         ),
     ] = None
     lossless: Annotated[bool, Option("also write an FFV1 .mkv copy, for measuring", _VIDEO)] = False
-    overwrite: Annotated[bool, Option("make finished videos again", _WHICH)] = False
+    overwrite: Annotated[bool, Option("make finished videos again", _WHICH, command_line_only=True)] = False
     compile: Annotated[
         bool, Option("torch.compile the transformer's blocks; the first video's time includes it", _MACHINE)
     ] = False
