@@ -16,11 +16,12 @@ import torch
 
 from tests.test_compare import add, clip, noisy, rows, run_compare
 from xattn_video_eval.compare import measure as measuring
-from xattn_video_eval.compare.command import compare
+from xattn_video_eval.compare.command import EXAMPLE, compare
 from xattn_video_eval.compare.metrics.flicker import flicker, flicker_db, region_errors, worst_cell
 from xattn_video_eval.compare.metrics.psnr_ssim import psnr
 from xattn_video_eval.compare.pairs import Pair
 from xattn_video_eval.compare.settings import CompareSettings
+from xattn_video_eval.compare.table import column_lines
 from xattn_video_pipelines.cli import main
 from xattn_video_pipelines.common.errors import UserError
 
@@ -81,9 +82,12 @@ def test_columns_are_the_measures_of_the_videos(runs: Any, workers: int) -> None
     assert (summary["worst_region"], summary["worst_region_share"]) == worst_cell(grid)
 
 
-def test_table_shows_them_and_says_what_they_mean(runs: Any, capsys: pytest.CaptureFixture[str]) -> None:
+def test_table_shows_them_and_verbose_says_what_they_mean(runs: Any, capsys: pytest.CaptureFixture[str]) -> None:
     dense, sparse, _ = runs
     assert run_compare(dense, sparse, "--no-lpips") == 0
+    usual = capsys.readouterr().out.splitlines()
+    assert usual[-2] == "columns: explained by xattn-video compare --help"
+    assert run_compare(dense, sparse, "--no-lpips", "--verbose") == 0
     lines = capsys.readouterr().out.splitlines()
     summary = json.loads((sparse / "summary.json").read_text())
     strip = summary["videos"][1]
@@ -100,7 +104,9 @@ def test_table_shows_them_and_says_what_they_mean(runs: Any, capsys: pytest.Capt
     printed = " ".join(" ".join(lines).split())
     for key, head in {"psnr": "PSNR dB", "ssim": "SSIM", "flicker": "flicker", "border_excess_db": "edge dB"}.items():
         assert f"{head}: {summary['definitions'][key]}" in printed
+        assert not any(line.startswith(f"{head}: ") for line in usual)
     assert f"worst: {summary['definitions']['worst_region']}" in printed
+    assert "\n".join(column_lines(summary["definitions"])) in EXAMPLE
     # Nothing is explained that is not shown.
     assert "LPIPS: version" not in printed
 

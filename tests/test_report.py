@@ -577,7 +577,7 @@ def judge(folder: Path, *rows: tuple[str, str, list[str]]) -> None:
 
 def columns_of(page: Reader, name: str) -> dict[str, str]:
     """The cells of a configuration by the heads of the table's columns."""
-    heads = next(row for row in page.rows if [text for text, _ in row[:2]] == ["videos of", "videos"])
+    heads = next(row for row in page.rows if [text for text, _ in row[:2]] == ["configuration", "videos"])
     return {head: text for (head, _), (text, _) in zip(heads, page.row(name), strict=True)}
 
 

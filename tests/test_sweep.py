@@ -186,7 +186,7 @@ def test_rows_tell_the_residual_its_memory_and_the_worst_video(model, tmp_path, 
     records = read_manifest(out / base["attention"])
     assert all(record["dense_reasons"]["refresh"] for record in records.values())
     assert base["density"] == pytest.approx(sum(record["mean_density"] for record in records.values()) / 2)
-    printed = next(line for line in done.err.splitlines() if line.startswith("videos of"))
+    printed = next(line for line in done.err.splitlines() if line.startswith("configuration "))
     for head in ("name", "residual", "refresh", "anchors", "worst dB", "flicker", "residual MiB"):
         assert head in printed
     assert "LPIPS" not in printed

@@ -36,7 +36,7 @@ from xattn_video_eval.compare.metrics.psnr_ssim import (
 from xattn_video_eval.compare.pairs import Pair, check_sides, find_pairs, find_sides
 from xattn_video_eval.compare.settings import FLOOR, FRAMES_CSV, METRICS_CSV, SUMMARY_JSON, CompareSettings
 from xattn_video_eval.compare.summary import read_summary
-from xattn_video_eval.compare.table import format_summary
+from xattn_video_eval.compare.table import column_lines, format_summary
 from xattn_video_pipelines.common.errors import UserError
 from xattn_video_pipelines.common.files import check_stays, claimed, make_writable, write_texts
 from xattn_video_pipelines.common.program import for_people
@@ -45,11 +45,15 @@ from xattn_video_pipelines.common.settings import Json
 from xattn_video_pipelines.common.terminal import is_quiet, say
 from xattn_video_pipelines.video import Key, Record, busy, read_manifest
 
-EXAMPLE = """\
+_COLUMN_LINES = "\n".join(column_lines(definitions(CompareSettings.lpips_net) | DEFINITIONS))
+EXAMPLE = f"""\
 example:
   xattn-video compare out
   xattn-video compare out/dense out/xattn-s8-t0.90-w5
   xattn-video compare out/dense out/xattn-s8-t0.90-w5 --lpips-net vgg --lpips-weights ~/checkpoints
+
+columns, which --verbose explains below the table too:
+{_COLUMN_LINES}
 """
 
 
@@ -207,7 +211,7 @@ def command(settings: CompareSettings, *, json: Json = False) -> int:
     people, summaries = for_people(json), []
     for one in each_of(settings):
         if settings.sparse_dir is None:
-            say(f"{one.dense_dir} and {one.sparse_dir}", people)
+            say(f"videos of {one.sparse_dir}, compared with the dense ones of {one.dense_dir}:", people)
         check_sides(*_sides(one))
         summaries.append(compare(one))
         say(format_summary(summaries[-1]), people)

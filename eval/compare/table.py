@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import textwrap
+from collections.abc import Mapping
 from typing import Any
 
 from xattn_video_eval.compare.metrics.psnr_ssim import PSNR_CAP_DB
 from xattn_video_eval.compare.pairs import shortened
 from xattn_video_pipelines.common.tables import aligned
+from xattn_video_pipelines.common.terminal import is_verbose
 from xattn_video_pipelines.video import video_name
 
 _WIDTH = 110
@@ -31,7 +33,7 @@ COLUMN_HEADS = {name: head for name, (head, _) in _COLUMNS.items()}
 
 
 def format_summary(summary: dict[str, Any]) -> str:
-    """The table, the notes under it and the definitions of its columns, as printed."""
+    """The table and the notes under it as printed; with `--verbose` also what its columns mean."""
     lines: list[tuple[str, ...]] = [("video", *(head for head, _ in _COLUMNS.values()))]
     lines += [_cells(row, shortened(video_name((row["id"], row["seed"])))) for row in summary["videos"]]
     means = [_cells(summary, "all (mean)")]
@@ -39,7 +41,9 @@ def format_summary(summary: dict[str, Any]) -> str:
     lines += means
     # One rule under the head, and one above the means.
     rules = (1, len(lines) - len(means))
-    return "\n".join([aligned(lines, left=1, rules=rules), *_notes(summary), *_definitions(summary)])
+    shown = {key: text for key, text in summary["definitions"].items() if summary[key] is not None}
+    told = column_lines(shown) if is_verbose() else ["columns: explained by xattn-video compare --help"]
+    return "\n".join([aligned(lines, left=1, rules=rules), *_notes(summary), *told])
 
 
 def _cells(row: dict[str, Any], name: str) -> tuple[str, ...]:
@@ -49,13 +53,12 @@ def _cells(row: dict[str, Any], name: str) -> tuple[str, ...]:
     return (name, *cells.values())
 
 
-def _definitions(summary: dict[str, Any]) -> list[str]:
-    """What each column means, for the columns that hold anything."""
+def column_lines(definitions: Mapping[str, str]) -> list[str]:
+    """What columns mean, by their names in a summary's rows, in lines of a terminal's width."""
     lines = []
-    for key, text in summary["definitions"].items():
-        if summary[key] is not None:
-            head = f"{_COLUMNS[key][0]}: "
-            lines += textwrap.wrap(text, _WIDTH, initial_indent=head, subsequent_indent=" " * len(head))
+    for key, text in definitions.items():
+        head = f"{_COLUMNS[key][0]}: "
+        lines += textwrap.wrap(text, _WIDTH, initial_indent=head, subsequent_indent=" " * len(head))
     return lines
 
 

@@ -236,7 +236,7 @@ def forecast(plan: Plan, configs: int, left: int) -> str:
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """The rows as printed: what was set, what it cost, what it kept. A column without any value is left out."""
     shown = [name for name in _COLUMNS if any(row.get(name) is not None for row in rows)]
-    lines: list[tuple[str, ...]] = [("videos of", *(_COLUMNS[name][0] for name in shown))]
+    lines: list[tuple[str, ...]] = [("configuration", *(_COLUMNS[name][0] for name in shown))]
     lines += [(row["attention"], *(_cell(row[name], _COLUMNS[name][1]) for name in shown)) for row in rows]
     return aligned(lines, left=1)
 
