@@ -106,6 +106,13 @@ def test_settings_survive_json(config):
     assert XAttnConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
 
+def test_a_prompt_shows_the_settings_that_were_chosen():
+    assert repr(XAttnConfig()) == "XAttnConfig(stride=8, threshold=0.9, warmup_steps=5)"
+    config = XAttnConfig(stride=16, dense_layers=(0, "blocks.29.*"), warmup=0.25, residual="int4")
+    assert eval(repr(config)) == config
+    assert "min_tokens" not in repr(config)
+
+
 def test_an_unknown_setting_in_a_file_is_refused():
     with pytest.raises(ValueError, match="unknown settings treshold"):
         XAttnConfig.from_dict({"treshold": 0.9})

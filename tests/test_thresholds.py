@@ -148,6 +148,9 @@ def test_a_configuration_keeps_what_the_file_said(tmp_path: Path) -> None:
     assert hash(config) == hash(same)
     assert config.threshold == thresholds()
     assert XAttnConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    # a prompt does not show the numbers of all layers
+    assert f"{len(thresholds().layers)} layers" in repr(config)
+    assert "0." not in repr(config).replace(f"mean {thresholds().mean:.2f}", "")
     assert config.replace(warmup_steps=1).threshold == thresholds()
     assert config.replace(threshold=0.5).threshold == 0.5
     assert config.layer_threshold("transformer.blocks.0.attn1") == (0.5, 1.0)

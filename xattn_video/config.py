@@ -48,6 +48,9 @@ MODEL_PRESETS = {
     "hunyuan-video-1.5": "hunyuan-video",
 }  # fmt: skip
 
+# Settings that `repr` shows whether or not they are the defaults.
+_ALWAYS_SHOWN = {"stride", "threshold", "warmup_steps"}
+
 # Settings that only have a meaning with a residual.
 _OF_RESIDUAL = {"refresh", "refresh_every", "extrapolate", "residual_mib"}
 
@@ -138,7 +141,7 @@ class XAttnConfig:
             faster; what that kernel cannot do raises) or `"reference"`.
         max_extra_mib: bound in MiB on what grows with the square of the length in one call: scores, lists and masks of
             blocks. A call that would take more is done in chunks of query blocks, which may round the last digit
-            otherwise. `ops/sparse.py` says what a backend needs beside them.
+            otherwise.
 
     Raises:
         ValueError: a setting is out of its range, or a file of thresholds is missing or broken; the message names it.
@@ -200,6 +203,15 @@ class XAttnConfig:
         _check_ramp(self.threshold_ramp, self.selection)
         object.__setattr__(self, "refresh", _checked_refresh(self.refresh))
         _check_residual(self)
+
+    def __repr__(self) -> str:
+        # all the others have their defaults, and would hide what was chosen
+        chosen = [
+            f"{field.name}={getattr(self, field.name)!r}"
+            for field in dataclasses.fields(self)
+            if field.name in _ALWAYS_SHOWN or getattr(self, field.name) != field.default
+        ]
+        return f"XAttnConfig({', '.join(chosen)})"
 
     def replace(self, **changes: Unpack[Settings]) -> XAttnConfig:
         """A copy with some settings changed, checked again."""

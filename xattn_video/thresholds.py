@@ -61,9 +61,13 @@ class HeadThresholds:
     versions: tuple[tuple[str, str], ...]
     layers: tuple[LayerThresholds, ...]
 
+    def __repr__(self) -> str:
+        # the numbers of all layers would fill the screen
+        return f"<HeadThresholds of {self.model}: {len(self.layers)} layers, mean {self.mean:.2f}>"
+
     @classmethod
     def load(cls, path: str | Path) -> HeadThresholds:
-        """Read a file that `save` or `xattn-video calibrate` wrote.
+        """Read a file that `xattn-video calibrate` wrote, or one with the text of `to_json`.
 
         Raises:
             ValueError: there is no such file, or it is not one of these; the message names file, field, rule and value.
