@@ -1,5 +1,14 @@
 """XAttention for video diffusion: training-free block-sparse attention (ICML 2025, arXiv 2503.16428).
 
+    XAttnProcessor          makes a diffusers pipeline sparse: pipe.set_attn_processor(XAttnProcessor())
+    XAttnConfig             its settings, and presets of them; HeadThresholds are those of a calibration file
+    supported()             the models that are known, and what is sparse in each
+    xattention()            one attention call over tensors; CallStats says what it did
+    score_blocks(), select_blocks(), block_sparse_attention()
+                            its three stages
+
+For the language models of transformers see `help("xattn_video.integrations.transformers")`.
+
 Importing this package imports nothing else. Each name is loaded when it is first asked for: the functions load torch,
 and `XAttnProcessor` loads diffusers too. So the version and the settings can be read where torch is not installed.
 """

@@ -64,7 +64,9 @@ def xattention(  # noqa: PLR0913 - public, its parameters are settings
 ) -> Tensor | tuple[Tensor, CallStats]:
     """Block-sparse attention with XAttention's choice of blocks.
 
-    Goes dense, and says so in the statistics, for the reasons that `dense.find_backend` names.
+    A call is dense, and `CallStats.dense_reason` says why, where an input requires a gradient (`autograd`), there are
+    fewer keys than `min_tokens`, a causal call has fewer queries than a block (`decode`), or the device has no fast
+    implementation (`no_backend`).
 
     Args:
         query: `[B, Hq, Sq, D]`, floating point.
