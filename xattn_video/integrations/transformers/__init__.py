@@ -1,11 +1,11 @@
 """Sparse prefill for the language models of transformers, text and video.
 
-    import xattn_video.integrations.transformers                       # registers "xattention"
+    from xattn_video.integrations.transformers import stop_xattention, use_xattention    # registers "xattention"
     model = Qwen2VLForConditionalGeneration.from_pretrained(name, attn_implementation={"text_config": "xattention"})
 
-    stats = use_xattention(model, stride=16, threshold=0.9)            # the same, with settings and statistics
+    stats = use_xattention(model, stride=16, threshold=0.9)              # the same, with settings and statistics
     model.generate(**inputs); stats.summary()["sparse_density"]
-    stop_xattention(model)                                             # as it was
+    stop_xattention(model)                                               # as it was
 
 Prefill is sparse: prompts in one piece or in chunks, padded on either side, with any cache. Decoding is dense, and so
 is every call that `AttentionStats.summary()["dense_calls"]` names. Dense calls are transformers' own SDPA. With
