@@ -14,8 +14,10 @@ import torch
 from safetensors.torch import save_file
 
 from tests.cli_tools import SIZE, SPARSE, SPARSE_LABEL
+from tests.tiny.wan_family import T2V_A14B
 from xattn_video_pipelines.common.errors import UserError
 from xattn_video_pipelines.video import GenerateSettings, make_plan, read_manifest, read_video
+from xattn_video_pipelines.video.adaptation import Adaptation, Lora
 from xattn_video_pipelines.video.prompts import Prompt, completed
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -148,6 +150,44 @@ def test_a_lora_that_is_none_is_refused_before_the_model_is_loaded(words, messag
     given = tuple(word.replace("PATH", str(path)) for word in words)
     with pytest.raises(UserError, match=message):
         make_plan(GenerateSettings(model="demo", prompt=("a b",), out=tmp_path / "out", lora=given))
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "expected"),
+    [
+        ({"high": 0.5}, {"low": 1.0}, ({"high": 0.5}, {"low": 1.0})),
+        ({}, {"low": 2.0, "high": 1.0}, ({}, {"low": 2.0, "high": 1.0})),
+        ({"high": 1.5}, {}, ({"high": 1.5}, {"high": 1.5})),
+    ],
+)
+def test_each_lora_is_added_to_the_transformers_that_it_is_for(first, second, expected, tmp_path):
+    # By its rank a LoRA is known again in the loaded pipeline. A layer's scaling is the weight that was given, because
+    # these files name no alpha.
+    ranks = {"high": 2, "low": 3}
+    paths = {name: save_lora(tmp_path / f"{name}.safetensors", rank) for name, rank in ranks.items()}
+    loras = [
+        tuple(Lora(paths[name], weight, option) for name, weight in given.items())
+        for given, option in ((first, "--lora"), (second, "--lora-2"))
+    ]
+    pipe = T2V_A14B.build(0)
+    Adaptation(*loras).apply(pipe)
+    found = []
+    for transformer in (pipe.transformer, pipe.transformer_2):
+        layer = transformer.blocks[0].attn1.to_q
+        there = getattr(layer, "lora_A", {})
+        found.append({there[name].out_features: layer.scaling[name] for name in there if name in layer.active_adapters})
+    assert found == [{ranks[name]: weight for name, weight in given.items()} for given in expected]
+
+
+def test_a_second_lora_needs_a_second_transformer_and_belongs_to_the_identity(tmp_path):
+    path = save_lora(tmp_path / "low.safetensors")
+    given = {"prompt": ("a b",), "out": tmp_path / "out", "lora_2": (f"{path}:0.5",)}
+    with pytest.raises(UserError, match=r"--lora-2: demo \(WanPipeline\) has no second transformer; give it as --lora"):
+        make_plan(GenerateSettings(model="demo", **given))
+    (job,) = make_plan(GenerateSettings(model="wan2.2-a14b", **given)).jobs
+    assert job.identity["lora"] is None
+    assert job.identity["lora_2"] == {sha256(path.read_bytes()).hexdigest()[:16]: 0.5}
+    assert job.identity["lora_2_files"] == ["low.safetensors"]
 
 
 def test_quantised_weights_are_another_video_and_say_what_they_need(tmp_path, monkeypatch):

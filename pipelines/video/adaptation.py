@@ -28,15 +28,22 @@ _PACKAGES = {
 }  # fmt: skip
 BITS = {"bitsandbytes_4bit": 4, "bitsandbytes_8bit": 8, "torchao": 8, "quanto": 8}
 _PARTS = ("transformer", "transformer_2")
+# The further arguments of `load_lora_weights` for each transformer of a pipeline.
+_FIRST: dict[str, Any] = {}
+_SECOND: dict[str, Any] = {"load_into_transformer_2": True}
 _SUFFIX = ".safetensors"
 
 
 @dataclass(frozen=True)
 class Lora:
-    """A file of a LoRA and how much of it is added to the model's weights; 1 is as it was trained."""
+    """A file of a LoRA and how much of it is added to the model's weights; 1 is as it was trained.
+
+    `option` is the one that it was given with.
+    """
 
     path: Path
     weight: float
+    option: str
 
     @property
     def digest(self) -> str:
@@ -46,9 +53,14 @@ class Lora:
 
 @dataclass(frozen=True)
 class Adaptation:
-    """The LoRAs that are added to a model, and how its transformers are quantised (None: not)."""
+    """The LoRAs that are added to a model, and how its transformers are quantised (None: not).
+
+    Where there are `loras_2`, they are for the second transformer and `loras` for the first one. Otherwise `loras` are
+    for all transformers.
+    """
 
     loras: tuple[Lora, ...] = ()
+    loras_2: tuple[Lora, ...] = ()
     quantize: str | None = None
 
     @property
@@ -57,21 +69,27 @@ class Adaptation:
         return {
             "lora": {lora.digest: lora.weight for lora in self.loras} or None,
             "lora_files": [lora.path.name for lora in self.loras] or None,
+            "lora_2": {lora.digest: lora.weight for lora in self.loras_2} or None,
+            "lora_2_files": [lora.path.name for lora in self.loras_2] or None,
             "quantize": self.quantize,
         }
 
     def check(self, model: Model) -> None:
         """Raise UserError for what can be known before the weights are loaded."""
-        if self.loras:
-            _need("--lora", "peft")
-            if not hasattr(model.pipeline_class, "load_lora_weights"):
-                raise UserError(f"--lora: {model.name} ({model.pipeline}) takes no LoRA")
-        digests: dict[str, Path] = {}
-        for lora in self.loras:
-            _check_header(lora.path)
-            same = digests.setdefault(lora.digest, lora.path)
-            if same is not lora.path:
-                raise UserError(f"--lora {lora.path}: is the same as {same}; give a LoRA once")
+        for loras in (self.loras, self.loras_2):
+            if loras:
+                option = loras[0].option
+                _need(option, "peft")
+                if not hasattr(model.pipeline_class, "load_lora_weights"):
+                    raise UserError(f"{option}: {model.name} ({model.pipeline}) takes no LoRA")
+            digests: dict[str, Path] = {}
+            for lora in loras:
+                _check_header(lora)
+                same = digests.setdefault(lora.digest, lora.path)
+                if same is not lora.path:
+                    raise UserError(f"{lora.option} {lora.path}: is the same as {same}; give a LoRA once")
+        if self.loras_2 and not model.has_second_transformer:
+            raise UserError(f"--lora-2: {model.name} ({model.pipeline}) has no second transformer; give it as --lora")
         if self.quantize is not None:
             _need(f"--quantize {self.quantize}", _PACKAGES[self.quantize])
 
@@ -94,15 +112,18 @@ class Adaptation:
         return {"quantization_config": PipelineQuantizationConfig(quant_mapping=dict.fromkeys(_PARTS, config))}
 
     def apply(self, pipe: Any) -> None:
-        """Add the LoRAs to a loaded pipeline, to each of its transformers.
+        """Add the LoRAs to a loaded pipeline.
 
         Raises:
             UserError: a file is no LoRA, or none that fits this model.
         """
-        names = [f"lora_{place}" for place in range(1, len(self.loras) + 1)]
-        for name, lora in zip(names, self.loras, strict=True):
+        has_second = getattr(pipe, "transformer_2", None) is not None
+        places = [_FIRST, _SECOND] if has_second and not self.loras_2 else [_FIRST]
+        added = [*((lora, places) for lora in self.loras), *((lora, [_SECOND]) for lora in self.loras_2)]
+        names = [f"lora_{place}" for place in range(1, len(added) + 1)]
+        for name, (lora, places) in zip(names, added, strict=True):
             try:
-                for more in _places(pipe):
+                for more in places:
                     pipe.load_lora_weights(
                         str(lora.path.parent),
                         weight_name=lora.path.name,
@@ -111,39 +132,41 @@ class Adaptation:
                         **more,
                     )
             except (ValueError, KeyError, RuntimeError, OSError) as error:
-                raise UserError(f"--lora {lora.path}: does not fit this model: {one_line(error, 200)}") from None
+                raise UserError(f"{lora.option} {lora.path}: does not fit this model: {one_line(error, 200)}") from None
             # diffusers only logs that it has found nothing for the model.
             if not any(name in found for found in pipe.get_list_adapters().values()):
-                raise UserError(f"--lora {lora.path}: does not fit this model: no weights of its layers are in it")
+                raise UserError(
+                    f"{lora.option} {lora.path}: does not fit this model: no weights of its layers are in it"
+                )
         if names:
-            pipe.set_adapters(names, [lora.weight for lora in self.loras])
+            pipe.set_adapters(names, [lora.weight for lora, _ in added])
 
 
-def read_loras(texts: Sequence[str]) -> tuple[Lora, ...]:
-    """The LoRAs that are asked for, as FILE or FILE:WEIGHT.
+def read_loras(texts: Sequence[str], option: str) -> tuple[Lora, ...]:
+    """The LoRAs that are asked for by an option, as FILE or FILE:WEIGHT.
 
     Raises:
         UserError: a file is missing or may be a pickle, or a weight is no finite number.
     """
-    return tuple(_lora(text) for text in texts)
+    return tuple(_lora(text, option) for text in texts)
 
 
-def _lora(text: str) -> Lora:
+def _lora(text: str, option: str) -> Lora:
     path, weight = text, "1"
     if not text.endswith(_SUFFIX) and ":" in text:
         path, _, weight = text.rpartition(":")
     if not path.endswith(_SUFFIX):
         # Other formats hold code that runs when they are read.
-        raise UserError(f"--lora must be a {_SUFFIX} file, with :WEIGHT behind it or without, got {text}")
+        raise UserError(f"{option} must be a {_SUFFIX} file, with :WEIGHT behind it or without, got {text}")
     try:
         value = float(weight)
     except ValueError:
         value = math.nan
     if not math.isfinite(value):
-        raise UserError(f"--lora {path}: its weight must be a number, such as 0.8, got {weight!r}")
+        raise UserError(f"{option} {path}: its weight must be a number, such as 0.8, got {weight!r}")
     if not Path(path).is_file():
-        raise UserError(f"--lora {path}: no such file")
-    return Lora(Path(path), value)
+        raise UserError(f"{option} {path}: no such file")
+    return Lora(Path(path), value, option)
 
 
 @cache
@@ -152,15 +175,15 @@ def _digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _check_header(path: Path) -> None:
+def _check_header(lora: Lora) -> None:
     """Raise UserError for a file that is damaged or in another format, whatever its name says."""
     from safetensors import SafetensorError, safe_open
 
     try:
-        with safe_open(path, "pt"):
+        with safe_open(lora.path, "pt"):
             pass
     except (SafetensorError, OSError) as error:
-        raise UserError(f"--lora {path}: cannot be read: {one_line(error)}") from None
+        raise UserError(f"{lora.option} {lora.path}: cannot be read: {one_line(error)}") from None
 
 
 def _need(option: str, package: str) -> None:
@@ -169,11 +192,6 @@ def _need(option: str, package: str) -> None:
         metadata.version(package)
     except metadata.PackageNotFoundError:
         raise UserError(f"{option} needs {package}, which is not installed; pip install {package}") from None
-
-
-def _places(pipe: Any) -> list[dict[str, Any]]:
-    """The further arguments of `load_lora_weights` for each transformer that the pipeline has."""
-    return [{}, {"load_into_transformer_2": True}] if getattr(pipe, "transformer_2", None) is not None else [{}]
 
 
 def _quantization(name: str, dtype: str) -> Any:

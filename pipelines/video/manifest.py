@@ -70,6 +70,8 @@ class _Row(TypedDict, total=False):
     flow_shift: _Number
     lora: dict[str, float] | None
     lora_files: list[str] | None
+    lora_2: dict[str, float] | None
+    lora_2_files: list[str] | None
     quantize: _Text
     dtype: _Text
     tokens: Count | None
@@ -302,7 +304,7 @@ def _changes(record: Record, identity: Record) -> list[str]:
     if record.get("config") is not None:
         record = {**record, "config": {**XAttnConfig().to_dict(), **record["config"]}}
     # The name of an image or a LoRA tells nothing either: it is known by its bytes.
-    left_out = {"image", "lora_files"} | (set() if weighed else {"weights"})
+    left_out = {"image", "lora_files", "lora_2_files"} | (set() if weighed else {"weights"})
     return differences(record, identity, [name for name in identity if name not in left_out])
 
 

@@ -116,6 +116,7 @@ class Model:
     defaults: Defaults
     dtypes: dict[str, str] = field(default_factory=dict)
     vae_tiling: bool = False
+    has_second_transformer: bool = False
     attention: AttentionSize | None = None
 
     @property
@@ -238,6 +239,7 @@ KNOWN_MODELS = {
             _WAN_2_1,
             Defaults(720, 1280, 81, fps=16, steps=40, guidance_scale=4.0, guidance_scale_2=3.0, flow_shift=12.0),
             _WAN_DTYPES,
+            has_second_transformer=True,
             attention=AttentionSize(40, 40, 128, 13824),
         ),
         Model(
@@ -369,7 +371,8 @@ def settle(given: GenerateSettings, prompts: Sequence[Prompt]) -> Recipe:
     # After the size, because these ask the pipeline's class, and to import it takes seconds.
     _check_call(model)
     _check_prompts(model, given.prompts, prompts)
-    adaptation = Adaptation(read_loras(given.lora), given.quantize)
+    loras = read_loras(given.lora, "--lora"), read_loras(given.lora_2, "--lora-2")
+    adaptation = Adaptation(*loras, given.quantize)
     adaptation.check(model)
     weights = model.weights
     known = {"model": model.identity} | ({} if weights is None else {"weights": weights})
@@ -436,8 +439,8 @@ def _describe(name: str, source: str, read: Callable[[str], dict[str, Any] | Non
     pipeline = index.get("_class_name")
     if not isinstance(pipeline, str):
         raise UserError(f"--model {name}: model_index.json names no diffusers pipeline, but {pipeline!r}")
-    part = next((part for part in _TRANSFORMERS if part in index and index[part][0] is not None), None)
-    transformer = read(f"{part}/config.json") if part else None
+    parts = [part for part in _TRANSFORMERS if part in index and index[part][0] is not None]
+    transformer = read(f"{parts[0]}/config.json") if parts else None
     vae = read("vae/config.json") if "vae" in index else None
     family = pipeline.startswith("Wan"), pipeline.startswith("HunyuanVideo15"), pipeline.startswith("Hunyuan")
     return Model(
@@ -449,6 +452,7 @@ def _describe(name: str, source: str, read: Callable[[str], dict[str, Any] | Non
         defaults=Defaults(fps=24 if family[2] else 16),
         dtypes=_WAN_DTYPES if family[0] else _HUNYUAN_DTYPES if family[2] and not family[1] else {},
         vae_tiling=family[2],
+        has_second_transformer=len(parts) == len(_TRANSFORMERS),
         attention=_attention_size(transformer),
     )
 

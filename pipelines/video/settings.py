@@ -91,6 +91,14 @@ class VideoSettings(Settings):
         tuple[str, ...],
         Option("LoRA to add, a .safetensors file; :WEIGHT behind it scales it; several are added up", metavar="FILE"),
     ] = ()
+    lora_2: Annotated[
+        tuple[str, ...],
+        Option(
+            "the same for the second transformer of Wan 2.2 A14B, that for low noise; --lora is then for the first one "
+            "alone, and without this for both",
+            metavar="FILE",
+        ),
+    ] = ()
     quantize: Annotated[
         Quantization | None, Option("keep the transformer's weights in so many bits, which takes less memory", _MACHINE)
     ] = None
@@ -104,7 +112,8 @@ class VideoSettings(Settings):
 
     def check(self) -> None:
         self._check_prompts()
-        read_loras(self.lora)
+        read_loras(self.lora, "--lora")
+        read_loras(self.lora_2, "--lora-2")
         self.check_at_least(1, "height", "width", "num_frames", "fps", "steps", "sample", "limit")
         self.check_at_most(_MOST, "height", "width", "num_frames", "fps", "steps")
         self.check_from_zero("guidance_scale", "flow_shift")
