@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from hashlib import sha256
 from importlib import metadata
 from pathlib import Path
@@ -18,6 +19,7 @@ from tests.tiny.wan_family import T2V_A14B
 from xattn_video_pipelines.common.errors import UserError
 from xattn_video_pipelines.video import GenerateSettings, make_plan, read_manifest, read_video
 from xattn_video_pipelines.video.adaptation import Adaptation, Lora
+from xattn_video_pipelines.video.manifest import append_record
 from xattn_video_pipelines.video.prompts import Prompt, completed
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -34,6 +36,22 @@ def test_a_prompt_needs_no_file_and_its_id_comes_from_its_digest(words, tmp_path
     assert first["id"] == FOX_ID
     assert Path(first["file"]).name == f"{FOX_ID}-s0.mp4"
     assert second["id"] != FOX_ID
+
+
+def test_a_run_with_nothing_left_to_make_does_not_import_diffusers(tmp_path, xattn, monkeypatch):
+    command = ("generate", FOX, "--model", "demo", "--out", tmp_path)
+    (job,) = make_plan(GenerateSettings(model="demo", prompt=(FOX,), out=tmp_path)).jobs
+    # An import of either fails now.
+    for name in ("diffusers", "xattn_video.integrations.diffusers"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(ModuleNotFoundError, match="diffusers"):
+        xattn(*command)
+    job.folder.mkdir()
+    job.path.write_bytes(b"a video")
+    append_record(job.folder, {"id": FOX_ID, "seed": 0, "file": job.path.name, "bytes": 7, **job.identity})
+    done = xattn(*command)
+    assert done.code == 0, done.err
+    assert "0 made, 1 kept" in done.out
 
 
 def test_a_prompt_file_takes_the_negative_prompt_where_it_has_none(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 from json import dumps
@@ -40,16 +41,17 @@ def command(
         UserError: bad input.
     """
     plan = make_plan(settings)
-    cost = estimate(plan, ask_hub=dry_run)
-    if plan.pending and not dry_run:
-        say(first_line(cost, plan.recipe.tokens, len(plan.pending)), sys.stderr, progress=True)
-    for line in [*warn_of_all_dense([job.config for job in plan.pending], plan.recipe), *cost.warnings]:
-        say(line, sys.stderr)
-    if dry_run:
-        _report_dry_run(plan, cost, as_json=json)
-        return 0
+    if plan.pending or dry_run:
+        cost = estimate(plan, ask_hub=dry_run)
+        if not dry_run:
+            say(first_line(cost, plan.recipe.tokens, len(plan.pending)), sys.stderr, progress=True)
+        for line in [*warn_of_all_dense([job.config for job in plan.pending], plan.recipe), *cost.warnings]:
+            say(line, sys.stderr)
+        if dry_run:
+            _report_dry_run(plan, cost, as_json=json)
+            return 0
     started = time.perf_counter()
-    with told_at_the_end():
+    with told_at_the_end() if plan.pending else contextlib.nullcontext():
         made = produce(plan, None if json else print_video)
     _report(plan, made, time.perf_counter() - started, as_json=json)
     return made.batch.code

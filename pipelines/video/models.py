@@ -348,11 +348,11 @@ def import_diffusers() -> Any:
     return importlib.import_module("diffusers")
 
 
-def settle(given: GenerateSettings, prompts: Sequence[Prompt]) -> Recipe:
+def settle(given: GenerateSettings) -> Recipe:
     """The model, and the settings with the model's defaults for what is not given.
 
     Raises:
-        UserError: as `find_model`; a size does not fit the model; its pipeline cannot make videos from such prompts.
+        UserError: as `find_model`; a size does not fit the model; a LoRA or a quantisation cannot be used.
     """
     model = find_model(given.model)
     defaults = model.defaults if model.name in KNOWN_MODELS else _with_pipeline_defaults(model)
@@ -368,9 +368,6 @@ def settle(given: GenerateSettings, prompts: Sequence[Prompt]) -> Recipe:
     if model.geometry is not None:
         model.geometry.check(settings.height, settings.width, settings.num_frames)
         tokens = model.geometry.tokens(settings.height, settings.width, settings.num_frames)
-    # After the size, because these ask the pipeline's class, and to import it takes seconds.
-    _check_call(model)
-    _check_prompts(model, given.prompts, prompts)
     loras = read_loras(given.lora, "--lora"), read_loras(given.lora_2, "--lora-2")
     adaptation = Adaptation(*loras, given.quantize)
     adaptation.check(model)
@@ -394,6 +391,15 @@ def _with_pipeline_defaults(model: Model) -> Defaults:
         steps=given.get("num_inference_steps"),
         guidance_scale=given.get("guidance_scale"),
     )
+
+
+def check_served(model: Model, path: Path | None, prompts: Sequence[Prompt]) -> None:
+    """Raise UserError where the model's pipeline cannot make videos from these prompts, of the file `path` if any.
+
+    This asks the pipeline's class, and to import that takes seconds.
+    """
+    _check_call(model)
+    _check_prompts(model, path, prompts)
 
 
 def _check_call(model: Model) -> None:

@@ -19,7 +19,7 @@ from xattn_video_pipelines.common.errors import UserError
 from xattn_video_pipelines.common.files import check_stays
 from xattn_video_pipelines.common.terminal import say
 from xattn_video_pipelines.video.manifest import Key, Manifest, Record, is_finished
-from xattn_video_pipelines.video.models import Recipe, settle
+from xattn_video_pipelines.video.models import Recipe, check_served, settle
 from xattn_video_pipelines.video.prompts import Prompt, choose, completed, prompts_of_texts, read_prompts
 from xattn_video_pipelines.video.settings import GenerateSettings
 
@@ -98,7 +98,10 @@ def make_plan(
         UserError: see the message; cheap checks come first.
     """
     prompts = _prompts(settings)
-    recipe = settle(settings, prompts)
+    recipe = settle(settings)
+    if any(prompt.image is not None for prompt in prompts):
+        # Before the images are read.
+        check_served(recipe.model, settings.prompts, prompts)
     if labels is None:
         labels = _labels(settings)
     elif callable(labels):
@@ -140,6 +143,9 @@ def make_plan(
         for job in jobs
         if job.found is None or not is_finished(job.path, job.found, job.identity, lossless=lossless)
     ]
+    if pending:
+        # Only here where there are no images: a run with nothing left to make ends without the seconds that this takes.
+        check_served(recipe.model, settings.prompts, prompts)
     return Plan(settings, recipe, device, dtype, environment, tuple(jobs), tuple(pending), manifests)
 
 
