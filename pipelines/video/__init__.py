@@ -6,7 +6,6 @@ from xattn_video_pipelines.video.all_dense import (
     told_of_all_dense,
     warn_of_all_dense,
 )
-from xattn_video_pipelines.video.busy import busy
 from xattn_video_pipelines.video.command import generate, print_video
 from xattn_video_pipelines.video.cost import Cost, estimate, first_line
 from xattn_video_pipelines.video.io import frame_times, iter_frames, read_video, video_info, write_video
@@ -41,6 +40,7 @@ from xattn_video_pipelines.video.settings import (
     VideoSettings,
     steps_or_share,
 )
+from xattn_video_pipelines.video.timing import busy
 
 __all__ = [
     "MANIFEST",
