@@ -94,6 +94,17 @@ def test_lmms_eval_runs_dense_and_sparse_on_a_local_video_model(tmp_path: Path, 
     assert set(sparse["dense_calls"]) == {"decode"}
 
 
+@pytest.mark.skipif(importlib.util.find_spec("lmms_eval") is None, reason="lmms-eval is not installed")
+def test_lmms_eval_does_not_look_for_a_model_that_cannot_be_reached(
+    tmp_path: Path, monkeypatch: Any, capfd: Any
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert main(["lmms-eval", "--model", "some/model", "--tasks", "a", "--out", str(tmp_path / "out")]) == 2
+    error = capfd.readouterr().err.strip().splitlines()[-1]
+    # The tool itself would give an OSError, after a minute and more of tries.
+    assert "--model some/model: not in the local cache, and the Hub cannot be reached (OfflineModeIsEnabled" in error
+
+
 @pytest.mark.skipif(transformers.__version__.startswith("4."), reason="transformers 4 has nothing to repair")
 def test_a_video_model_is_asked_with_its_positions_mended() -> None:
     model = build("qwen2-vl")

@@ -30,7 +30,7 @@ from xattn_video_pipelines.common.run_file import note_run
 from xattn_video_pipelines.common.settings import Json
 from xattn_video_pipelines.common.tables import aligned
 from xattn_video_pipelines.common.terminal import say
-from xattn_video_pipelines.qa import load_model
+from xattn_video_pipelines.qa import load_model, reach
 from xattn_video_pipelines.video import offline_message
 
 EXAMPLE = """\
@@ -187,6 +187,8 @@ def _video(settings: LmmsEvalSettings) -> tuple[Any, Evaluate]:
     import xattn_video.integrations.transformers  # noqa: F401  (repairs torchvision)
 
     evaluator, models = _import("lmms-eval", "lmms_eval.evaluator"), _import("lmms-eval", "lmms_eval.models")
+    # The tool would look for a model for minutes where there is no network.
+    reach(settings.model)
     kind = models.get_model(settings.kind)
     # Where a class has both, its device_map is a GPU's unless it is told.
     both = "device_map" in inspect.signature(kind.__init__).parameters and "device_map=" not in settings.model_args

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from xattn_video_pipelines.qa.command import prompts_of as prompts_of
     from xattn_video_pipelines.qa.command import summary_table as summary_table
     from xattn_video_pipelines.qa.load import load_model as load_model
+    from xattn_video_pipelines.qa.load import reach as reach
     from xattn_video_pipelines.qa.load import read_answers as read_answers
     from xattn_video_pipelines.qa.load import weights_of as weights_of
     from xattn_video_pipelines.qa.questions import read_questions as read_questions
@@ -29,7 +30,7 @@ else:
         {
             "answers": ["Answer", "generate_answer"],
             "command": ["answer_questions", "load_video_model", "print_answer", "prompts_of", "summary_table"],
-            "load": ["load_model", "read_answers", "weights_of"],
+            "load": ["load_model", "reach", "read_answers", "weights_of"],
             "questions": ["read_questions"],
             "qwen_positions": ["repair_positions"],
             "settings": ["ANSWERS", "DEMO", "SUMMARY", "LoadSettings", "PrefillSettings", "QaSettings"],
