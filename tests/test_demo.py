@@ -36,7 +36,7 @@ def test_the_demo_makes_compares_judges_and_sums_up(tmp_path, xattn):
     command = ("demo", "--out", tmp_path, "--limit", 1, "--steps", 3, "--warmup-steps", 2, "--num-frames", 9, "--json")
     done = xattn(*command)
     assert done.code == 0, done.err
-    dense, sparse = (read_manifest(tmp_path / name) for name in ("dense", "xattn-s8-t0.50-w2"))
+    dense, sparse = (read_manifest(tmp_path / name) for name in ("dense", "xattn-s8-t0.35-w2-a1-n8"))
     assert list(dense) == list(sparse) == [("0001", 0)]
     # Two of three steps are warm-up, the third is sparse: the demo's sequences are long enough.
     assert sparse["0001", 0]["dense_reasons"] == {"warmup": 8}
@@ -136,7 +136,7 @@ def test_dense_and_sparse_videos_are_made_alternately(tmp_path):
 def test_settings_that_are_not_given_are_the_demos_own_or_the_presets():
     own, mine = DemoSettings(), DemoSettings(prompts=Path("mine.txt"), preset="fast")
     assert (own.first, mine.first, DemoSettings(limit=4).first) == (2, None, 4)
-    assert own.attention == {"preset": None, "threshold": 0.5, "warmup_steps": 2}
+    assert own.attention == {"preset": None, "threshold": 0.35, "warmup_steps": 2, "anchors": 1, "keep_masks": 8}
     assert mine.attention == {"preset": "fast"}
     assert DemoSettings(threshold=0.9).attention == own.attention | {"threshold": 0.9}
 

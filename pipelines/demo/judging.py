@@ -36,7 +36,7 @@ _LONGEST_PROMPT = 64
 
 EXAMPLE = """\
 example:
-  xattn-video judge demo-out/dense demo-out/xattn-s8-t0.50-w2
+  xattn-video judge demo-out/dense demo-out/xattn-s8-t0.35-w2-a1-n8
 """
 
 
