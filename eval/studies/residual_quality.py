@@ -62,7 +62,7 @@ def residual_quality(settings: ResidualQualitySettings) -> int:
     print(table(swept))
     rows = _rows(settings, swept)
     if settings.plot is not None:
-        draw(rows, settings.plot)
+        draw(rows, settings.plot, settings.model)
     if settings.record:
         append_rows(LEDGER, rows)
     for row in rows:
@@ -70,12 +70,13 @@ def residual_quality(settings: ResidualQualitySettings) -> int:
     return 0
 
 
-def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
+def draw(rows: Sequence[dict[str, Any]], path: Path, model: str) -> None:
     """PSNR over density: for each configuration the mean with its interval, and the worst video.
 
     Args:
         rows: as the ledger has them.
         path: of the picture; the suffix says which format.
+        model: that made the videos, for the title.
     """
     from matplotlib.figure import Figure
 
@@ -90,7 +91,8 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
     axes.errorbar(density, mean, yerr=spread, fmt="o", capsize=3, label="mean over videos, 95 % bootstrap interval")
     axes.plot(density, worst, "v", label="worst video")
     axes.set(xlabel="density of all calls, refreshes counted as 1", ylabel="PSNR against dense, dB")
-    axes.set_title(f"{rows[0]['videos']} videos, {rows[0]['tokens']:,} tokens, {rows[0]['steps']} steps")
+    size = f"{rows[0]['videos']} videos, {rows[0]['tokens']:,} tokens, {rows[0]['steps']} steps"
+    axes.set_title(f"model {model} on {rows[0]['device']}: {size}", fontsize="medium")
     axes.margins(0.12)
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
