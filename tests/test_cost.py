@@ -137,7 +137,7 @@ def test_what_is_dense_in_every_call_is_told_elsewhere(plan_of):
 )
 def test_of_a_model_with_odd_sizes_nothing_is_known(plan_of, tmp_path, given):
     parts = {"transformer": {"_class_name": "WanTransformer3DModel", **given}, "vae": {"_class_name": "none"}}
-    index = {"_class_name": "WanPipeline", **{part: ["diffusers", "A"] for part in parts}}
+    index = {"_class_name": "WanPipeline", "transformer_2": None, **{part: ["diffusers", "A"] for part in parts}}
     (tmp_path / "model_index.json").write_text(json.dumps(index))
     for part, config in parts.items():
         (tmp_path / part).mkdir()

@@ -445,7 +445,7 @@ def _describe(name: str, source: str, read: Callable[[str], dict[str, Any] | Non
     pipeline = index.get("_class_name")
     if not isinstance(pipeline, str):
         raise UserError(f"--model {name}: model_index.json names no diffusers pipeline, but {pipeline!r}")
-    parts = [part for part in _TRANSFORMERS if part in index and index[part][0] is not None]
+    parts = [part for part in _TRANSFORMERS if isinstance(index.get(part), list) and any(index[part][:1])]
     transformer = read(f"{parts[0]}/config.json") if parts else None
     vae = read("vae/config.json") if "vae" in index else None
     family = pipeline.startswith("Wan"), pipeline.startswith("HunyuanVideo15"), pipeline.startswith("Hunyuan")
