@@ -234,11 +234,15 @@ def test_a_file_gives_settings_and_options_win(more, changed, tmp_path, capsys):
         ("[paint]\nguests = true", "--config {path}: guests must be given on the command line, not in a file"),
         (
             "[paint]\ndepth = 2026-01-01",
-            "--config {path}: depth must be a number, a text without NUL, true, false or a list of these",
+            "--config {path}: depth must be a number of 64 bits, a text without NUL, true, false or a list of these",
         ),
         (
             '[paint]\nfolders = ["a", "b\\u0000c"]',
-            "--config {path}: folders must be a number, a text without NUL, true, false or a list of these",
+            "--config {path}: folders must be a number of 64 bits, a text without NUL, true, false or a list of these",
+        ),
+        (
+            f"[paint]\nsizes = [0x{6000 * 'f'}]",
+            "--config {path}: sizes must be a number of 64 bits, a text without NUL, true, false or a list of these",
         ),
         (f"[paint]\nstyle = '{9000 * 'x'}'", f"argument --style: invalid choice: '{1900 * 'x'}"),
         ("[paint]\nstyle = ['ink']", "--config {path}: style must be one value, and not true or false, got ['ink']"),

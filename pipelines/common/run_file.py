@@ -120,15 +120,22 @@ def read_run(path: Path, command: str, settings: type[Settings]) -> dict[str, Va
             raise UserError(f"--config {path}: {key} must be given on the command line, not in a file")
         if not _is_value(value):
             raise UserError(
-                f"--config {path}: {key} must be a number, a text without NUL, true, false or a list of these"
+                f"--config {path}: {key} must be a number of 64 bits, a text without NUL, true, false or a list of "
+                "these"
             )
     return table
 
 
 def _is_value(value: Any) -> bool:
-    values = value if isinstance(value, list) else [value]
+    return all(map(_is_single, value)) if isinstance(value, list) else _is_single(value)
+
+
+def _is_single(value: Any) -> bool:
+    # TOML has integers of 64 bits. Python reads longer ones too, and in hexadecimal ones that it cannot write.
+    if isinstance(value, int):
+        return -(2**63) <= value < 2**63
     # The command line cannot hold a NUL either, and no name of a file may.
-    return all(isinstance(one, bool | int | float | str) and "\0" not in str(one) for one in values)
+    return isinstance(value, float) or (isinstance(value, str) and "\0" not in value)
 
 
 def _toml(value: Any) -> str:
