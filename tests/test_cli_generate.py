@@ -31,6 +31,7 @@ from xattn_video_pipelines.cli import main
 from xattn_video_pipelines.common import files
 from xattn_video_pipelines.common.errors import UserError
 from xattn_video_pipelines.common.files import claimed
+from xattn_video_pipelines.common.run_file import run_text
 from xattn_video_pipelines.video import GenerateSettings, generate, models
 from xattn_video_pipelines.video import make as runner
 from xattn_video_pipelines.video.io import read_video
@@ -321,6 +322,12 @@ def test_a_preset_and_what_replaces_its_values_make_one_configuration(model, pro
     planned = xattn(*command, "--steps", 8, "--preset", "fast", "--refresh", "1,3", "--dry-run", "--json")
     changes = {"block_size": 16, "min_tokens": 0, "warmup_steps": 1, "refresh": (1, 3)}
     assert XAttnConfig.preset("fast", **changes).label() in planned.out
+    written = tmp_path / "run.toml"
+    written.write_text(
+        run_text("generate", GenerateSettings(model="demo", prompt=("a b",), residual="int4", **changes))
+    )
+    planned = xattn("generate", "--config", written, "--dry-run", "--json")
+    assert XAttnConfig(residual="int4", **changes).label() in planned.out
     refused = xattn(*command, "--preset", "balanced", "--keep-masks", 2)
     assert refused.code == 2
     assert "keep_masks goes without a residual" in refused.err

@@ -143,8 +143,8 @@ class GenerateSettings(VideoSettings):
     """`VideoSettings`, and with which attention the videos are made.
 
     `dense-alt` is dense attention in another order of summation, the noise floor of every comparison. `both` is dense
-    and xattn, `all` is the three. The other settings of attention are those of `XAttnConfig`; None takes the value of
-    the `preset`, or without one the default of `XAttnConfig`.
+    and xattn, `all` is the three. The other settings of attention are those of `XAttnConfig`; None, or no steps in
+    `refresh`, takes the value of the `preset`, or without one the default of `XAttnConfig`.
     """
 
     attention: Annotated[
@@ -189,14 +189,14 @@ class GenerateSettings(VideoSettings):
         ),
     ] = None
     refresh: Annotated[
-        tuple[int, ...] | None,
+        tuple[int, ...],
         Option(
             "the sparse steps, counted from 0, that refresh the residual; default: the preset's, without one gaps that "
             "grow",
             _ATTENTION,
             metavar="N",
         ),
-    ] = None
+    ] = ()
     refresh_every: Annotated[
         float | None,
         Option(
@@ -246,7 +246,7 @@ class GenerateSettings(VideoSettings):
         Raises:
             UserError: a value is out of its range.
         """
-        given = {name: value for name in ATTENTION_SETTINGS if (value := getattr(self, name)) is not None}
+        given = {name: value for name in ATTENTION_SETTINGS if (value := getattr(self, name)) not in (None, ())}
         if "refresh_every" in given:
             given["refresh_every"] = steps_or_share(given["refresh_every"])
         return sparse_config(self.preset, **given)
