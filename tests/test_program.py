@@ -199,6 +199,7 @@ titles = "sea"
 depth = 1.5
 frame = false
 sign = true
+guests = false
 """
 
 

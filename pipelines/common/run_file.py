@@ -116,7 +116,8 @@ def read_run(path: Path, command: str, settings: type[Settings]) -> dict[str, Va
             raise UserError(
                 f"--config {path}: {command} has no setting {one_line(repr(key), 60)}{did_you_mean(key, options)}"
             )
-        if options[key].command_line_only:
+        # Without them is what holds anyway, and earlier versions wrote so.
+        if options[key].command_line_only and value is not False:
             raise UserError(f"--config {path}: {key} must be given on the command line, not in a file")
         if not _is_value(value):
             raise UserError(
