@@ -214,6 +214,7 @@ def test_no_speed_up_across_devices(tmp_path: Path, capsys: pytest.CaptureFixtur
         ({}, {}, None),
         # Too short to tell.
         ({"cpu_share": 0.95}, {"cpu_share": 0.4, "seconds": 0.5}, None),
+        ({"cpu_share": 0.95}, {"cpu_share": 0.4, "compile": True}, None),
         ({"cpu_share": 0.95}, {"cpu_share": 0.4}, 40),
         ({"cpu_share": 0.5}, {}, 50),
     ],

@@ -17,12 +17,15 @@ def busy(records: Iterable[Record]) -> str | None:
     """Why the times of these videos are not reliable, in words; None where nothing speaks against them.
 
     Args:
-        records: of a manifest. Videos of an accelerator, short ones and those of earlier versions tell nothing.
+        records: of a manifest. Videos of an accelerator, short ones, those of earlier versions and those made with
+            `--compile` tell nothing: the compiler uses one thread, and processes whose time is not known here.
     """
     shares = [
         record["cpu_share"]
         for record in records
-        if record.get("cpu_share") is not None and (record.get("seconds") or 0.0) >= _LONG_ENOUGH
+        if record.get("cpu_share") is not None
+        and (record.get("seconds") or 0.0) >= _LONG_ENOUGH
+        and not record.get("compile")
     ]
     if not shares or min(shares) >= _LEAST_SHARE:
         return None
