@@ -74,7 +74,7 @@ CASES = {
     "both ends": ({"last_steps": 3}, 4, ["4 of 4 steps are dense", "warmup_steps=2", "last_steps=3"]),
     "short": ({"min_tokens": 1024}, 4, [f"{TOKENS} keys", "fewer than min_tokens=1024"]),
     "short but for a layer": ({"min_tokens": 1024, "dense_layers": (1,)}, 4, ["min_tokens=1024"]),
-    "refreshes": ({"residual": "int4", "refresh": (0, 1)}, 4, ["residual", "refresh_every"]),
+    "refreshes": ({"residual": "int4", "refresh": (0, 1)}, 4, ["residual", "refresh_every", "fewer steps in refresh"]),
     "some are sparse": ({}, 3, None),
     "only the last layer": ({"dense_layers": (0,)}, 3, None),
     "refreshes and sparse": ({"residual": "int4", "refresh": (0,)}, 4, None),

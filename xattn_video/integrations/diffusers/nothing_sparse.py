@@ -20,7 +20,8 @@ _WORDS = {
     "xattn_video.supported() lists those that are",
     "packed_rows": "the video is not at one end of its packed sequence; no setting changes that",
     "cross_attention": "queries and keys have different lengths; no setting changes that",
-    "refresh": "every step after the warm-up found the residual again; set a larger refresh_every",
+    "refresh": "every step after the warm-up found the residual again; set a larger refresh_every, or list fewer steps "
+    "in refresh",
 }
 
 # Packages whose code runs between the line that asks for a generation and a forward of it.
