@@ -133,6 +133,18 @@ def test_what_residuals_bring_is_what_was_measured(title: str, of: dict[str, int
     assert not measured
 
 
+def test_what_each_option_brings_is_what_was_measured() -> None:
+    of = {"videos": 8, "steps": 20, "tokens": 4352}
+    measured = {row["name"]: row for row in rows_of("residual_quality.jsonl") if of.items() <= row.items()}
+    options = json.loads((ROOT / "eval/studies/options_alone.json").read_text(encoding="utf-8"))
+    for name, *cells in table("quality.md", "| option | density of all calls"):
+        name = name.removeprefix("preset ").removesuffix(": all three").strip("`")
+        row = measured[name]
+        assert cells == [*likeness_of(row), f"{row['right']['sparse']} of {row['videos']}"], name
+        options.pop(name)
+    assert not options
+
+
 def test_what_step_caches_keep_is_what_was_measured() -> None:
     measured = {row["name"]: row for row in rows_of("step_caches.jsonl")}
     for name, *cells in table("quality.md", "| step cache | density of all calls"):
