@@ -212,7 +212,7 @@ def test_options_that_stand_alone_are_of_the_command_of_their_section() -> None:
     for heading, section in re.findall(r"^## ([a-z]+)\n(.*?)(?=^## |\Z)", text, re.MULTILINE | re.DOTALL):
         if heading == "make":
             continue
-        options = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", " ".join(re.findall(r"`(--[^`]+)`", section))))
+        options = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]+", " ".join(re.findall(r"`(--[^`]+)`", section))))
         assert missing(Command(("xattn-video", heading), tuple(sorted(options)))) == [], heading
         checked += len(options)
     assert checked > 30
