@@ -121,6 +121,7 @@ def test_what_each_setting_costs_is_what_was_measured() -> None:
     ("title", "of"),
     [
         ("| attention | density of all calls", {"videos": 32, "steps": 20, "tokens": 4352}),
+        ("| attention, 8,448 tokens | density of all calls", {"videos": 2, "steps": 20, "tokens": 8448}),
         ("| attention, 8 steps | density of all calls", {"videos": 4, "steps": 8, "tokens": 4352}),
     ],
 )
