@@ -187,7 +187,7 @@ def test_lpips_options_reach_the_network(
     folder.mkdir()
     torch.save(state, folder / "squeezenet1_1-b8a52dc0.pth")
     dense, sparse, videos = runs
-    options = ("--lpips-net", "squeeze", "--lpips-weights", folder, "--device", "cpu")
+    options = ("--lpips-net", "squeeze", "--lpips-weights", folder, "--device", "cpu", "--verbose")
     assert run_compare(dense, sparse, *options) == 0
     summary = json.loads((sparse / "summary.json").read_text())
     with torch.no_grad():
