@@ -56,8 +56,8 @@ def test_what_is_in_the_way_of_sparse_calls_counts_for_more_than_the_warm_up():
 @pytest.mark.parametrize(("steps", "warmup"), [(None, 5), (50, 5), (6, 5), (5, 1), (4, 1), (3, 0), (1, 0)])
 def test_the_base_point_of_a_sweep_has_sparse_steps(steps, warmup):
     configs = SweepSettings(model="m", prompts=Path("p.txt"), thresholds=(0.5,), warmup_steps=(0, 8)).configs_at(steps)
-    base = XAttnConfig(warmup_steps=warmup)
-    points = [base, base.replace(threshold=0.5), base.replace(warmup_steps=0), base.replace(warmup_steps=8)]
+    base = XAttnConfig(warmup_steps=warmup, anchors=0)
+    points = [base, base.replace(threshold=0.5, anchors=1), base.replace(warmup_steps=0), base.replace(warmup_steps=8)]
     assert configs == list(dict.fromkeys(points))
 
 

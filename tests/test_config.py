@@ -156,6 +156,28 @@ def test_labels_tell_configurations_apart():
     assert not any(set(label) & set("/\\ :*") for label in labels)
 
 
+@pytest.mark.parametrize(
+    ("given", "anchors"),
+    [
+        ({"threshold": 0.89}, 1),
+        ({"threshold": 0.02, "residual": "int4"}, 1),
+        ({"threshold": 0.9}, 0),
+        ({"threshold": 0.5, "anchors": 0}, 0),
+        ({"threshold": 0.95, "anchors": 2}, 2),
+        ({"threshold": (0.5, 0.7)}, 0),
+        ({"selection": "top_ratio", "top_ratio": 0.2, "threshold": 0.5}, 0),
+    ],
+)
+def test_a_video_model_has_anchors_below_a_threshold_of_09(given, anchors):
+    config = XAttnConfig(**given)
+    assert config.for_videos().anchors == anchors
+    # A folder is named alike, whether the anchors were asked for or came with the threshold.
+    assert config.label() == config.replace(anchors=anchors).label()
+    assert ("-a" in config.label()) == bool(anchors)
+    # Another threshold later brings its own.
+    assert config.replace(threshold=0.9, selection="threshold", top_ratio=None).anchors == given.get("anchors")
+
+
 def test_presets_of_model_families_are_the_papers_settings():
     assert XAttnConfig.preset("qwen2-vl").stride == 16
     assert XAttnConfig.preset("hunyuan-video", threshold=0.95).threshold == 0.95

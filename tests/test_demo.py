@@ -136,7 +136,7 @@ def test_dense_and_sparse_videos_are_made_alternately(tmp_path):
 def test_settings_that_are_not_given_are_the_demos_own_or_the_presets():
     own, mine = DemoSettings(), DemoSettings(prompts=Path("mine.txt"), preset="fast")
     assert (own.first, mine.first, DemoSettings(limit=4).first) == (2, None, 4)
-    assert own.attention == {"preset": None, "threshold": 0.35, "warmup_steps": 2, "anchors": 1, "keep_masks": 8}
+    assert own.attention == {"preset": None, "threshold": 0.35, "warmup_steps": 2, "keep_masks": 8}
     assert mine.attention == {"preset": "fast"}
     assert DemoSettings(threshold=0.9).attention == own.attention | {"threshold": 0.9}
 

@@ -32,7 +32,7 @@ from xattn_video_pipelines.video.io import read_video
 from xattn_video_pipelines.video.manifest import read_manifest
 
 HOSTILE = '</script><script>alert(1)</script> <img src=x onerror=alert(2)> & "quotes" \' ${title} $title'
-SECOND = "xattn-s8-t0.30-w1-b16-m0"
+SECOND = "xattn-s8-t0.30-w1-b16-m0-a1"
 TINY = ("--height", 64, "--width", 64, "--num-frames", 17, "--steps", 3, "--fps", 8)
 NO_LAYERS = {"density_by_layer": {}, "density_by_layer_and_step": {}}
 SPARSE = ("--min-tokens", 0, "--block-size", 16, "--warmup-steps", 1)

@@ -53,11 +53,11 @@ def test_the_shipped_configurations_are_presets_pure_reuse_and_plain_selection(t
     ]
     for name in ("pure reuse as fast", "pure reuse as balanced"):
         # one block a row: all else is reused
-        assert found[name].threshold == 0.02
+        assert (found[name].threshold, found[name].anchors) == (0.02, 0)
         assert found[name].residual == "int4"
     plain = {name: config for name, config in found.items() if name.startswith("plain")}
     # The base point of a sweep is made anyway, so it has a name too.
-    assert plain == {f"plain {threshold}": XAttnConfig(threshold=threshold) for threshold in (0.7, 0.8, 0.9)}
+    assert plain == {f"plain {threshold}": XAttnConfig(threshold=threshold, anchors=0) for threshold in (0.7, 0.8, 0.9)}
 
 
 def test_more_videos_than_prompts_is_one_line(tmp_path, capsys):

@@ -75,9 +75,9 @@ def test_the_command_line_makes_the_settings_that_python_makes(command: str, mon
 
 def test_defaults_are_those_of_the_library() -> None:
     assert GenerateSettings(**VIDEOS).config == XAttnConfig()
-    assert SweepSettings(**VIDEOS).configs[0] == XAttnConfig()
+    assert SweepSettings(**VIDEOS).configs[0] == XAttnConfig().for_videos()
     assert TuneSettings().kernel == KERNELS
-    assert BenchSettings().config == XAttnConfig(min_tokens=0)
+    assert BenchSettings().config == XAttnConfig(min_tokens=0, anchors=0)
 
 
 def test_what_is_given_replaces_the_presets_value() -> None:

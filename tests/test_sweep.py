@@ -28,7 +28,7 @@ def settings(**given: Any) -> SweepSettings:
 
 def test_one_axis_at_a_time_passes_through_the_base_point_once():
     configs = settings().configs
-    assert configs[0] == XAttnConfig()
+    assert configs[0] == XAttnConfig(anchors=0)
     assert len(configs) == len(set(configs)) == 1 + 5 + 3 + 3
     for config in configs:
         changed = [
@@ -58,7 +58,7 @@ def test_an_axis_that_is_asked_for_is_swept_alone_around_the_preset():
     ]
     assert found.names == {base: "balanced"}
     others = settings(threshold_ramps=(0.3,), keep_masks=(1, 4), min_tokens=0).configs
-    plain = XAttnConfig(min_tokens=0)
+    plain = XAttnConfig(min_tokens=0, anchors=0)
     assert others == [plain, plain.replace(threshold_ramp=0.3), plain.replace(keep_masks=4)]
     grid = settings(grid=True, residuals=("off", "int4"), anchors=(0, 1)).configs
     assert {(config.residual, config.anchors) for config in grid} == {(r, a) for r in ("off", "int4") for a in (0, 1)}
@@ -73,8 +73,8 @@ def test_presets_and_named_points_come_after_the_base_point(tmp_path):
     file.write_text(json.dumps(named), encoding="utf-8")
     found = settings(presets=("fast", "wan"), points=file, block_size=64)
     fast, fp8 = (XAttnConfig.preset(name, block_size=64) for name in ("fast", "balanced"))
-    reuse = XAttnConfig(threshold=0.02, residual="int4", refresh=(0, 1, 2), block_size=64)
-    assert found.configs == [XAttnConfig(block_size=64), fast, reuse, fp8.replace(residual="fp8")]
+    reuse = XAttnConfig(threshold=0.02, residual="int4", refresh=(0, 1, 2), block_size=64, anchors=1)
+    assert found.configs == [XAttnConfig(block_size=64, anchors=0), fast, reuse, fp8.replace(residual="fp8")]
     # The paper's settings for Wan are the defaults.
     assert list(found.names.values()) == ["fast", "wan", "reuse", "fp8"]
 
@@ -129,7 +129,7 @@ def test_a_sweep_makes_measures_draws_and_goes_on(model, tmp_path, xattn, monkey
     # Told again with a time, once there is one.
     assert "3 configurations, 4 of 5 videos to make: at most about" in done.err
     rows = json.loads(done.out.splitlines()[-1])["rows"]
-    labels = [f"xattn-s8-t{t}-w{w}-b16-m0" for t, w in (("0.90", 5), ("0.30", 5), ("0.90", 1))]
+    labels = ["xattn-s8-t0.90-w5-b16-m0", "xattn-s8-t0.30-w5-b16-m0-a1", "xattn-s8-t0.90-w1-b16-m0"]
     assert [row["attention"] for row in rows] == ["dense", "dense-alt", *labels]
     dense, floor, base, lower, shorter = rows
     assert (dense["density"], dense["speedup"], dense["psnr"]) == (1.0, 1.0, None)
@@ -157,7 +157,9 @@ def test_a_sweep_makes_measures_draws_and_goes_on(model, tmp_path, xattn, monkey
 def test_rows_tell_the_residual_its_memory_and_the_worst_video(model, tmp_path, xattn):
     prompts, out, file = tmp_path / "prompts.txt", tmp_path / "out", tmp_path / "points.json"
     prompts.write_text("a cat\na dog\n", encoding="utf-8")
-    file.write_text('{"reuse": {"threshold": 0.02, "residual": "fp8", "refresh": [0, 1, 3]}}', encoding="utf-8")
+    file.write_text(
+        '{"reuse": {"threshold": 0.02, "anchors": 0, "residual": "fp8", "refresh": [0, 1, 3]}}', encoding="utf-8"
+    )
     done = xattn(
         "sweep", "--model", model, "--prompts", prompts, "--out", out, *TINY, "--steps", 10, "--no-lpips", "--no-floor",
         "--preset", "balanced", "--residuals", "off", "int4", "--points", file, "--json",
@@ -204,7 +206,7 @@ def test_dense_and_sparse_videos_of_a_prompt_are_made_one_after_another(model, t
     assert done.code == 0, done.err
     files = [Path(line.split()[0]) for line in done.out.splitlines() if ".mp4  " in line]
     assert [file.stem for file in files] == ["0001-s0"] * 2 + ["0002-s0"] * 2
-    assert [file.parent.name for file in files] == ["dense", "xattn-s8-t0.30-w1-b16-m0"] * 2
+    assert [file.parent.name for file in files] == ["dense", "xattn-s8-t0.30-w1-b16-m0-a1"] * 2
     # Each was made with what its folder says.
     assert [read_manifest(file.parent)[file.stem[:4], 0]["mean_density"] == 1 for file in files] == [True, False] * 2
 
@@ -259,6 +261,10 @@ def test_the_lines_of_a_grid_go_through_the_base_point() -> None:
     lines = sweep_plot._lines(rows)
     assert [row["threshold"] for row in lines["threshold"]] == [0.5, 0.9, 0.95]
     assert {(row["stride"], row["warmup_steps"]) for row in lines["threshold"]} == {(8, 5)}
+    # Thresholds below 0.9 come with anchors, and stay on the line. Anchors that were asked for do not.
+    anchored = [row | {"anchors": int(row["threshold"] < 0.9)} for row in rows]
+    found = sweep_plot._lines([*anchored, rows[3] | {"anchors": 2}, rows[0] | {"anchors": 0}])
+    assert [(row["threshold"], row["anchors"]) for row in found["threshold"]] == [(0.5, 1), (0.9, 0), (0.95, 0)]
     without = [row for row in rows if row["threshold"] != 0.9]
     assert sweep_plot._lines(without)["stride"][0] == without[0]
 

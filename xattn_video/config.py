@@ -20,9 +20,11 @@ RESIDUALS = ("off", "int4", "fp8", "full")
 REFRESHES = ("growing", "fixed")
 
 _INTEGERS = (
-    "stride", "block_size", "warmup_steps", "last_steps", "min_tokens", "dense_last", "anchors", "keep_masks",
-    "max_extra_mib",
+    "stride", "block_size", "warmup_steps", "last_steps", "min_tokens", "dense_last", "keep_masks", "max_extra_mib",
 )  # fmt: skip
+
+# From this threshold on a video gains nothing from anchors (docs/quality.md, "Residual memory").
+_ANCHORED_BELOW = 0.9
 
 # What the three presets of this package for videos have in common.
 _REMEMBERING = {
@@ -67,7 +69,7 @@ class Settings(TypedDict, total=False):
     dense_last: int
     warmup: float | None
     last_steps: int
-    anchors: int
+    anchors: int | None
     threshold_ramp: float
     keep_masks: int
     residual: str
@@ -112,7 +114,8 @@ class XAttnConfig:
             many ends, and padding on the right counts as tokens. Without effect on video models: not causal.
         anchors: key blocks kept on each side of a query block's own one, and as many latent frames before and after
             it the blocks at the same place; 0 leaves the choice to the scores. The own block is kept too. Frames are
-            known for models whose tokens are a grid of whole frames (`frame_tokens` in `xattention`).
+            known for models whose tokens are a grid of whole frames (`frame_tokens` in `xattention`). None is 1 for
+            video models whose threshold is one number below 0.9, and 0 for all else.
         threshold_ramp: how far the threshold falls over the sparse steps of a video: from `threshold` plus half of it
             to `threshold` minus half of it, within 0.01 to 0.999. It needs the number of steps, like `warmup`, and goes
             without a residual.
@@ -157,7 +160,7 @@ class XAttnConfig:
     dense_last: int = 0
     warmup: float | None = None
     last_steps: int = 0
-    anchors: int = 0
+    anchors: int | None = None
     threshold_ramp: float = 0.0
     keep_masks: int = 1
     residual: str = "off"
@@ -184,8 +187,10 @@ class XAttnConfig:
                         f"{name} must be the one that the thresholds of {self.threshold.model} were measured with, "
                         f"{measured}, got {own}"
                     )
+        if self.anchors is not None:
+            _check_integer("anchors", self.anchors)
         for name in ("warmup_steps", "last_steps", "min_tokens", "dense_last", "anchors"):
-            if getattr(self, name) < 0:
+            if (getattr(self, name) or 0) < 0:
                 raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)}")
         if isinstance(self.dense_layers, (str, int)):
             raise TypeError(f"dense_layers must be a sequence of indices or patterns, got {self.dense_layers!r}")
@@ -216,6 +221,12 @@ class XAttnConfig:
     def replace(self, **changes: Unpack[Settings]) -> XAttnConfig:
         """A copy with some settings changed, checked again."""
         return dataclasses.replace(self, **changes)
+
+    def for_videos(self) -> XAttnConfig:
+        """These settings as a video model has them: with a number in `anchors`, also where it was None."""
+        if self.anchors is not None:
+            return self
+        return self.replace(anchors=usual_anchors(self.threshold) if self.selection == "threshold" else 0)
 
     def to_dict(self) -> dict[str, Any]:
         """All settings as JSON-ready values."""
@@ -287,7 +298,7 @@ class XAttnConfig:
         """A short name for folders and tables, such as `xattn-s8-t0.90-w5`.
 
         Settings that differ from the defaults are added, so that two configurations never share a name
-        (thresholds that differ per head or layer by their mean and a digest).
+        (thresholds that differ per head or layer by their mean and a digest). Anchors are those of `for_videos()`.
         """
         warmup = f"w{self.warmup_steps}"
         if self.warmup is not None:
@@ -302,8 +313,8 @@ class XAttnConfig:
             parts.append(f"q{self.dense_last}")
         if self.last_steps:
             parts.append(f"l{self.last_steps}")
-        if self.anchors:
-            parts.append(f"a{self.anchors}")
+        if anchors := self.for_videos().anchors:
+            parts.append(f"a{anchors}")
         if self.threshold_ramp:
             parts.append(f"f{_decimal(self.threshold_ramp)}")
         if self.keep_masks != 1:
@@ -344,6 +355,11 @@ class XAttnConfig:
             return f"t{mean:.2f}h{_digest(self.threshold)}"
         assert isinstance(self.threshold, float)
         return f"t{_decimal(self.threshold)}"
+
+
+def usual_anchors(threshold: object) -> int:
+    """`anchors` of a video model where none are given: 1 where the threshold is one number below 0.9, else 0."""
+    return int(isinstance(threshold, float) and threshold < _ANCHORED_BELOW)
 
 
 def name_nearest(unknown: Iterable[str], known: Iterable[str]) -> list[str]:

@@ -87,7 +87,7 @@ class BenchSettings(Settings):
     def config(self) -> XAttnConfig:
         """The settings of sparse attention. Raises UserError for a value that is out of its range."""
         names = ("stride", "block_size", "threshold", "dense_last")
-        return sparse_config(**{name: getattr(self, name) for name in names}, min_tokens=0)
+        return sparse_config(**{name: getattr(self, name) for name in names}, min_tokens=0, anchors=0)
 
     def check(self) -> None:
         self.check_at_least(1, "rounds")

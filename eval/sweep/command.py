@@ -254,7 +254,7 @@ def _cell(value: Any, form: str) -> str:
 
 def _columns(configs: Sequence[XAttnConfig]) -> list[str]:
     """The settings that the rows tell."""
-    usual = XAttnConfig()
+    usual = XAttnConfig().for_videos()
     return [
         name
         for name in _SETTINGS

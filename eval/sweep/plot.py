@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from xattn_video import XAttnConfig
-from xattn_video.config import RESIDUALS
+from xattn_video.config import RESIDUALS, usual_anchors
 from xattn_video_eval.plot_labels import Label, write_labels
 from xattn_video_pipelines.common.files import whole_files
 
@@ -109,13 +109,15 @@ def _lines(rows: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
         row
         for row in rows
         if row.get("name") is None
-        and all(row[name] == getattr(defaults, name) for name in settings if name not in _OF_RESIDUAL)
+        and all(_chosen(row, name) == getattr(defaults, name) for name in settings if name not in _OF_RESIDUAL)
     )
     base = next(plain, rows[0])
 
     def beside(row: dict[str, Any], axis: str) -> bool:
         ignored = _OF_RESIDUAL if axis == "residual" and row["residual"] == "off" else ()
-        return all(row[name] == base[name] for name in settings if name != axis and name not in ignored)
+        return all(
+            _chosen(row, name) == _chosen(base, name) for name in settings if name != axis and name not in ignored
+        )
 
     lines = {}
     for axis in names:
@@ -124,6 +126,12 @@ def _lines(rows: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
         if any(row is not base and row.get("name") is None for row in points):
             lines[axis] = sorted(points, key=lambda row: _place(axis, row[axis]))
     return lines or ({} if base.get("name") else {"threshold": [base]})
+
+
+def _chosen(row: dict[str, Any], name: str) -> Any:
+    """A setting of a row; None for anchors that come with its threshold, so that a line of thresholds has them all."""
+    value = row[name]
+    return None if name == "anchors" and value == usual_anchors(row["threshold"]) else value
 
 
 def _place(axis: str, value: Any) -> float:

@@ -118,7 +118,7 @@ class SweepSettings(VideoSettings):
     def _config(self, preset: str | None, values: dict[str, Any]) -> XAttnConfig:
         given = {"block_size": self.block_size, "min_tokens": self.min_tokens}
         given = {name: value for name, value in given.items() if value is not None}
-        return sparse_config(preset, **{**given, **values})
+        return sparse_config(preset, **{**given, **values}).for_videos()
 
     def _check_refreshed(self, axes: dict[str, tuple[Any, ...]]) -> None:
         """Say what is missing where the axis of refreshes meets a point without a residual."""

@@ -56,7 +56,7 @@ class PrefillSettings(Settings):
     def config(self) -> XAttnConfig:
         """The settings of sparse prefill. Raises UserError for a value that is out of its range."""
         names = ("stride", "threshold", "block_size", "min_tokens", "dense_last")
-        return sparse_config(**{name: getattr(self, name) for name in names}, warmup_steps=0)
+        return sparse_config(**{name: getattr(self, name) for name in names}, warmup_steps=0, anchors=0)
 
     @property
     def configurations(self) -> dict[str, XAttnConfig | None]:

@@ -302,7 +302,7 @@ def _changes(record: Record, identity: Record) -> list[str]:
     weighed = identity.get("weights") is not None and record.get("weights") is not None
     # What was no setting then had its default.
     if record.get("config") is not None:
-        record = {**record, "config": {**XAttnConfig().to_dict(), **record["config"]}}
+        record = {**record, "config": {**XAttnConfig().for_videos().to_dict(), **record["config"]}}
     # The name of an image or a LoRA tells nothing either: it is known by its bytes.
     left_out = {"image", "lora_files", "lora_2_files"} | (set() if weighed else {"weights"})
     return differences(record, identity, [name for name in identity if name not in left_out])

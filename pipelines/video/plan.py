@@ -130,7 +130,7 @@ def make_plan(
     for label, config in labels:
         attention: Record = {"attention": label, "config": None}
         if config is not None:
-            attention = {"attention": "xattn", "config": config.to_dict()}
+            attention = {"attention": "xattn", "config": config.for_videos().to_dict()}
         for prompt in prompts:
             identity = {**prompt.identity, **recipe.identity, "dtype": dtype, **attention}
             for seed in settings.seeds or (prompt.seed or 0,):

@@ -241,7 +241,7 @@ def _rules(call: Call, config: XAttnConfig) -> dict[str, Any]:
         "block_size": config.block_size,
         "dense_tokens": call.dense_tokens,
         "dense_last": config.dense_last,
-        "anchors": config.anchors,
+        "anchors": config.anchors or 0,
         "frame_tokens": call.frame_tokens if config.anchors else None,
     }
 

@@ -179,7 +179,7 @@ class XAttnProcessor:
 
     def _attach_model(self, name: str, model: nn.Module, modules: dict[str, nn.Module]) -> None:
         detach(model)
-        Attachment(self, name, model, modules, config=self.config, stats=self.stats, tracker=self._tracker)
+        Attachment(self, name, model, modules, config=self.config.for_videos(), stats=self.stats, tracker=self._tracker)
         self._models.append(WeakLink(model))
 
     def forget(self) -> None:
