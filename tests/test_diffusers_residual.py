@@ -564,6 +564,23 @@ def test_residuals_that_do_not_fit_are_left_out_and_counted(pipe: WanPipeline) -
     assert processor.stats.residual.held == 0
 
 
+def test_a_layer_without_room_for_its_residual_keeps_what_a_plain_one_keeps(
+    pipe: WanPipeline, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A threshold for residuals would leave nearly everything out."""
+    # 256 bytes for each of 4,400 tokens: more than a MiB
+    size = {"height": 640, "width": 352, "num_inference_steps": 4}
+    processor = attach(pipe, residual="full", residual_mib=1, threshold=0.01, warmup_steps=1)
+    video = call(pipe, **size)
+    assert processor.stats.summary()["residual_bytes"] == 0
+    told = [record.message for record in caplog.records if "no room for the residual" in record.message]
+    assert len(told) == 1
+    densities = processor.stats.summary()["density_by_step"]
+    plain = attach(pipe, residual="off", threshold=0.9, anchors=1, warmup_steps=1)
+    torch.testing.assert_close(video, call(pipe, **size), atol=1e-3, rtol=0)
+    assert densities == pytest.approx(plain.stats.summary()["density_by_step"], abs=0.01)
+
+
 # ---- masks that are kept, anchors, and thresholds that fall
 
 

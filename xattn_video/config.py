@@ -133,7 +133,7 @@ class XAttnConfig:
         extrapolate: continue the change between the last two refreshes, by one such gap at most. It doubles the memory
             of the residual.
         residual_mib: bound in MiB on what residuals may take. None is what is left on the GPU. Layers whose residual
-            does not fit choose blocks in each step instead, and the statistics count them.
+            does not fit choose blocks in each step instead, at a threshold of 0.9 at least; the statistics count them.
         selection: `"threshold"`, or for ablations `"top_k"` (needs `top_k`) or `"top_ratio"` (needs `top_ratio`).
         top_k: key blocks that are kept for each query block.
         top_ratio: share of the valid key blocks that is kept for each query block, in (0, 1].

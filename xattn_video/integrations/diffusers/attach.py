@@ -28,6 +28,13 @@ from .steps import MOST_FORWARDS, StepTracker, WeakLink
 _ATTRIBUTE = "_xattn_video"
 
 
+# Said once, where a residual does not fit.
+_NO_ROOM = (
+    "the memory has no room for the residual of every layer; the others choose blocks in each step, at a threshold of "
+    f"{XAttnConfig.threshold} at least. extrapolate=False takes half of the memory, residual='int4' a quarter of 'full'"
+)
+
+
 class Attachment:
     """One model's wrappers, and what happens around its forward.
 
@@ -66,7 +73,7 @@ class Attachment:
         # the video in which dense attention gives NaN or inf too
         self._not_finite: int | None = None
         # For the time of a forward: when it began, on what, and whether the host had waited for the device before that.
-        self._times = stats.times
+        self._times, self._residual = stats.times, stats.residual
         self._began, self._on_cpu, self._waited = 0.0, True, True
 
         paths = list(modules)
@@ -204,6 +211,8 @@ class Attachment:
         if output is not None:
             if again is None:
                 self._time(kind)
+            if self._residual.without:
+                self.owner._say_once("residual", _NO_ROOM)
             self.owner._generation.end_forward(state.moment.step, sparse=skipped, reason=reason, tokens=tokens)
         last = state.moment.step + 1 == self._schedule.total
         if last and sum(self._forwards.values()) >= self._branches:

@@ -76,7 +76,7 @@ class LayerMemory:
                 if moment.step < schedule.warmup:
                     return refresh(backend, call, config)[0], True
                 self._use.without += 1
-                return attend_sparse(backend, call, config), False
+                return attend_sparse(backend, without_residual(call), config), False
             blocks = None if slot.latest is None else slot.latest.blocks
             if config.extrapolate:
                 slot.before, slot.step_before = slot.latest, slot.step
@@ -116,6 +116,14 @@ class LayerMemory:
         slots = max(len(self._slots), moment.branches)
         more = slots * call_bytes(call.query, config) - self._use.held_by(self)
         return more <= 0 or self._use.take(self, more, call.query.device, config.residual_mib)
+
+
+def without_residual(call: Call) -> Call:
+    """A call whose residual does not fit, with the usual threshold at least: thresholds for residuals are lower."""
+    least = XAttnConfig.threshold
+    assert isinstance(least, float)
+    own = call.threshold
+    return call._replace(threshold=own.clamp(min=least) if isinstance(own, Tensor) else max(own, least))
 
 
 def call_bytes(query: Tensor, config: XAttnConfig) -> int:
