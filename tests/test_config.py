@@ -137,6 +137,7 @@ def test_labels_tell_configurations_apart():
         XAttnConfig(anchors=1),
         XAttnConfig(last_steps=1),
         XAttnConfig(keep_masks=4),
+        XAttnConfig(per_head=True),
         XAttnConfig(threshold_ramp=0.3),
         XAttnConfig(warmup=0.25),
         XAttnConfig(warmup=0.25, warmup_steps=3),

@@ -160,8 +160,9 @@ def test_a_report_about_a_changed_manifest(run, name, value):
 
 CONFIG = {
     "preset": "balanced", "stride": 8, "threshold": 0.9, "block_size": 128, "warmup_steps": 5, "residual": "int4",
-    "refresh_every": 0.2, "anchors": 1, "threshold_ramp": 0.1, "keep_masks": 2, "dense_layers": [],
-    "selection": "top_k", "top_k": 3, "top_ratio": 0.1, "warmup": 0.5, "min_tokens": 0, "refresh": "fixed",
+    "refresh_every": 0.2, "anchors": 1, "threshold_ramp": 0.1, "keep_masks": 2, "per_head": True,
+    "dense_layers": [], "selection": "top_k", "top_k": 3, "top_ratio": 0.1, "warmup": 0.5, "min_tokens": 0,
+    "refresh": "fixed",
 }  # fmt: skip
 
 

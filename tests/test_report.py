@@ -317,6 +317,10 @@ def test_a_residual_is_told_with_its_memory_and_the_calls_that_had_none(run):
         (XAttnConfig(selection="top_k", top_k=1), "1 key block per query block, stride 8, blocks of 128 tokens"),
         (XAttnConfig(selection="top_ratio", top_ratio=0.25), "25 % of the key blocks, stride 8, blocks of 128 tokens"),
         (XAttnConfig(keep_masks=4), "one choice of blocks for 4 sparse steps"),
+        (
+            XAttnConfig(per_head=True),
+            "shared out among the heads of all layers in the last dense step, at about the same density",
+        ),
         (XAttnConfig(threshold_ramp=0.3), "the threshold falls by 0.3 over the sparse steps"),
         (XAttnConfig(threshold_ramp=-0.1), "the threshold rises by 0.1 over the sparse steps"),
         (XAttnConfig(residual="fp8"), "refreshes: gaps grow to 20 % of all steps"),

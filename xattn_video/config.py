@@ -72,6 +72,7 @@ class Settings(TypedDict, total=False):
     anchors: int | None
     threshold_ramp: float
     keep_masks: int
+    per_head: bool
     residual: str
     refresh: str | tuple[int, ...] | None
     refresh_every: int | float | None
@@ -120,6 +121,10 @@ class XAttnConfig:
             to `threshold` minus half of it, within 0.01 to 0.999. It needs the number of steps, like `warmup`, and goes
             without a residual.
         keep_masks: sparse steps for which a choice of blocks is kept; 1 chooses in each step.
+        per_head: choose a threshold for each layer and head in the last dense step of each video, around `threshold`
+            and with the density that it alone would have there: higher ones for heads whose error weighs more. To
+            measure them costs a part of that step. A transformer that only runs later (the second one of Wan 2.2)
+            keeps `threshold`.
         residual: remember what the kept blocks miss, and add it to the output of sparse steps: `"off"`, or how it is
             stored: `"int4"` (half a byte per number), `"fp8"`, or `"full"` (as the model computes). What is missed is
             found in dense steps, the refreshes: the last step of the warm-up is the first one. The choice of blocks is
@@ -163,6 +168,7 @@ class XAttnConfig:
     anchors: int | None = None
     threshold_ramp: float = 0.0
     keep_masks: int = 1
+    per_head: bool = False
     residual: str = "off"
     refresh: str | tuple[int, ...] | None = None
     refresh_every: int | float | None = None
@@ -206,6 +212,7 @@ class XAttnConfig:
                 raise ValueError(f"{name} must be 1 or more, got {getattr(self, name)}")
         _check_share("warmup", self.warmup)
         _check_ramp(self.threshold_ramp, self.selection)
+        _check_per_head(self)
         object.__setattr__(self, "refresh", _checked_refresh(self.refresh))
         _check_residual(self)
 
@@ -319,6 +326,8 @@ class XAttnConfig:
             parts.append(f"f{_decimal(self.threshold_ramp)}")
         if self.keep_masks != 1:
             parts.append(f"n{self.keep_masks}")
+        if self.per_head:
+            parts.append("heads")
         if self.residual != "off":
             parts.append(self._residual_label())
         if self.dense_layers:
@@ -454,6 +463,20 @@ def _check_ramp(value: object, selection: str) -> None:
         raise ValueError(f"threshold_ramp must be from -1 to 1, got {value}{not_percent(value)}")
     if value and selection != "threshold":
         raise ValueError(f"threshold_ramp goes with selection 'threshold', got {value} and selection {selection!r}")
+
+
+def _check_per_head(config: XAttnConfig) -> None:
+    if not isinstance(config.per_head, bool):
+        raise TypeError(f"per_head must be True or False, got {config.per_head!r}")
+    if not config.per_head:
+        return
+    if config.selection != "threshold" or not isinstance(config.threshold, float) or config.threshold == 1:
+        raise ValueError(
+            "per_head goes with one threshold below 1, which it shares out among the heads, got selection "
+            f"{config.selection!r} and threshold {config.threshold!r}"
+        )
+    if not config.warmup_steps:
+        raise ValueError("per_head needs a dense step to measure in, got warmup_steps 0")
 
 
 def _checked_refresh(refresh: object) -> str | tuple[int, ...] | None:

@@ -21,6 +21,8 @@ def in_words(config: Mapping[str, Any]) -> list[str]:
         lines.append(f"the threshold {change} by {abs(made.threshold_ramp):g} over the sparse steps")
     if made.anchors:
         lines.append(f"always kept: {_many(made.anchors, 'neighbour')} of each block, in the sequence and in time")
+    if made.per_head:
+        lines.append("shared out among the heads of all layers in the last dense step, at about the same density")
     if made.keep_masks > 1:
         lines.append(f"one choice of blocks for {made.keep_masks} sparse steps")
     if made.residual != "off":

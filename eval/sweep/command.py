@@ -61,7 +61,7 @@ example:
 
 # A row has these settings; those after the first three only where a configuration of the sweep has another value than
 # the default.
-_SETTINGS = (*AXES, "refresh", "extrapolate", "warmup", "last_steps")
+_SETTINGS = (*AXES, "per_head", "refresh", "extrapolate", "warmup", "last_steps")
 _ALWAYS = ("threshold", "stride", "warmup_steps")
 # Heads and formats of the printed table, by the name in a row.
 _COLUMNS = {
@@ -69,6 +69,7 @@ _COLUMNS = {
     "warmup": ("at most", "g"), "last_steps": ("dense last", "d"), "residual": ("residual", ""),
     "refresh": ("refresh", ""), "refresh_every": ("every", "g"), "extrapolate": ("extrapolated", ""),
     "anchors": ("anchors", "d"), "threshold_ramp": ("ramp", "g"), "keep_masks": ("masks kept", "d"),
+    "per_head": ("per head", ""),
     "density": ("density", ".3f"), "psnr": ("PSNR dB", ".2f"), "psnr_worst": ("worst dB", ".2f"),
     "ssim": ("SSIM", ".4f"), "lpips": ("LPIPS", ".4f"), "flicker": ("flicker", ".4f"),
     "as_asked": ("as asked", ".3f"), "residual_mib": ("residual MiB", ".1f"), "sparse_seconds": ("s", ".1f"),

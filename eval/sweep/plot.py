@@ -104,7 +104,9 @@ def _lines(rows: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
     points alone is left out: they have marks of their own.
     """
     defaults, names = XAttnConfig(), [name for name in _STYLES if name in rows[0]]
-    settings = [name for name in (*names, "refresh", "extrapolate", "warmup", "last_steps") if name in rows[0]]
+    settings = [
+        name for name in (*names, "per_head", "refresh", "extrapolate", "warmup", "last_steps") if name in rows[0]
+    ]
     plain = (
         row
         for row in rows

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 ATTENTION_SETTINGS = (
     "threshold", "stride", "block_size", "warmup_steps", "warmup", "last_steps", "min_tokens", "residual",
-    "refresh", "refresh_every", "extrapolate", "anchors", "threshold_ramp", "keep_masks",
+    "refresh", "refresh_every", "extrapolate", "anchors", "threshold_ramp", "keep_masks", "per_head",
 )  # fmt: skip
 # The presets that are of video models.
 VideoPreset = Literal["fast", "balanced", "faithful", "hunyuan-video", "wan"]
@@ -231,6 +231,13 @@ class GenerateSettings(VideoSettings):
             "sparse steps that share one choice of blocks; default: the preset's, 1 without one",
             _ATTENTION,
             metavar="N",
+        ),
+    ] = None
+    per_head: Annotated[
+        bool | None,
+        Option(
+            "a threshold for each layer and head, chosen in the last dense step; default: the preset's, no without one",
+            _ATTENTION,
         ),
     ] = None
     lossless: Annotated[bool, Option("also write an FFV1 .mkv copy, for measuring", _VIDEO)] = False

@@ -8,6 +8,7 @@ from .backends import Backend, auto_name, unavailable_reason
 from .call_blocks import exact_type
 from .checks import MAX_HEAD_DIM, checked_call, without_autocast
 from .dense import dense_attention, find_backend
+from .heads import HeadErrors, candidates, head_errors, spend
 from .key_mask import KeyMask, num_blocks
 from .remember import Memory, attend_choosing, attend_kept, packed_bytes, refresh
 from .sparse import Call, Outcome, attend_sparse
@@ -17,6 +18,7 @@ __all__ = [
     "MAX_HEAD_DIM",
     "Backend",
     "Call",
+    "HeadErrors",
     "KeyMask",
     "Memory",
     "Outcome",
@@ -25,15 +27,18 @@ __all__ = [
     "attend_sparse",
     "auto_name",
     "block_sparse_attention",
+    "candidates",
     "checked_call",
     "dense_attention",
     "exact_type",
     "find_backend",
+    "head_errors",
     "num_blocks",
     "packed_bytes",
     "refresh",
     "score_blocks",
     "select_blocks",
+    "spend",
     "unavailable_reason",
     "without_autocast",
 ]

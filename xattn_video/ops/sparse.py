@@ -17,7 +17,7 @@ What a backend needs beside them grows with the length itself and is not counted
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -137,21 +137,22 @@ def in_parts(
         pair_bytes=pair_bytes + more_pair_bytes,
         max_bytes=config.max_extra_mib << 20,
     )
-    if rows < num_blocks(query.shape[2], config.block_size):
+    blocks = num_blocks(query.shape[2], config.block_size)
+    if rows < blocks:
         sizes = query.shape[0], query.shape[2], kv_len
         valid = call.mask.count_valid_blocks(*sizes, block_size=config.block_size, device=query.device)
         output = torch.empty_like(query)
         total = torch.zeros((), dtype=torch.int64, device=query.device)
-        for part in _parts(call, config, rows):
+        for part in parts_of(call, config, rows, range(0, blocks, rows)):
             if part.call is None:
                 output[:, :, part.tokens] = 0
                 continue
             output[:, :, part.tokens], kept = attend(part)
             total = total + kept.sum()
         return Outcome(output, total, valid)
-    blocks = call_blocks(query, kv_len, call.mask, **_rules(call, config))
-    whole = Part(slice(0, query.shape[2]), call, call, blocks.valid, blocks.forced)
-    return Outcome(*attend(whole), blocks.total)
+    known = call_blocks(query, kv_len, call.mask, **_rules(call, config))
+    whole = Part(slice(0, query.shape[2]), call, call, known.valid, known.forced)
+    return Outcome(*attend(whole), known.total)
 
 
 def rows_per_chunk(query: Tensor, kv_len: int, *, block_size: int, pair_bytes: int, max_bytes: int) -> int:
@@ -178,8 +179,8 @@ def rows_per_chunk(query: Tensor, kv_len: int, *, block_size: int, pair_bytes: i
     return num_blocks(rows, chunks)
 
 
-def _parts(call: Call, config: XAttnConfig, rows: int) -> Iterator[Part]:
-    """The call, `rows` query blocks at a time."""
+def parts_of(call: Call, config: XAttnConfig, rows: int, starts: Iterable[int]) -> Iterator[Part]:
+    """Spans of `rows` query blocks of a call, from each of these blocks on."""
     query, key, mask = call.query, call.key, call.mask
     batch, _, q_len, _ = query.shape
     kv_len, size = key.shape[2], config.block_size
@@ -187,7 +188,7 @@ def _parts(call: Call, config: XAttnConfig, rows: int) -> Iterator[Part]:
     # scores of the whole call take them in, so a chunk's last group must not be the last one that is scored.
     cut = mask.causal and (mask.kv_lens is not None or (kv_len - q_len) % config.stride)
     more = config.stride if cut else 0
-    for first in range(0, num_blocks(q_len, size), rows):
+    for first in starts:
         begin, end = first * size, min((first + rows) * size, q_len)
         part = call.cut(begin, end)
         scored = call.cut(begin, min(end + more, q_len)) if more else part
@@ -200,9 +201,15 @@ def _parts(call: Call, config: XAttnConfig, rows: int) -> Iterator[Part]:
 
 def choose(backend: Backend, part: Part, config: XAttnConfig) -> tuple[Tensor, Tensor]:
     """The lists of a part's kept blocks: indices int32 `[B, H, n, Nk]` and counts int32 `[B, H, n]`."""
-    scored, call = part.scored, part.call
+    assert part.call is not None
+    rule: dict[str, Any] = {"threshold": part.call.threshold, "top_k": config.top_k, "top_ratio": config.top_ratio}
+    return select_lists(backend, score(backend, part, config), part.valid, part.forced, **rule)
+
+
+def score(backend: Backend, part: Part, config: XAttnConfig) -> Tensor:
+    """The scores of a part's blocks, float32 `[B, H, n, Nk]`."""
+    scored, valid = part.scored, part.valid
     assert scored is not None
-    assert call is not None
     scores = backend.antidiagonal_scores(
         scored.query,
         scored.key,
@@ -211,11 +218,7 @@ def choose(backend: Backend, part: Part, config: XAttnConfig) -> tuple[Tensor, T
         scale=scored.scale,
         **scored.mask.keywords,
     )
-    valid = part.valid
-    if scored is not call:
-        scores = scores[:, :, : valid.shape[2], : valid.shape[3]]
-    rule: dict[str, Any] = {"threshold": call.threshold, "top_k": config.top_k, "top_ratio": config.top_ratio}
-    return select_lists(backend, scores, valid, part.forced, **rule)
+    return scores if scored is part.call else scores[:, :, : valid.shape[2], : valid.shape[3]]
 
 
 def attend_lists(

@@ -19,7 +19,7 @@ from ...thresholds import HeadThresholds
 from ..dense_layers import dense_layers
 from .dispatch import register
 from .layers import ForwardState, Shared, SparseSelfAttention, sequence_group, wrap
-from .memory import LayerMemory, Moment
+from .memory import LayerMemory, Moment, share_out
 from .models import REPLACEMENTS, spec_of
 from .packed import Packed, read_packed
 from .schedule import Schedule
@@ -68,7 +68,7 @@ class Attachment:
         self._parameters = list(inspect.signature(type(model).forward).parameters)[1:]
         # of a packed sequence: the last `token_tags`, and what they and the timesteps of the rows told
         self._packed: tuple[Tensor, Packed] | None = None
-        self._remembers = config.residual != "off" or config.keep_masks > 1
+        self._remembers = config.residual != "off" or config.keep_masks > 1 or config.per_head
         self._schedule = Schedule(config, None)
         # the video in which dense attention gives NaN or inf too
         self._not_finite: int | None = None
@@ -155,9 +155,12 @@ class Attachment:
                 self.owner._say_once("schedule", schedule.doubt())
         self.owner._generation.begin_forward(moment.video, schedule)
         reason = schedule.dense_reason(step)
-        if self._config.residual != "off" and step == schedule.warmup - 1 and schedule.sparse_steps != 0:
-            # the last step of the warm-up is the first refresh, where sparse steps follow
+        looks = self._config.residual != "off" or self._config.per_head
+        if looks and step == schedule.warmup - 1 and schedule.sparse_steps != 0:
+            # the last step of the warm-up is the first refresh, or measures the heads, where sparse steps follow
             reason = None
+        elif self._config.per_head and step >= schedule.warmup:
+            share_out((wrapper.memory for wrapper in self._wrappers.values() if wrapper.memory), self._config)
         tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
         device = tensors[0].device if tensors else torch.device("cpu")
         exact = None

@@ -286,19 +286,19 @@ class SparseSelfAttention:
         )
         if self.on_call is not None:
             self.on_call(self.counts.name, call)
-        refreshed = False
+        reason = None
         with without_autocast(query.device):
             if self.memory is None or mask.causal:
                 output, kept, valid = attend_sparse(backend, call, self.config)
             else:
                 schedule = self.state.schedule
                 assert schedule is not None
-                (output, kept, valid), refreshed = self.memory.attend(
+                (output, kept, valid), reason = self.memory.attend(
                     backend, call, self.config, schedule, self.state.moment
                 )
-        if refreshed:
-            self.counts.add_dense("refresh")
-            self.state.dense = "refresh"
+        if reason is not None:
+            self.counts.add_dense(reason)
+            self.state.dense = reason
         else:
             self.counts.add_sparse(kept.sum(), valid * query.shape[2])
             self.state.skipped = True

@@ -3,15 +3,33 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from ...config import XAttnConfig
-from ...ops import Backend, Call, Memory, Outcome, attend_choosing, attend_kept, attend_sparse, packed_bytes, refresh
+from ...ops import (
+    Backend,
+    Call,
+    HeadErrors,
+    Memory,
+    Outcome,
+    attend_choosing,
+    attend_kept,
+    attend_sparse,
+    candidates,
+    dense_attention,
+    exact_type,
+    head_errors,
+    packed_bytes,
+    refresh,
+    spend,
+)
 from ...stats import ResidualUse
-from .schedule import Schedule
+from .schedule import Schedule, shifted
 
 
 class Moment(NamedTuple):
@@ -55,6 +73,9 @@ class LayerMemory:
         self._layer = layer
         self._use = use
         self._slots: dict[tuple[str, int], _Slot] = {}
+        # of the present video: what each threshold would miss, as its last dense step told, and what was made of it
+        self.errors: list[HeadErrors] = []
+        self.threshold: Tensor | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LayerMemory:
         return LayerMemory(self._layer, copy.deepcopy(self._use, memo))
@@ -62,37 +83,49 @@ class LayerMemory:
     def clear(self) -> None:
         """Forget everything, at once."""
         self._slots.clear()
+        self.errors.clear()
+        self.threshold = None
         self._use.give(self)
 
     def attend(
         self, backend: Backend, call: Call, config: XAttnConfig, schedule: Schedule, moment: Moment
-    ) -> tuple[Outcome, bool]:
-        """The output of this call; whether it was a refresh, which is dense."""
+    ) -> tuple[Outcome, str | None]:
+        """The output of this call, and why it was dense: `"refresh"`, `"warmup"`, or None where it was not."""
         slot = self._slot(call, moment)
+        if config.per_head and moment.step < schedule.warmup:
+            assert isinstance(config.threshold, float)
+            self.errors.append(head_errors(backend, call, config, candidates(config.threshold)))
+            output = dense_attention(call.query, call.key, call.value, call.mask, scale=call.scale)
+            nothing = torch.zeros((), dtype=torch.int64, device=output.device)
+            return Outcome(output, nothing, nothing), "warmup"
+        if self.threshold is not None:
+            call = call._replace(threshold=shifted(self.threshold, schedule.threshold_shift(moment.step)))
         if config.residual == "off":
-            return self._attend_kept_blocks(backend, call, config, slot, schedule, moment.step), False
+            return self._attend_kept_blocks(backend, call, config, slot, schedule, moment.step), None
         if slot.step < schedule.last_refresh(moment.step, self._layer) or slot.latest is None:
             if not self._fits(call, config, moment):
                 if moment.step < schedule.warmup:
-                    return refresh(backend, call, config)[0], True
+                    return refresh(backend, call, config)[0], "refresh"
                 self._use.without += 1
-                return attend_sparse(backend, without_residual(call), config), False
+                return attend_sparse(backend, without_residual(call), config), None
             blocks = None if slot.latest is None else slot.latest.blocks
             if config.extrapolate:
                 slot.before, slot.step_before = slot.latest, slot.step
             slot.latest = None
             outcome, slot.latest = refresh(backend, call, config, blocks)
             slot.step = moment.step
-            return outcome, True
+            return outcome, "refresh"
         # never further than the last interval
         passed, gap = moment.step - slot.step, slot.step - slot.step_before
         factor = min(passed / gap, 1.0)
-        return attend_kept(backend, call, config, slot.latest, before=slot.before, factor=factor), False
+        return attend_kept(backend, call, config, slot.latest, before=slot.before, factor=factor), None
 
     def _attend_kept_blocks(
         self, backend: Backend, call: Call, config: XAttnConfig, slot: _Slot, schedule: Schedule, step: int
     ) -> Outcome:
         """Sparse attention whose choice of blocks is made in every `keep_masks`-th sparse step."""
+        if config.keep_masks == 1:
+            return attend_sparse(backend, call, config)
         if slot.latest is None or slot.step < step - (step - schedule.warmup) % config.keep_masks:
             outcome, slot.latest = attend_choosing(backend, call, config)
             slot.step = step
@@ -116,6 +149,29 @@ class LayerMemory:
         slots = max(len(self._slots), moment.branches)
         more = slots * call_bytes(call.query, config) - self._use.held_by(self)
         return more <= 0 or self._use.take(self, more, call.query.device, config.residual_mib)
+
+
+def share_out(memories: Iterable[LayerMemory], config: XAttnConfig) -> None:
+    """Give the heads of a model the thresholds that miss least, at the density of one threshold for all of them.
+
+    Layers that nothing was measured of, such as those of a second transformer that only runs later, keep that one. The
+    host waits for the device once, to read what was measured.
+    """
+    measured = [memory for memory in memories if memory.errors]
+    if not measured:
+        return
+    assert isinstance(config.threshold, float)
+    thresholds = candidates(config.threshold)
+    density, error = (
+        torch.cat([torch.stack([getattr(one, name) for one in memory.errors]).mean(0).cpu() for memory in measured])
+        for name in HeadErrors._fields
+    )
+    taken = spend(density, error, float(density[:, thresholds.index(config.threshold)].mean()))
+    values = torch.tensor(thresholds, dtype=torch.float64, device="cpu")[taken]
+    for memory, own in zip(measured, values.split([len(memory.errors[0].error) for memory in measured]), strict=True):
+        device = memory.errors[0].error.device
+        memory.threshold = own.to(device, exact_type(device))
+        memory.errors.clear()
 
 
 def without_residual(call: Call) -> Call:

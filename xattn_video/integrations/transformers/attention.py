@@ -68,7 +68,7 @@ def use_xattention(
         model: a causal model of transformers, with or without a vision tower, which stays as it is.
         config: settings; None is the preset `qwen2-vl` for a model with a vision tower and `language` for others.
             What is about steps of a video has no effect: `warmup_steps`, `warmup`, `last_steps`, `threshold_ramp`,
-            `keep_masks` and the residual.
+            `keep_masks`, `per_head` and the residual.
         layer_thresholds: thresholds of single layers by index (negative ones count from the end): a number, or one
             for each query head. They come before those of a file in `config.threshold`.
         on_call: `on_call(layer, call)` sees each sparse call before it is computed: the layer's module path, and the

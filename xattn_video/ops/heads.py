@@ -1,0 +1,96 @@
+"""Thresholds for each head of one video: what every threshold would keep and miss there, and which ones to take."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..config import XAttnConfig
+from .backends import Backend
+from .key_mask import num_blocks
+from .sparse import Call, attend_lists, parts_of, score, select_lists
+
+# How far candidates are from the threshold of all heads, as differences of log(t / (1 - t)). 0 is among them.
+_STEPS = (-2.4, -1.8, -1.2, -0.6, 0.0, 0.6, 1.2, 1.8, 2.4)
+_LOWEST, _HIGHEST = 0.01, 0.999
+# A call is measured in so many spans of its query blocks, which together are an eighth of a long call.
+_SPANS, _SHARE = 8, 8
+_HALVINGS = 60
+
+
+class HeadErrors(NamedTuple):
+    """What each candidate keeps and misses in the heads of one layer. All of it stays on the device.
+
+    Attributes:
+        density: kept / valid blocks, float64 `[Hq, C]`.
+        error: squared error of the output, as a share of the squared output of the whole layer, float64 `[Hq, C]`.
+    """
+
+    density: Tensor
+    error: Tensor
+
+
+def candidates(threshold: float) -> list[float]:
+    """Thresholds around the one of all heads, rising; itself is in the middle."""
+    odds = math.log(threshold / (1 - threshold))
+    near = [1 / (1 + math.exp(-odds - step)) if step else threshold for step in _STEPS]
+    return [min(max(value, _LOWEST), _HIGHEST) for value in near]
+
+
+def head_errors(backend: Backend, call: Call, config: XAttnConfig, thresholds: list[float]) -> HeadErrors:
+    """Try each threshold on a sample of a call's query blocks, beside all blocks; for calls that are not causal."""
+    heads, device = call.query.shape[1], call.query.device
+    blocks = num_blocks(call.query.shape[2], config.block_size)
+    rows = num_blocks(blocks, _SPANS * _SHARE)
+    starts = sorted({round(index * (blocks - rows) / (_SPANS - 1)) for index in range(_SPANS)})
+    kept = torch.zeros(heads, len(thresholds), dtype=torch.float64, device=device)
+    missed = torch.zeros_like(kept)
+    valid = torch.zeros((), dtype=torch.float64, device=device)
+    size = torch.zeros_like(valid)
+    for part in parts_of(call, config, rows, starts):
+        scores = score(backend, part, config)
+        every = part.valid.expand(-1, heads, -1, -1).contiguous()
+        dense, _ = attend_lists(backend, part, config, backend.mask_to_lists(every))
+        valid += part.valid.sum()
+        size += _squared(dense).sum()
+        for column, threshold in enumerate(thresholds):
+            lists = select_lists(backend, scores, part.valid, part.forced, threshold=threshold)
+            output, _ = attend_lists(backend, part, config, lists)
+            kept[:, column] += lists[1].sum((0, 2))
+            missed[:, column] += _squared(output - dense)
+    return HeadErrors(kept / valid, missed / size.clamp_min(torch.finfo(torch.float64).tiny))
+
+
+def spend(density: Tensor, error: Tensor, budget: float) -> Tensor:
+    """The candidate of each head that keeps the sum of the errors small, at a mean density of at most the budget.
+
+    Each head takes what is least in density + price * error, with the highest price that the budget allows: the
+    solution by a Lagrange multiplier, which is exact but for the last step of one head.
+
+    Args:
+        density, error: float64 `[heads, C]` on the CPU.
+        budget: mean density over the heads; at least one candidate of all heads keeps to it.
+
+    Returns:
+        int64 `[heads]`.
+    """
+    error = error.nan_to_num(torch.finfo(error.dtype).max)
+    cheapest = density.argmin(1, keepdim=True)
+    low, high = -6.0, 18.0  # powers of ten
+    best = cheapest
+    for _ in range(_HALVINGS):
+        middle = (low + high) / 2
+        taken = (density + 10**middle * error).argmin(1, keepdim=True)
+        if density.gather(1, taken).mean() <= budget:
+            best, low = taken, middle
+        else:
+            high = middle
+    return best[:, 0]
+
+
+def _squared(output: Tensor) -> Tensor:
+    """Squares of `[B, H, n, D]`, summed for each head: float64 `[H]`."""
+    return output.float().square().sum((0, 2, 3)).double()
