@@ -122,9 +122,9 @@ class XAttnConfig:
             without a residual.
         keep_masks: sparse steps for which a choice of blocks is kept; 1 chooses in each step.
         per_head: choose a threshold for each layer and head in the last dense step of each video, around `threshold`
-            and with the density that it alone would have there: higher ones for heads whose error weighs more. To
-            measure them costs a part of that step. A transformer that only runs later (the second one of Wan 2.2)
-            keeps `threshold`.
+            and with the density that it alone would have there: higher ones for heads whose error weighs more. In that
+            step attention takes a bit less than twice its time. A transformer that only runs later (the second one of
+            Wan 2.2) keeps `threshold`.
         residual: remember what the kept blocks miss, and add it to the output of sparse steps: `"off"`, or how it is
             stored: `"int4"` (half a byte per number), `"fp8"`, or `"full"` (as the model computes). What is missed is
             found in dense steps, the refreshes: the last step of the warm-up is the first one. The choice of blocks is

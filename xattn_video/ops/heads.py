@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..config import XAttnConfig
 from .backends import Backend
+from .call_blocks import exact_type
 from .key_mask import num_blocks
 from .sparse import Call, attend_lists, parts_of, score, select_lists
 
@@ -25,8 +26,8 @@ class HeadErrors(NamedTuple):
     """What each candidate keeps and misses in the heads of one layer. All of it stays on the device.
 
     Attributes:
-        density: kept / valid blocks, float64 `[Hq, C]`.
-        error: squared error of the output, as a share of the squared output of the whole layer, float64 `[Hq, C]`.
+        density: kept / valid blocks, `[Hq, C]` in the device's most exact type.
+        error: squared error of the output, as a share of the squared output of the whole layer, likewise.
     """
 
     density: Tensor
@@ -43,12 +44,13 @@ def candidates(threshold: float) -> list[float]:
 def head_errors(backend: Backend, call: Call, config: XAttnConfig, thresholds: list[float]) -> HeadErrors:
     """Try each threshold on a sample of a call's query blocks, beside all blocks; for calls that are not causal."""
     heads, device = call.query.shape[1], call.query.device
+    dtype = exact_type(device)
     blocks = num_blocks(call.query.shape[2], config.block_size)
     rows = num_blocks(blocks, _SPANS * _SHARE)
     starts = sorted({round(index * (blocks - rows) / (_SPANS - 1)) for index in range(_SPANS)})
-    kept = torch.zeros(heads, len(thresholds), dtype=torch.float64, device=device)
+    kept = torch.zeros(heads, len(thresholds), dtype=dtype, device=device)
     missed = torch.zeros_like(kept)
-    valid = torch.zeros((), dtype=torch.float64, device=device)
+    valid = torch.zeros((), dtype=dtype, device=device)
     size = torch.zeros_like(valid)
     for part in parts_of(call, config, rows, starts):
         scores = score(backend, part, config)
@@ -61,7 +63,7 @@ def head_errors(backend: Backend, call: Call, config: XAttnConfig, thresholds: l
             output, _ = attend_lists(backend, part, config, lists)
             kept[:, column] += lists[1].sum((0, 2))
             missed[:, column] += _squared(output - dense)
-    return HeadErrors(kept / valid, missed / size.clamp_min(torch.finfo(torch.float64).tiny))
+    return HeadErrors(kept / valid, missed / size.clamp_min(torch.finfo(dtype).tiny))
 
 
 def spend(density: Tensor, error: Tensor, budget: float) -> Tensor:
@@ -92,5 +94,5 @@ def spend(density: Tensor, error: Tensor, budget: float) -> Tensor:
 
 
 def _squared(output: Tensor) -> Tensor:
-    """Squares of `[B, H, n, D]`, summed for each head: float64 `[H]`."""
-    return output.float().square().sum((0, 2, 3)).double()
+    """Squares of `[B, H, n, D]`, summed for each head: `[H]` in the device's most exact type."""
+    return output.float().square().sum((0, 2, 3)).to(exact_type(output.device))

@@ -163,7 +163,9 @@ def share_out(memories: Iterable[LayerMemory], config: XAttnConfig) -> None:
     assert isinstance(config.threshold, float)
     thresholds = candidates(config.threshold)
     density, error = (
-        torch.cat([torch.stack([getattr(one, name) for one in memory.errors]).mean(0).cpu() for memory in measured])
+        torch.cat(
+            [torch.stack([getattr(one, name) for one in memory.errors]).mean(0).cpu().double() for memory in measured]
+        )
         for name in HeadErrors._fields
     )
     taken = spend(density, error, float(density[:, thresholds.index(config.threshold)].mean()))
