@@ -147,10 +147,28 @@ def test_what_each_option_brings_is_what_was_measured() -> None:
 
 
 def test_what_step_caches_keep_is_what_was_measured() -> None:
-    measured = {row["name"]: row for row in rows_of("step_caches.jsonl")}
+    rows = rows_of("step_caches.jsonl")
+    measured = {row["name"]: row for row in rows if row["videos"] == 8}
     for name, *cells in table("quality.md", "| step cache | density of all calls"):
         row = measured.pop(name.replace("`", ""))
         assert cells == [*likeness_of(row), f"{row['right']['cached']} of {row['videos']}"], name
+    assert not measured
+
+
+def test_what_caches_and_presets_give_in_their_time_is_what_was_measured() -> None:
+    of = {"videos": 2, "tokens": 4352, "device": "AMD EPYC, 2 threads"}
+    rows = [*rows_of("step_caches.jsonl"), *rows_of("residual_quality.jsonl")]
+    measured = {row["name"]: row for row in rows if of.items() <= row.items() and row["speedup"] is not None}
+    for name, *cells in table("quality.md", "| at equal time |"):
+        row = measured.pop(name.removeprefix("preset ").replace("`", ""))
+        seconds = row.get("cached_seconds") or row["sparse_seconds"]
+        assert cells == [
+            f"{seconds:.1f}",
+            f"{row['speedup']:.2f}x",
+            f"{row['density']:.3f}",
+            f"{row['psnr']:.1f}",
+            f"{row['psnr_worst']:.1f}",
+        ], name
     assert not measured
 
 
