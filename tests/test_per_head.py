@@ -156,6 +156,13 @@ def test_the_budget_is_kept_and_spent_where_errors_are_large() -> None:
     assert spend(density, torch.zeros_like(error), 0.5).tolist() == [0, 0, 0]
 
 
+@pytest.mark.parametrize("threshold", [1e-4, 0.9999])
+def test_a_threshold_near_its_limits_is_shared_out_too(pipe: WanPipeline, threshold: float) -> None:
+    processor = attach(pipe, per_head=True, threshold=threshold)
+    assert call(pipe).isfinite().all()
+    assert 0 < processor.stats.summary()["sparse_density"] <= 1
+
+
 @pytest.mark.parametrize(
     ("given", "told"),
     [

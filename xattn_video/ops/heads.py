@@ -37,8 +37,8 @@ class HeadErrors(NamedTuple):
 def candidates(threshold: float) -> list[float]:
     """Thresholds around the one of all heads, rising; itself is in the middle."""
     odds = math.log(threshold / (1 - threshold))
-    near = [1 / (1 + math.exp(-odds - step)) if step else threshold for step in _STEPS]
-    return [min(max(value, _LOWEST), _HIGHEST) for value in near]
+    near = (1 / (1 + math.exp(-odds - step)) for step in _STEPS)
+    return [min(max(value, _LOWEST), _HIGHEST) if step else threshold for step, value in zip(_STEPS, near, strict=True)]
 
 
 def head_errors(backend: Backend, call: Call, config: XAttnConfig, thresholds: list[float]) -> HeadErrors:

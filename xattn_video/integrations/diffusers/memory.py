@@ -99,7 +99,10 @@ class LayerMemory:
             nothing = torch.zeros((), dtype=torch.int64, device=output.device)
             return Outcome(output, nothing, nothing), "warmup"
         if self.threshold is not None:
-            call = call._replace(threshold=shifted(self.threshold, schedule.threshold_shift(moment.step)))
+            own = self.threshold
+            if config.threshold_ramp:
+                own = shifted(own, schedule.threshold_shift(moment.step))
+            call = call._replace(threshold=own)
         if config.residual == "off":
             return self._attend_kept_blocks(backend, call, config, slot, schedule, moment.step), None
         if slot.step < schedule.last_refresh(moment.step, self._layer) or slot.latest is None:
