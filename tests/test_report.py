@@ -319,7 +319,7 @@ def test_a_residual_is_told_with_its_memory_and_the_calls_that_had_none(run):
         (XAttnConfig(keep_masks=4), "one choice of blocks for 4 sparse steps"),
         (
             XAttnConfig(per_head=True),
-            "shared out among the heads of all layers in the last dense step, at about the same density",
+            "the threshold is shared out among the heads of all layers in the last dense step",
         ),
         (XAttnConfig(threshold_ramp=0.3), "the threshold falls by 0.3 over the sparse steps"),
         (XAttnConfig(threshold_ramp=-0.1), "the threshold rises by 0.1 over the sparse steps"),

@@ -265,6 +265,9 @@ def test_the_lines_of_a_grid_go_through_the_base_point() -> None:
     anchored = [row | {"anchors": int(row["threshold"] < 0.9)} for row in rows]
     found = sweep_plot._lines([*anchored, rows[3] | {"anchors": 2}, rows[0] | {"anchors": 0}])
     assert [(row["threshold"], row["anchors"]) for row in found["threshold"]] == [(0.5, 1), (0.9, 0), (0.95, 0)]
+    # A preset asks for anchors at any threshold.
+    preset = [rows[0] | {"threshold": value, "anchors": 1} for value in (0.2, 0.5, 0.95)]
+    assert [row["threshold"] for row in sweep_plot._lines(preset)["threshold"]] == [0.2, 0.5, 0.95]
     without = [row for row in rows if row["threshold"] != 0.9]
     assert sweep_plot._lines(without)["stride"][0] == without[0]
 

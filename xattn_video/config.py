@@ -123,8 +123,8 @@ class XAttnConfig:
         keep_masks: sparse steps for which a choice of blocks is kept; 1 chooses in each step.
         per_head: choose a threshold for each layer and head in the last dense step of each video, around `threshold`
             and with the density that it alone would have there: higher ones for heads whose error weighs more. In that
-            step attention takes a bit less than twice its time. A transformer that only runs later (the second one of
-            Wan 2.2) keeps `threshold`.
+            step attention takes a bit less than twice its time. A layer that does not run in it (of the second
+            transformer of Wan 2.2, or one that a step cache skips) keeps `threshold`. It goes without a residual.
         residual: remember what the kept blocks miss, and add it to the output of sparse steps: `"off"`, or how it is
             stored: `"int4"` (half a byte per number), `"fp8"`, or `"full"` (as the model computes). What is missed is
             found in dense steps, the refreshes: the last step of the warm-up is the first one. The choice of blocks is
@@ -475,6 +475,8 @@ def _check_per_head(config: XAttnConfig) -> None:
             "per_head goes with one threshold below 1, which it shares out among the heads, got selection "
             f"{config.selection!r} and threshold {config.threshold!r}"
         )
+    if config.residual != "off":
+        raise ValueError(f"per_head goes without a residual, got residual {config.residual!r}")
     if not config.warmup_steps:
         raise ValueError("per_head needs a dense step to measure in, got warmup_steps 0")
 

@@ -22,7 +22,7 @@ def in_words(config: Mapping[str, Any]) -> list[str]:
     if made.anchors:
         lines.append(f"always kept: {_many(made.anchors, 'neighbour')} of each block, in the sequence and in time")
     if made.per_head:
-        lines.append("shared out among the heads of all layers in the last dense step, at about the same density")
+        lines.append("the threshold is shared out among the heads of all layers in the last dense step")
     if made.keep_masks > 1:
         lines.append(f"one choice of blocks for {made.keep_masks} sparse steps")
     if made.residual != "off":

@@ -118,7 +118,9 @@ def _lines(rows: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
     def beside(row: dict[str, Any], axis: str) -> bool:
         ignored = _OF_RESIDUAL if axis == "residual" and row["residual"] == "off" else ()
         return all(
-            _chosen(row, name) == _chosen(base, name) for name in settings if name != axis and name not in ignored
+            row[name] == base[name] or _chosen(row, name) == _chosen(base, name)
+            for name in settings
+            if name != axis and name not in ignored
         )
 
     lines = {}

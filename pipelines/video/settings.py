@@ -215,8 +215,8 @@ class GenerateSettings(VideoSettings):
     anchors: Annotated[
         int | None,
         Option(
-            "always keep so many neighbours of a block, in the sequence and in time; default: the preset's, without "
-            "one 1 for a threshold below 0.9, else 0",
+            "always keep so many neighbours of a block, in the sequence and in time; default: the preset's; without "
+            "one 1 below a threshold of 0.9, else 0",
             _ATTENTION,
             metavar="N",
         ),

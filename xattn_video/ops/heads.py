@@ -12,7 +12,7 @@ from ..config import XAttnConfig
 from .backends import Backend
 from .call_blocks import exact_type
 from .key_mask import num_blocks
-from .sparse import Call, attend_lists, parts_of, score, select_lists
+from .sparse import Call, attend_lists, parts_of, rows_per_chunk, score, select_lists
 
 # How far candidates are from the threshold of all heads, as differences of log(t / (1 - t)). 0 is among them.
 _STEPS = (-2.4, -1.8, -1.2, -0.6, 0.0, 0.6, 1.2, 1.8, 2.4)
@@ -35,7 +35,7 @@ class HeadErrors(NamedTuple):
 
 
 def candidates(threshold: float) -> list[float]:
-    """Thresholds around the one of all heads, rising; itself is in the middle."""
+    """Thresholds around the one of all heads, which is in the middle."""
     odds = math.log(threshold / (1 - threshold))
     near = (1 / (1 + math.exp(-odds - step)) for step in _STEPS)
     return [min(max(value, _LOWEST), _HIGHEST) if step else threshold for step, value in zip(_STEPS, near, strict=True)]
@@ -46,7 +46,14 @@ def head_errors(backend: Backend, call: Call, config: XAttnConfig, thresholds: l
     heads, device = call.query.shape[1], call.query.device
     dtype = exact_type(device)
     blocks = num_blocks(call.query.shape[2], config.block_size)
-    rows = num_blocks(blocks, _SPANS * _SHARE)
+    most = rows_per_chunk(
+        call.query,
+        call.key.shape[2],
+        block_size=config.block_size,
+        pair_bytes=backend.pair_bytes,
+        max_bytes=config.max_extra_mib << 20,
+    )
+    rows = min(num_blocks(blocks, _SPANS * _SHARE), most)
     starts = sorted({round(index * (blocks - rows) / (_SPANS - 1)) for index in range(_SPANS)})
     kept = torch.zeros(heads, len(thresholds), dtype=dtype, device=device)
     missed = torch.zeros_like(kept)

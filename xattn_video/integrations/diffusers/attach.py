@@ -212,7 +212,7 @@ class Attachment:
             self._running = None
             state.end()
         if output is not None:
-            if again is None:
+            if again is None and not (kind == "refresh" and self._config.per_head):
                 self._time(kind)
             if self._residual.without:
                 self.owner._say_once("residual", _NO_ROOM)

@@ -317,6 +317,10 @@ class SparseSelfAttention:
         """Ulysses: each rank trades its share of the tokens for all tokens of its share of the heads, and back."""
         if self.text_tokens or mask.bounded:
             raise ValueError("context parallelism with text in a joint sequence is not supported by XAttnProcessor")
+        if self.config.per_head:
+            raise ValueError(
+                "per_head compares all heads of a layer, and under context parallelism a rank has its share"
+            )
         parallel = self._parallel_config
         threshold = self.threshold
         # one for each head, or with a ramp perhaps one for all of them

@@ -53,7 +53,6 @@ class Moment(NamedTuple):
 class _Slot:
     """What one branch of a layer remembers of the present video."""
 
-    video: int
     shape: tuple[Any, ...]
     step: int = -1
     latest: Memory | None = None
@@ -74,6 +73,7 @@ class LayerMemory:
         self._use = use
         self._slots: dict[tuple[str, int], _Slot] = {}
         # of the present video: what each threshold would miss, as its last dense step told, and what was made of it
+        self._video: int | None = None
         self.errors: list[HeadErrors] = []
         self.threshold: Tensor | None = None
 
@@ -81,10 +81,8 @@ class LayerMemory:
         return LayerMemory(self._layer, copy.deepcopy(self._use, memo))
 
     def clear(self) -> None:
-        """Forget everything, at once."""
+        """Forget blocks and residuals, at once; thresholds stay until the next video."""
         self._slots.clear()
-        self.errors.clear()
-        self.threshold = None
         self._use.give(self)
 
     def attend(
@@ -139,12 +137,14 @@ class LayerMemory:
         """The slot of this branch: a new one where the video, the sizes, the dtype or the device is another."""
         query, key = call.query, call.key
         shape = (query.shape, key.shape, query.dtype, query.device)
-        slot = self._slots.get(moment.branch)
-        if slot is not None and slot.video != moment.video:
+        if moment.video != self._video:
+            self._video = moment.video
             self.clear()
-            slot = None
+            self.errors.clear()
+            self.threshold = None
+        slot = self._slots.get(moment.branch)
         if slot is None or slot.shape != shape:
-            slot = self._slots[moment.branch] = _Slot(moment.video, shape)
+            slot = self._slots[moment.branch] = _Slot(shape)
         return slot
 
     def _fits(self, call: Call, config: XAttnConfig, moment: Moment) -> bool:
