@@ -57,7 +57,7 @@ def command(made: Path, *more: Any) -> list[str]:
 
 def test_by_default_prefill_is_sparse_as_in_the_paper_and_the_question_dense() -> None:
     ((_, config),) = QaSettings(video=Path("a.mp4"), question="w5").configurations.items()
-    assert config == XAttnConfig.preset("qwen2-vl", dense_last=64)
+    assert config == XAttnConfig.preset("qwen2-vl", dense_last=64, anchors=0)
 
 
 def test_answers_of_other_weights_are_asked_anew(made: Path, tmp_path: Path, capfd: Any) -> None:
